@@ -1,0 +1,89 @@
+"""The ascent half of a step, shared by both wrappers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fsam_optax._checks import is_real
+from fsam_optax._norms import divisor, norm, widen
+
+
+class Metrics(NamedTuple):
+    """What the last perturbed step was like; every entry has shape () and is float32.
+
+    Attributes:
+        grad_norm: Euclidean norm of the gradient at the parameters w.
+        perturbed_grad_norm: Euclidean norm of the gradient at w + eps.
+        perturbation_norm: Euclidean norm of eps, whatever the geometry.
+        gradient_cosine: Cosine of the angle between the two gradients, 0 if one is 0.
+            Near 1, the perturbation changes nothing but the length of the step.
+    """
+
+    grad_norm: jax.Array
+    perturbed_grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    gradient_cosine: jax.Array
+
+
+def no_metrics() -> Metrics:
+    """Returns the metrics before the first step: zeros, each in a buffer of its own."""
+    return Metrics(*(jnp.zeros([], jnp.float32) for _ in Metrics._fields))
+
+
+def _real_leaves(tree: Any) -> list[jax.Array]:
+    return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_real(x)]
+
+
+def measure(grads: Any, perturbed_grads: Any, eps: Any) -> Metrics:
+    """Computes the metrics of one step."""
+    g, h = _real_leaves(grads), _real_leaves(perturbed_grads)
+    g_norm, h_norm = norm(g), norm(h)
+    g_scale, h_scale = divisor(g_norm), divisor(h_norm)
+    cosine = sum(
+        (
+            jnp.sum((x.astype(widen(x)) / g_scale) * (y.astype(widen(y)) / h_scale))
+            for x, y in zip(g, h, strict=True)
+        ),
+        jnp.zeros([]),
+    )
+    values = (g_norm, h_norm, norm(_real_leaves(eps)), cosine)
+    return Metrics(*(jnp.asarray(x, jnp.float32) for x in values))
+
+
+def displace(params: Any, eps: Any, dtype: Any | None) -> Any:
+    """Returns w + eps, added in float32 or wider; `params` itself is not touched.
+
+    The sum is rounded to `dtype`, or to the dtype of each leaf if that is None.
+    Leaves that hold no real numbers are returned as they are.
+    """
+
+    def move(w, e):
+        if not is_real(w):
+            return w
+        w = jnp.asarray(w)
+        return (w.astype(widen(w, e)) + e).astype(dtype or w.dtype)
+
+    return jax.tree.map(move, params, eps)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Returns the real leaves of `tree` in the dtypes of `like`."""
+    return jax.tree.map(
+        lambda x, y: jnp.asarray(x, jnp.asarray(y).dtype) if is_real(y) else x,
+        tree,
+        like,
+    )
+
+
+def every_kth(
+    every: Any, step: jax.Array, perturbed: Callable[[], Any], plain: Callable[[], Any]
+) -> Any:
+    """Returns `perturbed()` at each `every`-th step, from the first on, else `plain()`.
+
+    Only one of the two is computed at run time, except under `jax.vmap`.
+    """
+    if isinstance(every, int) and every == 1:
+        return perturbed()
+    return jax.lax.cond(step % every == 0, perturbed, plain)

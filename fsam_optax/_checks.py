@@ -1,0 +1,156 @@
+"""Checks of arguments, made while tracing and on shapes, types and Python numbers."""
+
+import numbers
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = sys.float_info.max,
+    open: bool = False,
+) -> None:
+    """Raises ValueError unless a Python number is in [low, high], or (low, high].
+
+    Arrays, traced values and schedules pass: nothing is known of them here.
+    """
+    if not isinstance(value, numbers.Real):
+        return
+    number = float(value)
+    if not low <= number <= high or (open and number == low):
+        end = "inf)" if high == sys.float_info.max else f"{high:g}]"
+        raise ValueError(
+            f"`{name}` must be a number in {'(' if open else '['}{low:g}, {end}, got "
+            f"{value}."
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless a Python number is a whole number of at least 1."""
+    if isinstance(value, numbers.Real) and (float(value) < 1 or float(value) % 1):
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+
+
+def check_transformation(name: str, value: Any, example: str) -> None:
+    """Raises TypeError unless `value` is an Optax transformation."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation, such as {example}, "
+            f"got {value!r}."
+        )
+
+
+def check_params(caller: str, params: Any) -> None:
+    """Raises ValueError if `params` was left out."""
+    if params is None:
+        raise ValueError(
+            f"`{caller}` needs the current value of the parameters, but `params` was "
+            "not passed: call `update(grads, state, params)`."
+        )
+
+
+def leaf_shape(leaf: Any) -> tuple[int, ...] | None:
+    """Returns the shape of an array or Python number, None for anything else."""
+    if isinstance(leaf, bool | numbers.Number):
+        return ()
+    return getattr(leaf, "shape", None)
+
+
+def is_real(leaf: Any) -> bool:
+    """Tells whether a leaf holds real floating-point numbers."""
+    if isinstance(leaf, numbers.Number):
+        return isinstance(leaf, float)
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {shape}"
+
+
+def check_like(name: str, tree: Any, like_name: str, like: Any) -> None:
+    """Raises ValueError unless two trees agree in structure and in every shape."""
+    shapes, like_shapes = (
+        {
+            jax.tree_util.keystr(path): leaf_shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(t)
+        }
+        for t in (tree, like)
+    )
+    for path in like_shapes | shapes:
+        if path not in shapes or path not in like_shapes:
+            here, there = (name, like_name) if path in shapes else (like_name, name)
+            raise ValueError(
+                f"`{name}` must have the structure of `{like_name}`, but leaf "
+                f"{path or 'at the root'} is in `{here}` and not in `{there}`."
+            )
+        if shapes[path] != like_shapes[path]:
+            raise ValueError(
+                f"`{name}` must have the shapes of `{like_name}`, but leaf "
+                f"{path or 'at the root'} is {_describe(shapes[path])} in `{name}` "
+                f"and {_describe(like_shapes[path])} in `{like_name}`."
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"`{name}` must have the structure of `{like_name}`, but its containers "
+            f"differ: {jax.tree.structure(tree)} against {jax.tree.structure(like)}."
+        )
+
+
+def check_leaves(tree: Any, name: str, real: bool = False) -> None:
+    """Raises TypeError for a leaf that is complex, no array or, if asked, not real."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where = f"leaf {jax.tree_util.keystr(path) or 'at the root'} of `{name}`"
+        if leaf_shape(leaf) is None:
+            raise TypeError(
+                f"{where} is {leaf!r}, not an array: pass only the arrays of the model "
+                "(for Equinox, `eqx.filter(model, eqx.is_inexact_array)`)."
+            )
+        dtype = getattr(leaf, "dtype", np.dtype(type(leaf)))
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{where} is complex. Optax does not say whether a complex gradient "
+                "is conjugated, so uphill is not defined: keep the real and the "
+                "imaginary part as two real leaves."
+            )
+        if real and not is_real(leaf):
+            raise TypeError(
+                f"{where} has dtype {dtype}, which has no gradient: pass it to the "
+                "loss as another argument."
+            )
+
+
+def broadcast_mask(mask: Any, tree: Any, name: str) -> Any:
+    """Returns a bool for every leaf of `tree`, from a prefix tree or a callable.
+
+    Args:
+        mask: Tree of bools that is a prefix of `tree`, or a function of `tree` that
+            returns one.
+        tree: The parameters, or anything with their structure.
+        name: What to call the mask in an error.
+
+    Returns:
+        A tree of Python bools with the structure of `tree`.
+    """
+    mask = mask(tree) if callable(mask) else mask
+
+    def spread(value, subtree):
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"`{name}` must hold Python bools, known before tracing, got {value!r}."
+            )
+        return jax.tree.map(lambda _: bool(value), subtree)
+
+    try:
+        return jax.tree.map(spread, mask, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must have the structure of the parameters, or of their upper "
+            f"levels: {error}"
+        ) from error

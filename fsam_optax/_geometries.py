@@ -1,0 +1,205 @@
+"""Three geometries: the balls in which the worst-case perturbation is sought."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from fsam_optax import _operators
+from fsam_optax._checks import check_number, check_transformation
+from fsam_optax._mapped_axes import AxisName
+from fsam_optax._perturbation import perturbation
+
+
+def euclidean_ball(
+    rho: jax.typing.ArrayLike | optax.Schedule,
+    *,
+    ord: jax.typing.ArrayLike = 2,
+    mask: Any | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Perturbation of SAM: the same radius in every direction.
+
+        p = 2:    eps = rho g / ||g||_2
+        p = inf:  eps = rho sign(g)
+
+    Not invariant: a rescaling of the weights that leaves the loss as it is (the two
+    layers of a ReLU network times c and 1/c) changes what this ball contains.
+
+    Args:
+        rho: Radius, in the units of the parameters: a number >= 0 or a schedule.
+            0.05 is the usual start, 0.1 on harder data.
+        ord: The p of the ball, in (1, inf].
+        mask: Which leaves to perturb; see `perturbation`.
+        axis_name: For parameters sharded by hand; see `perturbation`.
+
+    Returns:
+        A transformation from the gradient to eps, float32 or wider, to be added.
+
+    Raises:
+        ValueError: If rho or ord is a Python number out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> ball = euclidean_ball(0.05)
+        >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+        >>> eps, _ = ball.update(grads, ball.init(grads))
+        >>> print(eps["w"], eps["b"])
+        [0.03 0.  ] [0.04]
+
+    References:
+        Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization for Efficiently
+        Improving Generalization, 2021, https://arxiv.org/abs/2010.01412 (equation 2).
+    """
+    return perturbation(rho, ord=ord, mask=mask, axis_name=axis_name)
+
+
+def adaptive_ellipsoid(
+    rho: jax.typing.ArrayLike | optax.Schedule,
+    *,
+    eta: jax.typing.ArrayLike = 0.01,
+    scope: Literal["element", "filter", "layer"] = "element",
+    ord: jax.typing.ArrayLike = 2,
+    normalize: Callable[[tuple[Any, ...], Any], bool] | Any | None = None,
+    filter_axis: int = -1,
+    mask: Any | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Perturbation of ASAM: a radius in proportion to the weights themselves.
+
+        T = |w| + eta                      element
+            ||filter of w||_2 + eta        filter
+            ||leaf of w||_2 + eta          layer
+        p = 2:    eps = rho T^2 g / ||T g||_2
+        p = inf:  eps = rho T sign(g)
+
+    With eta = 0 and element scope, any rescaling of single weights that leaves the
+    loss as it is takes eps along; eta breaks this a little, and keeps weights near 0
+    perturbed. The radius is relative, so rho is about ten times that of SAM.
+
+    Args:
+        rho: Radius relative to the weights: a number >= 0 or a schedule.
+        eta: Added to every |w|, >= 0.
+        scope: Over what |w| is taken. A filter is the kernel of one output channel,
+            all of a leaf but `filter_axis`; leaves of fewer than two axes have none
+            and stay at element scope.
+        ord: The p of the ball, in (1, inf].
+        normalize: Which leaves get T from w; the others get T = 1 and are perturbed
+            as in SAM. A function of the key path and the leaf, or a tree of bools that
+            is a prefix of the parameters. None is everything but biases, by the last
+            key: `bias`, `b`, `beta`, `offset`.
+        filter_axis: Output channels of a kernel: the last axis in Flax and Haiku, 0 in
+            Equinox and PyTorch.
+        mask: Which leaves to perturb at all; see `perturbation`.
+        axis_name: For parameters sharded by hand; see `perturbation`. Not with filter
+            scope, whose norms may be cut through by such sharding.
+
+    Returns:
+        A transformation from the gradient to eps, float32 or wider, to be added. Its
+        `update` needs `params`.
+
+    Raises:
+        ValueError: If rho, eta or ord is a Python number out of range, if scope is
+            none of the three, or in `update` if params is None.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> ellipsoid = adaptive_ellipsoid(0.5, eta=0.0)
+        >>> params = {"kernel": jnp.array([1.0, 10.0]), "bias": jnp.array([9.0])}
+        >>> grads = {"kernel": jnp.array([1.0, 0.1]), "bias": jnp.array([0.0])}
+        >>> eps, _ = ellipsoid.update(grads, ellipsoid.init(params), params)
+        >>> print(eps["kernel"] / params["kernel"])  # Equal in relative terms.
+        [0.35355338 0.35355338]
+
+    References:
+        Kwon, Kim, Park, Choi, ASAM: Adaptive Sharpness-Aware Minimization for
+        Scale-Invariant Learning of Deep Neural Networks, 2021,
+        https://arxiv.org/abs/2102.11600. Which leaves are normalised, and eta, follow
+        the authors' code.
+    """
+    check_number("eta", eta, 0)
+    if scope not in ("element", "filter", "layer"):
+        raise ValueError(
+            f'`scope` must be "element", "filter" or "layer", got {scope!r}.'
+        )
+    if scope == "filter" and axis_name is not None:
+        raise ValueError(
+            '`scope="filter"` cannot be combined with `axis_name`: a filter may be cut '
+            "by the sharding. Shard under `jax.jit` instead, or use another scope."
+        )
+    operator = _operators.adaptive(eta, scope, normalize, filter_axis, axis_name)
+    return perturbation(rho, operator, ord=ord, mask=mask, axis_name=axis_name)
+
+
+def fisher_ellipsoid(
+    rho: jax.typing.ArrayLike | optax.Schedule,
+    estimator: optax.GradientTransformation,
+    *,
+    eta: jax.typing.ArrayLike | None = None,
+    damping: jax.typing.ArrayLike | None = None,
+    relative: bool = True,
+    mask: Any | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Perturbation of Fisher SAM: a radius in units of the model's output.
+
+        T^2 = 1 / (1 + eta F)    or    1 / (F + damping)
+        eps = rho T^2 g / ||T g||_2
+
+    F is a diagonal Fisher information, so that eps is short where a small change of a
+    weight changes the predictions much. A diagonal is only invariant to rescaling
+    weight by weight, and any damping breaks even that.
+
+    Args:
+        rho: Radius: a number >= 0 or a schedule. Euclidean length with eta (eps is
+            never longer than rho), Fisher length with damping (eps may be as long as
+            rho / sqrt(damping)).
+        estimator: Transformation whose output is F. It receives every extra argument.
+            A moving average is `optax.chain(estimator, optax.ema(0.95))`.
+        eta: Weight of F against the Euclidean metric, >= 0; 0 is exactly SAM. 1 unless
+            `damping` is given.
+        damping: Added to F before inverting, >= 0. The same direction as eta =
+            1 / damping, with a rho that is sqrt(damping) times as large. With 0,
+            parameters of F = 0 are not perturbed.
+        relative: Divide F by its mean over the perturbed parameters first, so that eta
+            and damping have no unit. Without it the usual F is so small beside 1 that
+            eta = 1 is SAM to five digits, and eta has to grow as the loss falls.
+        mask: Which leaves to perturb; see `perturbation`.
+        axis_name: For parameters sharded by hand; see `perturbation`.
+
+    Returns:
+        A transformation from the gradient to eps, float32 or wider, to be added.
+        Negative entries of F, which some estimators return, count as 0. An F that is
+        not finite gives eps = 0 and leaves the state of the estimator as it was.
+
+    Raises:
+        TypeError: If estimator is no transformation.
+        ValueError: If rho, eta or damping is a Python number out of range, or eta and
+            damping are both given.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import given
+        >>> ellipsoid = fisher_ellipsoid(0.1, given())
+        >>> grads, fisher = jnp.array([1.0, 1.0]), jnp.array([0.0, 6.0])
+        >>> eps, _ = ellipsoid.update(grads, ellipsoid.init(grads), fisher=fisher)
+        >>> print(eps)  # T^2 is 1 and 1/3.
+        [0.08660254 0.02886751]
+
+    References:
+        Kim, Li, Hu, Hospedales, Fisher SAM: Information Geometry and Sharpness Aware
+        Minimisation, 2022, https://arxiv.org/abs/2206.04920. `relative` is this
+        library's addition.
+    """
+    check_transformation("estimator", estimator, "squared_gradient()")
+    if eta is not None and damping is not None:
+        raise ValueError(
+            "`eta` and `damping` are two ways to damp the same metric: give one. "
+            f"Got eta={eta} and damping={damping}."
+        )
+    eta = 1.0 if eta is None else eta
+    check_number("eta", eta, 0)
+    check_number("damping", damping, 0)
+    operator = _operators.fisher(estimator, eta, damping, relative, mask, axis_name)
+    return perturbation(rho, operator, mask=mask, axis_name=axis_name)

@@ -1,0 +1,124 @@
+"""Mapped axes: which values differ between their devices, and how to merge those.
+
+`jax.shard_map` with `check_vma=True` tracks this in the type of every value. Under
+`jax.pmap`, `jax.vmap` and `check_vma=False` the types say nothing.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+AxisName = Hashable | tuple[Hashable, ...] | None
+
+
+def _names(axis_name: AxisName) -> tuple[Hashable, ...]:
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def _varying(x: Any) -> frozenset[Hashable]:
+    """Returns the axes that the type of `x` says it varies over."""
+    type_ = jax.typeof(x)
+    if hasattr(type_, "manual_axis_type"):  # The name since jax 0.10.2.
+        return type_.manual_axis_type.varying
+    return getattr(type_, "vma", frozenset())
+
+
+def _tracked(name: Hashable) -> bool:
+    """Tells whether types say what varies over the axis."""
+    return name in _varying(jax.lax.axis_index(name))
+
+
+def axes_over_which_differs(x: Any, axis_name: AxisName) -> tuple[Hashable, ...]:
+    """Returns the axes over whose devices `x` differs, all of them if unknown."""
+    return tuple(
+        name for name in _names(axis_name) if not _tracked(name) or name in _varying(x)
+    )
+
+
+def vary(tree: Any, axis_name: AxisName) -> Any:
+    """Returns the values, typed as if they differed between the devices.
+
+    The gradient at such parameters is that of the device's own loss. At parameters
+    known to be replicated, `jax.grad` sums it over the devices by itself.
+    """
+
+    def cast(x):
+        axes = tuple(
+            name
+            for name in _names(axis_name)
+            if _tracked(name) and name not in _varying(x)
+        )
+        if not axes:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, axes, to="varying")
+        return getattr(jax.lax, "pvary")(x, axes)  # noqa: B009  (gone from newer jax)
+
+    return jax.tree.map(cast, tree)
+
+
+def vary_like(tree: Any, like: Any) -> Any:
+    """Returns the values, typed as varying over the axes that those of `like` do."""
+    return jax.tree.map(lambda x, y: vary(x, tuple(_varying(y)) or None), tree, like)
+
+
+def is_key(x: Any) -> bool:
+    """Tells whether a leaf is an array of typed PRNG keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def merge(tree: Any, axis_name: AxisName) -> Any:
+    """Merges states that were updated by each device on its own.
+
+    Means of floating-point leaves, the largest of counters, any of the keys.
+    """
+
+    def leaf(x):
+        axes = axes_over_which_differs(x, axis_name)
+        if not axes:
+            return x
+        if is_key(x):
+            data = jax.lax.pmax(jax.random.key_data(x), axes)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jax.lax.pmean(x, axes)
+        return jax.lax.pmax(x, axes)
+
+    return jax.tree.map(leaf, tree)
+
+
+def merge_next(merged: Any, new: Any, index: jax.Array) -> Any:
+    """Merges the state of micro-batch `index` into that of the ones before it.
+
+    The same rules as `merge`, one micro-batch at a time. Equal states merge to
+    themselves exactly.
+    """
+
+    def leaf(x, y):
+        if is_key(y):
+            return y
+        if jnp.issubdtype(y.dtype, jnp.inexact):
+            y = y.astype(x.dtype)
+            return jnp.where(index == 0, y, x + (y - x) / (index + 1).astype(x.dtype))
+        return jnp.where(index == 0, y, jnp.maximum(x, y))
+
+    return jax.tree.map(leaf, merged, new)
+
+
+def merge_stacked(tree: Any) -> Any:
+    """Merges states that are stacked along the leading axis of every leaf.
+
+    The same rules as `merge`.
+    """
+
+    def leaf(x):
+        if is_key(x):
+            return x[-1]
+        return jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.max(x, 0)
+
+    return jax.tree.map(leaf, tree)

@@ -1,0 +1,266 @@
+"""Sharpness-aware minimisation as a drop-in for `jax.value_and_grad`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fsam_optax._ascent import (
+    cast_like,
+    displace,
+    every_kth,
+    measure,
+    Metrics,
+    no_metrics,
+)
+from fsam_optax._checks import (
+    check_count,
+    check_leaves,
+    check_params,
+    check_transformation,
+    leaf_shape,
+)
+from fsam_optax._mapped_axes import AxisName, merge, merge_next, vary, vary_like
+
+
+class ValueAndGradState(NamedTuple):
+    """State of `value_and_grad`.
+
+    Attributes:
+        step: Calls made so far; saturates.  # shape=(), dtype=int32
+        perturbation: State of the perturbation.
+        metrics: Metrics of the last perturbed step.
+        sharpness: Loss at w + eps minus loss at w, at the last perturbed step.
+            # shape=(), dtype=float32
+    """
+
+    step: jax.Array
+    perturbation: optax.OptState
+    metrics: Metrics
+    sharpness: jax.Array
+
+
+class ValueAndGrad(NamedTuple):
+    """A gradient oracle: call it as `f(params, state, batch, *args, **kwargs)`.
+
+    Attributes:
+        init: `init(params) -> state`.
+        apply: What calling the oracle does.
+    """
+
+    init: Callable[[optax.Params], ValueAndGradState]
+    apply: Callable[..., tuple[Any, optax.Updates, ValueAndGradState]]
+
+    def __call__(
+        self,
+        params: optax.Params,
+        state: ValueAndGradState,
+        batch: Any,
+        *args,
+        **kwargs,
+    ) -> tuple[Any, optax.Updates, ValueAndGradState]:
+        """Returns `(value, grads, state)`, or `((value, aux), grads, state)`."""
+        return self.apply(params, state, batch, *args, **kwargs)
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    perturbation: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    micro_batches: int | None = None,
+    every: jax.typing.ArrayLike = 1,
+    perturb_dtype: jax.typing.DTypeLike | None = None,
+    axis_name: AxisName = None,
+) -> ValueAndGrad:
+    """Returns the loss at w and its gradient at the perturbed parameters w + eps.
+
+        value = loss(w)
+        grads = grad loss(w + eps)         eps = perturbation(grad loss(w))
+
+    With several micro-batches, each has an eps of its own and the gradients are
+    averaged (m-sharpness, m the size of a micro-batch), however many devices there
+    are. The gradients then go to any optimizer, wrapper or train state: clipping,
+    weight decay, `optax.MultiSteps` and `optax.apply_if_finite` act on them.
+
+    Args:
+        loss_fn: `loss_fn(params, batch, *args, **kwargs)` returns a scalar, a mean
+            over the batch, or `(scalar, aux)`.
+        perturbation: Maps a gradient to eps. It receives `batch` and the entries of
+            `extra_args` as extra arguments.
+        has_aux: Whether `loss_fn` returns `(scalar, aux)`.
+        micro_batches: Number of equal parts into which the leading axis of every leaf
+            of `batch` is cut. They are worked through one after the other, so memory
+            falls with their number. `aux` gains a leading axis of this size.
+        every: Perturb only each `every`-th step, from the first on. The steps between
+            return the plain gradient and cost only that.
+        perturb_dtype: Dtype in which the second pass sees w + eps. None keeps the
+            dtype of the parameters; see `sharpness_aware`.
+        axis_name: Mapped axes of `jax.shard_map` or `jax.pmap`: each device perturbs
+            for the batch it holds, then value and gradient are averaged (m-sharpness
+            over devices). `aux` is left as each device has it. For one eps over all
+            devices, use `jax.jit` on a sharded batch instead.
+
+    Returns:
+        An oracle `f`. `f.init(params)` makes its state, and
+        `f(params, state, batch, *args, **kwargs)` returns `(value, grads, state)`,
+        or `((value, aux), grads, state)`. `*args` and `**kwargs` go to both passes, so
+        that dropout draws the same mask in both. Value and `aux` come from the clean
+        pass: BatchNorm statistics are updated once, with unperturbed weights. The
+        keyword `extra_args`, a dict, is kept for the perturbation. Read metrics with
+        `optax.tree.get(state, "sharpness")`; names as in `sharpness_aware`.
+
+    Raises:
+        ValueError: If every or micro_batches < 1; in a call, if a leaf of the batch
+            cannot be cut into `micro_batches` parts.
+        TypeError: If `perturbation` is no transformation; in a call, if `loss_fn`
+            does not return what `has_aux` says.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from fsam_optax import euclidean_ball
+        >>> def loss_fn(w, batch):
+        ...     return jnp.mean((batch @ w) ** 4)
+        >>> f = value_and_grad(loss_fn, euclidean_ball(0.5))
+        >>> w = jnp.array([1.0, 0.0])
+        >>> state = f.init(w)
+        >>> value, grads, state = f(w, state, jnp.eye(2))
+        >>> print(value, grads, optax.tree.get(state, "sharpness"))
+        0.5 [6.75 0.  ] 2.03125
+
+    References:
+        Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization for Efficiently
+        Improving Generalization, 2021, https://arxiv.org/abs/2010.01412 (algorithm 1;
+        m-sharpness: section 4.1).
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"`loss_fn` must be a function, got {loss_fn!r}.")
+    check_transformation("perturbation", perturbation, "euclidean_ball(0.05)")
+    check_count("every", every)
+    if micro_batches is not None:
+        check_count("micro_batches", micro_batches)
+    ascend = optax.with_extra_args_support(perturbation)
+
+    def init_fn(params):
+        return ValueAndGradState(
+            step=jnp.zeros([], jnp.int32),
+            perturbation=ascend.init(params),
+            metrics=no_metrics(),
+            sharpness=jnp.zeros([], jnp.float32),
+        )
+
+    def apply_fn(
+        params,
+        state,
+        batch,
+        *args,
+        extra_args: Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
+        check_params("value_and_grad", params)
+        check_leaves(params, "params", real=True)
+
+        def checked_loss(params, batch):
+            return loss_and_aux(loss_fn(params, batch, *args, **kwargs), has_aux)
+
+        gradient = jax.value_and_grad(checked_loss, has_aux=True)
+
+        def sam_gradient(batch):
+            (value, aux), grads = gradient(vary(params, axis_name), batch)
+
+            def perturbed():
+                eps, perturbation_state = ascend.update(
+                    grads,
+                    state.perturbation,
+                    params,
+                    **{"batch": batch, **(extra_args or {})},
+                )
+                point = vary(displace(params, eps, perturb_dtype), axis_name)
+                (perturbed_value, _), perturbed_grads = gradient(point, batch)
+                perturbed_grads = cast_like(perturbed_grads, grads)
+                rise = perturbed_value.astype(jnp.float32) - value
+                return (
+                    perturbed_grads,
+                    perturbation_state,
+                    measure(grads, perturbed_grads, eps),
+                    jnp.asarray(rise, jnp.float32),
+                )
+
+            def plain():
+                return grads, state.perturbation, state.metrics, state.sharpness
+
+            # Both branches must agree on what may differ between the devices.
+            perturbed, plain = (
+                lambda branch=branch: vary(branch(), axis_name)
+                for branch in (perturbed, plain)
+            )
+            return every_kth(every, state.step, perturbed, plain), (value, aux)
+
+        if micro_batches is None:
+            result, (value, aux) = sam_gradient(batch)
+        else:
+            # Overwritten by the first micro-batch, but of the right types.
+            zeros = vary_like(jax.tree.map(jnp.zeros_like, params), params)
+            start = (zeros, state.perturbation, state.metrics, state.sharpness)
+
+            def body(merged, indexed_batch):
+                index, micro_batch = indexed_batch
+                result, value_and_aux = sam_gradient(micro_batch)
+                return merge_next(merged, result, index), value_and_aux
+
+            result, (values, aux) = jax.lax.scan(
+                body,
+                vary(start, axis_name),
+                (jnp.arange(micro_batches), _cut(batch, micro_batches)),
+            )
+            value = jnp.mean(values)
+        value = merge(value, axis_name)
+        grads, perturbation_state, metrics, sharpness = merge(result, axis_name)
+        state = ValueAndGradState(
+            step=jnp.asarray(optax.safe_increment(state.step)),
+            perturbation=perturbation_state,
+            metrics=metrics,
+            sharpness=sharpness,
+        )
+        return ((value, aux) if has_aux else value), grads, state
+
+    return ValueAndGrad(init_fn, apply_fn)
+
+
+def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    """Returns (loss, aux), or raises TypeError if `loss_fn` returned anything else."""
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "With `has_aux=True`, `loss_fn` must return `(loss, aux)`, got "
+            f"{type(result).__name__}."
+        )
+    loss, aux = result if has_aux else (result, None)
+    if leaf_shape(loss) != ():
+        hint = (
+            "Pass `has_aux=True` if it returns `(loss, aux)`."
+            if isinstance(loss, tuple)
+            else "Take the mean over the batch."
+        )
+        raise TypeError(
+            "`loss_fn` must return a scalar loss, got "
+            f"{getattr(loss, 'shape', type(loss).__name__)}. {hint}"
+        )
+    return jnp.asarray(loss), aux
+
+
+def _cut(batch: Any, parts: int) -> Any:
+    """Reshapes the leading axis of every leaf from (n,) to (parts, n / parts)."""
+
+    def cut(path, x):
+        if not jnp.ndim(x) or len(x) % parts:
+            raise ValueError(
+                f"`batch` leaf {jax.tree_util.keystr(path) or 'at the root'} of shape "
+                f"{jnp.shape(x)} cannot be cut into `micro_batches={parts}` equal "
+                "parts along its leading axis."
+            )
+        return jnp.reshape(x, (parts, len(x) // parts, *jnp.shape(x)[1:]))
+
+    return jax.tree_util.tree_map_with_path(cut, batch)
