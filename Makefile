@@ -35,7 +35,7 @@ notebooks: $(VENV)/dev.stamp
 	$(PY) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 bench: $(VENV)/dev.stamp
-	$(PY) benchmarks/perturbation_cost.py $(ARGS)
+	$(PY) benchmarks/step_time.py $(ARGS)
 
 # The wheel, in an environment without the source tree, from another directory.
 wheel-test:

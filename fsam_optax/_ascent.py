@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._checks import is_real
-from fsam_optax._norms import divisor, norm, widen
+from fsam_optax._norms import cosine, norm, total, widen
 
 
 class Metrics(NamedTuple):
@@ -16,7 +16,8 @@ class Metrics(NamedTuple):
     Attributes:
         grad_norm: Euclidean norm of the gradient at the parameters w.
         perturbed_grad_norm: Euclidean norm of the gradient at w + eps.
-        perturbation_norm: Euclidean norm of eps, whatever the geometry.
+        perturbation_norm: Euclidean norm of eps, whatever the geometry, as the loss saw
+            it: after w + eps was rounded.
         gradient_cosine: Cosine of the angle between the two gradients, 0 if one is 0.
             Near 1, the perturbation changes nothing but the length of the step.
     """
@@ -36,19 +37,16 @@ def _real_leaves(tree: Any) -> list[jax.Array]:
     return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_real(x)]
 
 
-def measure(grads: Any, perturbed_grads: Any, eps: Any) -> Metrics:
-    """Computes the metrics of one step."""
+def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metrics:
+    """Computes the metrics of one step from params to `point` = params + eps."""
     g, h = _real_leaves(grads), _real_leaves(perturbed_grads)
     g_norm, h_norm = norm(g), norm(h)
-    g_scale, h_scale = divisor(g_norm), divisor(h_norm)
-    cosine = sum(
-        (
-            jnp.sum((x.astype(widen(x)) / g_scale) * (y.astype(widen(y)) / h_scale))
-            for x, y in zip(g, h, strict=True)
-        ),
-        jnp.zeros([]),
-    )
-    values = (g_norm, h_norm, norm(_real_leaves(eps)), cosine)
+    steps = [
+        jnp.sum(jnp.square(y.astype(widen(x, y)) - x.astype(widen(x, y))))
+        for x, y in zip(_real_leaves(params), _real_leaves(point), strict=True)
+    ]
+    step_norm = jnp.sqrt(total(steps)) if steps else jnp.zeros([])
+    values = (g_norm, h_norm, step_norm, cosine(g, h, g_norm, h_norm))
     return Metrics(*(jnp.asarray(x, jnp.float32) for x in values))
 
 

@@ -33,17 +33,21 @@ def check_number(
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless a Python number is a whole number of at least 1."""
-    if isinstance(value, numbers.Real) and (float(value) < 1 or float(value) % 1):
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+    """Raises ValueError unless a Python number is an integer of at least 1."""
+    if isinstance(value, numbers.Real) and not (
+        isinstance(value, numbers.Integral) and int(value) >= 1
+    ):
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
 
 
 def check_transformation(name: str, value: Any, example: str) -> None:
     """Raises TypeError unless `value` is an Optax transformation."""
     if not isinstance(value, optax.GradientTransformation):
+        convertible = hasattr(value, "gradient_transformation")
         raise TypeError(
             f"`{name}` must be an optax.GradientTransformation, such as {example}, "
             f"got {value!r}."
+            + (" Call its `.gradient_transformation()`." if convertible else "")
         )
 
 
@@ -154,3 +158,17 @@ def broadcast_mask(mask: Any, tree: Any, name: str) -> Any:
             f"`{name}` must have the structure of the parameters, or of their upper "
             f"levels: {error}"
         ) from error
+
+
+def movable(updates: Any, params: Any, mask: Any) -> Any:
+    """Returns a bool for every leaf: whether it can be perturbed and `mask` lets it.
+
+    `params` may be None.
+    """
+    like = updates if params is None else params
+    return jax.tree.map(
+        lambda g, w, keep: keep and is_real(g) and is_real(w),
+        updates,
+        like,
+        broadcast_mask(True if mask is None else mask, like, "mask"),
+    )

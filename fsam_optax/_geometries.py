@@ -90,7 +90,9 @@ def adaptive_ellipsoid(
             is a prefix of the parameters. None is everything but biases, by the last
             key: `bias`, `b`, `beta`, `offset`.
         filter_axis: Output channels of a kernel: the last axis in Flax and Haiku, 0 in
-            Equinox and PyTorch.
+            Equinox and PyTorch. (Name it in `static_args` of
+            `optax.inject_hyperparams`, as `mask` and `normalize` if they are
+            functions.)
         mask: Which leaves to perturb at all; see `perturbation`.
         axis_name: For parameters sharded by hand; see `perturbation`. Not with filter
             scope, whose norms may be cut through by such sharding.
@@ -101,7 +103,8 @@ def adaptive_ellipsoid(
 
     Raises:
         ValueError: If rho, eta or ord is a Python number out of range, if scope is
-            none of the three, or in `update` if params is None.
+            none of the three; in `update`, if params is None or a leaf has no
+            `filter_axis`.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -67,6 +67,23 @@ def vary_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, y: vary(x, tuple(_varying(y)) or None), tree, like)
 
 
+def replica_index(
+    axis_name: AxisName, index: Any = None, count: int | None = None
+) -> dict[str, Any]:
+    """Returns the extra argument `replica`, empty if there is only one replica.
+
+    It numbers the perturbations that are sought from the same state: those of the
+    micro-batches (`index` of `count`) and devices. Estimators that draw at random fold
+    it into their key, so that no two replicas draw alike.
+    """
+    if axis_name is None and index is None:
+        return {}
+    replica = 0 if index is None else index
+    if axis_name is not None:
+        replica = jax.lax.axis_index(axis_name) * (count or 1) + replica
+    return {"replica": replica}
+
+
 def is_key(x: Any) -> bool:
     """Tells whether a leaf is an array of typed PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

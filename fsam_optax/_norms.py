@@ -1,5 +1,6 @@
-"""Norms over pytrees, in float32 or wider, that cannot overflow on squaring."""
+"""Norms over pytrees, in float32 or wider, that neither overflow nor underflow."""
 
+import functools
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -19,34 +20,32 @@ def divisor(x: jax.Array) -> jax.Array:
     return jnp.where((x > 0) & jnp.isfinite(x), x, jnp.ones_like(x))
 
 
+def _is(ord: Any, number: int) -> bool:
+    """Tells whether a possibly traced order is known to be that number."""
+    return isinstance(ord, int | float) and ord == number
+
+
 def signed_power(x: jax.Array, exponent: Any) -> jax.Array:
     """Returns `sign(x) |x|^exponent`; 0 stays 0, whatever the exponent."""
-    if isinstance(exponent, int | float) and exponent == 1:
-        return x
-    return jnp.sign(x) * jnp.abs(x) ** exponent
+    return x if _is(exponent, 1) else jnp.sign(x) * jnp.abs(x) ** exponent
 
 
 def _power(x: jax.Array, ord: Any) -> jax.Array:
-    return x * x if isinstance(ord, int | float) and ord == 2 else x**ord
+    return x * x if _is(ord, 2) else jnp.abs(x) ** ord
 
 
 def _root(x: jax.Array, ord: Any) -> jax.Array:
-    return jnp.sqrt(x) if isinstance(ord, int | float) and ord == 2 else x ** (1 / ord)
+    return jnp.sqrt(x) if _is(ord, 2) else x ** (1 / ord)
 
 
-def vector_norm(
-    x: jax.Array, ord: Any = 2, axis: tuple[int, ...] | None = None
-) -> jax.Array:
-    """Returns `(sum |x|^ord)^(1/ord)`, as a scalar or over `axis` (kept with size 1).
+def scaled_norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """Returns the Euclidean norm over `axis`, which is kept with size 1.
 
-    The largest magnitude is divided out first, so that neither 1e30 nor 1e-30
-    leaves the range of float32 when it is raised to a power.
+    The largest magnitude is divided out before squaring.
     """
-    x = x.astype(widen(x))
-    keep = axis is not None
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=keep, initial=0)
-    ratio = jnp.abs(x) / divisor(largest)
-    return largest * _root(jnp.sum(_power(ratio, ord), axis=axis, keepdims=keep), ord)
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
+    ratio = x / divisor(largest)
+    return largest * jnp.sqrt(jnp.sum(ratio * ratio, axis=axis, keepdims=True))
 
 
 def total(terms: Iterable[jax.Array], axis_name: AxisName = None) -> jax.Array:
@@ -54,17 +53,28 @@ def total(terms: Iterable[jax.Array], axis_name: AxisName = None) -> jax.Array:
     groups: dict[tuple[Hashable, ...], list[jax.Array]] = {}
     for x in terms:
         groups.setdefault(axes_over_which_differs(x, axis_name), []).append(x)
-    result = jnp.zeros([])
-    for axes, members in groups.items():
-        part = jnp.sum(jnp.stack(members), axis=0)
-        result = result + (jax.lax.psum(part, axes) if axes else part)
-    return result
+    parts = [
+        jax.lax.psum(part, axes) if axes else part
+        for axes, members in groups.items()
+        for part in [jnp.sum(jnp.stack(members), axis=0)]
+    ]
+    return functools.reduce(jnp.add, parts)
+
+
+def _in_range(powers: jax.Array) -> jax.Array:
+    """Tells whether a sum of powers lost nothing to overflow or underflow."""
+    info = jnp.finfo(powers.dtype)
+    return (powers >= info.tiny / info.eps**2) & (powers <= info.max)
 
 
 def norm(
     leaves: Iterable[jax.Array], ord: Any = 2, axis_name: AxisName = None
 ) -> jax.Array:
     """Returns the `ord`-norm of all leaves taken as one vector (0 for no leaves).
+
+    One pass over the leaves and one sum over devices. Only if the sum of powers left
+    the range in which it is accurate (gradients of 1e30, of 1e-30, or 0) is it taken
+    again, with the largest magnitude divided out.
 
     Args:
         leaves: Real arrays. Sharded ones are summed over the devices of `axis_name`.
@@ -74,11 +84,54 @@ def norm(
     Returns:
         A scalar, float32 or wider. Not finite if an element is not.
     """
-    norms = [vector_norm(x, ord) for x in leaves]
-    if not norms:
-        return jnp.zeros([])
-    largest = jnp.max(jnp.stack(norms))
-    if axes := axes_over_which_differs(largest, axis_name):
-        largest = jax.lax.pmax(largest, axes)
-    powers = [_power(x / divisor(largest), ord) for x in norms]
-    return largest * _root(total(powers, axis_name), ord)
+    leaves = [x for x in leaves if x.size]
+    if not leaves:
+        return jnp.zeros([], widen())
+    known = isinstance(ord, int | float)
+    return (_compiled_norm if known else _norm)(leaves, ord, axis_name)
+
+
+def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
+    dtype = widen(*leaves)
+    leaves = [x.astype(dtype) for x in leaves]
+    powers = total([jnp.sum(_power(x, ord)) for x in leaves], axis_name)
+
+    def rescaled():
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
+        if axes := axes_over_which_differs(largest, axis_name):
+            largest = jax.lax.pmax(largest, axes)
+        ratios = [x / divisor(largest) for x in leaves]
+        powers = total([jnp.sum(_power(x, ord)) for x in ratios], axis_name)
+        return largest * _root(powers, ord)
+
+    return jax.lax.cond(_in_range(powers), lambda: _root(powers, ord), rescaled)
+
+
+# As a unit: on its own, `lax.cond` compiles anew at every call outside of jit.
+_compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=True)
+
+
+def cosine(
+    xs: list[jax.Array], ys: list[jax.Array], x_norm: jax.Array, y_norm: jax.Array
+) -> jax.Array:
+    """Returns the cosine of the angle between two vectors, 0 if one is 0."""
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x.size]
+    return _cosine(pairs, x_norm, y_norm) if pairs else jnp.zeros([], widen())
+
+
+@functools.partial(jax.jit, inline=True)
+def _cosine(
+    pairs: list[tuple[jax.Array, jax.Array]], x_norm: jax.Array, y_norm: jax.Array
+) -> jax.Array:
+    dtype = widen(*jax.tree.leaves(pairs))
+    pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+    x_length, y_length = divisor(x_norm), divisor(y_norm)
+
+    def plain():
+        return total([jnp.sum(x * y) for x, y in pairs]) / (x_length * y_length)
+
+    def rescaled():
+        return total([jnp.sum((x / x_length) * (y / y_length)) for x, y in pairs])
+
+    in_range = _in_range(x_norm * x_norm) & _in_range(y_norm * y_norm)
+    return jax.lax.cond(in_range, plain, rescaled)

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import broadcast_mask, check_like, check_params, is_real
+from fsam_optax._checks import (
+    broadcast_mask,
+    check_like,
+    check_params,
+    is_real,
+    movable,
+)
 from fsam_optax._mapped_axes import AxisName
-from fsam_optax._norms import divisor, norm, total, vector_norm, widen
+from fsam_optax._norms import divisor, norm, scaled_norm, total, widen
 
 
 _BIASES = frozenset({"bias", "b", "beta", "offset"})
@@ -46,13 +52,19 @@ def adaptive(
     Leaves that `normalize` leaves out get T = 1.
     """
 
-    def magnitude(w):
+    def magnitude(path, w):
         w = jnp.asarray(w, widen(w))
         if scope == "layer":
             return norm([w], axis_name=axis_name)
         if scope == "filter" and w.ndim > 1:
+            if not -w.ndim <= filter_axis < w.ndim:
+                raise ValueError(
+                    f"`filter_axis` is {filter_axis}, but leaf "
+                    f"{jax.tree_util.keystr(path)} has {w.ndim} axes. Leave it out "
+                    "with `normalize`, or give the axis of the output channels."
+                )
             axes = tuple(i for i in range(w.ndim) if i != filter_axis % w.ndim)
-            return vector_norm(w, axis=axes)
+            return scaled_norm(w, axes)
         return jnp.abs(w)
 
     def normalized(params):
@@ -63,8 +75,10 @@ def adaptive(
     def operator(updates, params):
         del updates
         check_params("adaptive_ellipsoid", params)
-        return jax.tree.map(
-            lambda w, use: magnitude(w) + eta if use and is_real(w) else 1.0,
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w, use: (
+                magnitude(path, w) + eta if use and is_real(w) else 1.0
+            ),
             params,
             normalized(params),
         )
@@ -72,18 +86,19 @@ def adaptive(
     return optax.stateless(operator)
 
 
-def _mean(diagonal: Any, mask: Any | None, axis_name: AxisName) -> jax.Array:
+def _mean(diagonal: Any, moves: Any, axis_name: AxisName) -> jax.Array:
     """Returns the mean over the perturbed parameters, 1 for 0, NaN if not finite."""
-    use = broadcast_mask(True if mask is None else mask, diagonal, "mask")
     sums_and_sizes = [
         jnp.stack([jnp.sum(f), jnp.asarray(f.size, f.dtype)])
-        for f, keep in zip(jax.tree.leaves(diagonal), jax.tree.leaves(use), strict=True)
-        if keep
+        for f, move in zip(
+            jax.tree.leaves(diagonal), jax.tree.leaves(moves), strict=True
+        )
+        if move and f.size
     ]
     if not sums_and_sizes:
         return jnp.ones([])
     amount, size = total(sums_and_sizes, axis_name)
-    mean = amount / divisor(size)
+    mean = amount / size
     return jnp.where(mean == 0, 1, jnp.where(jnp.isfinite(mean), mean, jnp.nan))
 
 
@@ -109,13 +124,16 @@ def fisher(
         diagonal = jax.tree.map(
             lambda f: jnp.maximum(jnp.asarray(f, widen(f)), 0), diagonal
         )
-        scale = _mean(diagonal, mask, axis_name) if relative else 1.0
+        moves = movable(updates, params, mask)
+        scale = _mean(diagonal, moves, axis_name) if relative else 1.0
 
         def inverse_root(f):
             f = f / scale
             metric = 1 + eta * f if damping is None else f + damping
-            inverse = jnp.where(metric > 0, 1 / divisor(metric), 0)
-            return jnp.where(jnp.isfinite(metric), jnp.sqrt(inverse), jnp.nan)
+            root = 1 / jnp.sqrt(divisor(metric))
+            return jnp.where(
+                jnp.isfinite(metric), jnp.where(metric > 0, root, 0), jnp.nan
+            )
 
         return jax.tree.map(inverse_root, diagonal), state
 

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._checks import (
-    broadcast_mask,
     check_leaves,
     check_like,
     check_number,
     check_transformation,
-    is_real,
+    movable,
 )
 from fsam_optax._mapped_axes import AxisName
 from fsam_optax._norms import divisor, norm, signed_power, widen
@@ -130,12 +129,7 @@ def perturbation(
             check_leaves(params, "params")
             check_like("grads", updates, "params", params)
         like = updates if params is None else params
-        moves = jax.tree.map(
-            lambda g, w, keep: keep and is_real(g) and is_real(w),
-            updates,
-            like,
-            broadcast_mask(True if mask is None else mask, like, "mask"),
-        )
+        moves = movable(updates, params, mask)
         radius = rho(state.count) if callable(rho) else rho
         t, operator_state = operator.update(
             updates, state.operator, params, **extra_args

@@ -21,7 +21,7 @@ from fsam_optax._checks import (
     check_params,
     check_transformation,
 )
-from fsam_optax._mapped_axes import AxisName, merge, vary
+from fsam_optax._mapped_axes import AxisName, merge, replica_index, vary
 
 
 class SharpnessAwareState(NamedTuple):
@@ -134,13 +134,16 @@ def sharpness_aware(
 
         def perturbed():
             eps, perturbation_state = ascend.update(
-                updates, state.perturbation, params, grad_fn=grad_fn, **extra_args
+                updates,
+                state.perturbation,
+                params,
+                **{"grad_fn": grad_fn, **replica_index(axis_name), **extra_args},
             )
             point = vary(displace(params, eps, perturb_dtype), axis_name)
             grads = grad_fn(point)
             _check_gradient(grads, params)
             grads = cast_like(merge(grads, axis_name), updates)
-            metrics = measure(updates, grads, eps)
+            metrics = measure(updates, grads, params, point)
             return grads, merge((perturbation_state, metrics), axis_name)
 
         def plain():

@@ -1,5 +1,6 @@
 """Sharpness-aware minimisation as a drop-in for `jax.value_and_grad`."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,9 +21,18 @@ from fsam_optax._checks import (
     check_leaves,
     check_params,
     check_transformation,
+    is_real,
     leaf_shape,
 )
-from fsam_optax._mapped_axes import AxisName, merge, merge_next, vary, vary_like
+from fsam_optax._mapped_axes import (
+    AxisName,
+    merge,
+    merge_next,
+    replica_index,
+    vary,
+    vary_like,
+)
+from fsam_optax._norms import widen
 
 
 class ValueAndGradState(NamedTuple):
@@ -42,7 +52,8 @@ class ValueAndGradState(NamedTuple):
     sharpness: jax.Array
 
 
-class ValueAndGrad(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ValueAndGrad:
     """A gradient oracle: call it as `f(params, state, batch, *args, **kwargs)`.
 
     Attributes:
@@ -168,24 +179,26 @@ def value_and_grad(
 
         gradient = jax.value_and_grad(checked_loss, has_aux=True)
 
-        def sam_gradient(batch):
+        def sam_gradient(batch, index=None):
             (value, aux), grads = gradient(vary(params, axis_name), batch)
+            replica = replica_index(axis_name, index, micro_batches)
 
             def perturbed():
                 eps, perturbation_state = ascend.update(
                     grads,
                     state.perturbation,
                     params,
-                    **{"batch": batch, **(extra_args or {})},
+                    **{"batch": batch, **replica, **(extra_args or {})},
                 )
                 point = vary(displace(params, eps, perturb_dtype), axis_name)
                 (perturbed_value, _), perturbed_grads = gradient(point, batch)
                 perturbed_grads = cast_like(perturbed_grads, grads)
-                rise = perturbed_value.astype(jnp.float32) - value
+                wide = widen(value, perturbed_value)
+                rise = perturbed_value.astype(wide) - value.astype(wide)
                 return (
                     perturbed_grads,
                     perturbation_state,
-                    measure(grads, perturbed_grads, eps),
+                    measure(grads, perturbed_grads, params, point),
                     jnp.asarray(rise, jnp.float32),
                 )
 
@@ -208,14 +221,15 @@ def value_and_grad(
 
             def body(merged, indexed_batch):
                 index, micro_batch = indexed_batch
-                result, value_and_aux = sam_gradient(micro_batch)
+                result, value_and_aux = sam_gradient(micro_batch, index)
                 return merge_next(merged, result, index), value_and_aux
 
-            result, (values, aux) = jax.lax.scan(
+            merged, (values, aux) = jax.lax.scan(
                 body,
-                vary(start, axis_name),
+                vary(jax.tree.map(_widened, start), axis_name),
                 (jnp.arange(micro_batches), _cut(batch, micro_batches)),
             )
+            result = jax.tree.map(lambda x, like: x.astype(like.dtype), merged, start)
             value = jnp.mean(values)
         value = merge(value, axis_name)
         grads, perturbation_state, metrics, sharpness = merge(result, axis_name)
@@ -249,6 +263,11 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
             f"{getattr(loss, 'shape', type(loss).__name__)}. {hint}"
         )
     return jnp.asarray(loss), aux
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """Returns floating-point leaves as what means are accumulated in."""
+    return x.astype(widen(x)) if is_real(x) else x
 
 
 def _cut(batch: Any, parts: int) -> Any:
