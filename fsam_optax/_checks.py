@@ -69,9 +69,8 @@ def leaf_shape(leaf: Any) -> tuple[int, ...] | None:
 
 def is_real(leaf: Any) -> bool:
     """Tells whether a leaf holds real floating-point numbers."""
-    if isinstance(leaf, numbers.Number):
-        return isinstance(leaf, float)
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+    dtype = getattr(leaf, "dtype", type(leaf))
+    return dtype is float or jnp.issubdtype(dtype, jnp.floating)
 
 
 def _describe(shape: tuple[int, ...] | None) -> str:

@@ -32,6 +32,12 @@ from fsam_optax._mapped_axes import (
     vary,
     vary_like,
 )
+from fsam_optax._negative_log_likelihood import (
+    NegativeLogLikelihood,
+    SquaredScores,
+    takes_scores,
+    value_grad_and_scores,
+)
 from fsam_optax._norms import widen
 
 
@@ -85,6 +91,7 @@ def value_and_grad(
     every: jax.typing.ArrayLike = 1,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
+    fused: bool = True,
 ) -> ValueAndGrad:
     """Returns the loss at w and its gradient at the perturbed parameters w + eps.
 
@@ -113,6 +120,10 @@ def value_and_grad(
             for the batch it holds, then value and gradient are averaged (m-sharpness
             over devices). `aux` is left as each device has it. For one eps over all
             devices, use `jax.jit` on a sharded batch instead.
+        fused: Take gradient and empirical Fisher from one pass, if `loss_fn` is
+            `negative_log_likelihood(apply_fn, likelihood)`, the perturbation contains
+            `fisher_empirical` of the same two, and `every` is 1. The result is the
+            same up to rounding; anything else costs a pass of its own.
 
     Returns:
         An oracle `f`. `f.init(params)` makes its state, and
@@ -178,18 +189,33 @@ def value_and_grad(
             return loss_and_aux(loss_fn(params, batch, *args, **kwargs), has_aux)
 
         gradient = jax.value_and_grad(checked_loss, has_aux=True)
+        alone = isinstance(every, int) and every == 1 and not (args or kwargs)
+        likelihood_loss = None
+        if fused and alone and isinstance(loss_fn, NegativeLogLikelihood):
+            likelihood_loss = loss_fn
 
         def sam_gradient(batch, index=None):
-            (value, aux), grads = gradient(vary(params, axis_name), batch)
             replica = replica_index(axis_name, index, micro_batches)
 
-            def perturbed():
-                eps, perturbation_state = ascend.update(
-                    grads,
-                    state.perturbation,
-                    params,
-                    **{"batch": batch, **replica, **(extra_args or {})},
+            def perturbation_of(grads, **scores):
+                extra = {"batch": batch, **replica, **scores, **(extra_args or {})}
+                return ascend.update(grads, state.perturbation, params, **extra)
+
+            local_params = vary(params, axis_name)
+            if likelihood_loss and takes_scores(
+                likelihood_loss, perturbation_of, params
+            ):
+                aux = None
+                value, grads, squares = value_grad_and_scores(
+                    likelihood_loss, local_params, batch
                 )
+                scores = {"squared_scores": SquaredScores(likelihood_loss, squares)}
+            else:
+                (value, aux), grads = gradient(local_params, batch)
+                scores = {}
+
+            def perturbed():
+                eps, perturbation_state = perturbation_of(grads, **scores)
                 point = vary(displace(params, eps, perturb_dtype), axis_name)
                 (perturbed_value, _), perturbed_grads = gradient(point, batch)
                 perturbed_grads = cast_like(perturbed_grads, grads)

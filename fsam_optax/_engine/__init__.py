@@ -1,0 +1,11 @@
+"""Sums of powers of per-example gradients, for about the price of the gradient."""
+
+from fsam_optax._engine._power_sums import (
+    check_separable as check_separable,
+    explain as explain,
+    explain_loss as explain_loss,
+    Explanation as Explanation,
+    Leaf as Leaf,
+    loss_power_sums as loss_power_sums,
+    power_sums as power_sums,
+)

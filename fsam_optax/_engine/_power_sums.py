@@ -1,0 +1,397 @@
+"""Sums over examples of powers of per-example gradients, at the price of a gradient.
+
+The program of one example is traced, each of its gradients is replaced by an operation
+that adds up its powers (`_plan`, `_sums`), and the result is mapped over the examples.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fsam_optax._engine._example import sums_of_example
+from fsam_optax._engine._sums import widened
+from fsam_optax._mapped_axes import vary_like
+
+
+PyTree = Any
+
+
+def power_sums(
+    apply_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    cotangents: Callable[[PyTree, PyTree], PyTree],
+    targets: PyTree = None,
+    *,
+    powers: Sequence[int] = (2,),
+    weights: jax.Array | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[PyTree, ...]:
+    """Sums over examples of powers of pulled-back cotangents.
+
+    For each power p, elementwise: ``sum_n w_n sum_k (J_n^T c_nk)^p``, where J_n is the
+    Jacobian of the outputs for example n with respect to the parameters. With p = 2
+    and the score of a label as the only cotangent this is a sum of squared
+    per-example gradients. It is not the square of the gradient of the batch.
+
+    It costs about one gradient of the batch, and no array of shape (examples,
+    parameters) is formed. Parameters that are used in a way the rewriting does not
+    know cost what ``jax.vmap(jax.grad(...))`` costs, a few examples at a time; ask
+    `explain`. Call it under `jax.jit`: tracing is the expensive part.
+
+    An example is what the leading axis of `inputs` counts: for sequences the whole
+    sequence, not a token. Each example is run by itself, as a batch of one. A model
+    that mixes examples, as batch normalization in training mode does, has no
+    per-example gradients; what comes out is then the gradient with each example
+    normalized by its own statistics. `check_separable` tells.
+
+    Args:
+        apply_fn: The model, `apply_fn(params, inputs) -> outputs` on a batch.
+        params: Pytree of floating-point arrays.
+        inputs: Pytree of arrays with a leading axis of B examples.
+        cotangents: Maps the outputs h of one example, and its target, to a pytree like
+            h whose leaves have an additional leading axis of K cotangents. No
+            derivative is taken through it.
+        targets: Pytree of arrays with a leading axis of B examples; may hold typed
+            PRNG keys. None passes None to `cotangents`.
+        powers: Which powers, of 1, 2 and 4. The first power is the gradient.
+        weights: Weights of the examples, shape (B,); None for ones. Zero masks an
+            example, unless its gradient is not finite.
+        chunk_bytes: Bytes of per-example gradients that may exist at a time, per
+            parameter that needs them. None for one example at a time on CPU, where
+            that is fastest, and 64 MiB elsewhere.
+
+    Returns:
+        For each power a pytree like `params`: the sum, not the mean; float32, or the
+        dtype of the parameter if that is wider. Nothing can be differentiated through
+        it. Under `jax.shard_map` it is the sum over the examples of the device: the
+        caller adds up the devices.
+
+    Raises:
+        TypeError: If a parameter is not floating-point.
+        ValueError: If the leading axes or the powers are not as described.
+
+    Examples:
+        The squared norms of the inputs, since the model is linear:
+
+        >>> import jax.numpy as jnp
+        >>> inputs = jnp.array([[1.0, 2.0], [3.0, -2.0]])
+        >>> (squares,) = power_sums(
+        ...     lambda w, x: x @ w, jnp.zeros(2), inputs, lambda h, _: jnp.ones((1,))
+        ... )
+        >>> print(squares)
+        [10.  8.]
+        >>> print(jnp.square(jnp.sum(inputs, axis=0)))  # the batch gradient, squared
+        [16.  0.]
+
+    References:
+        Goodfellow, Efficient per-example gradient computations, 2015,
+        https://arxiv.org/abs/1510.01799 (sec. 4), for dense layers. Dangel, Kunstner
+        and Hennig, BackPACK, 2020, https://arxiv.org/abs/1912.10985 (sec. 2), for what
+        a backward pass can yield besides the gradient.
+    """
+    sums, _ = _sums(
+        _one_of_batch(apply_fn),
+        params,
+        (inputs, targets),
+        cotangents,
+        powers,
+        weights,
+        chunk_bytes,
+    )
+    return sums
+
+
+def loss_power_sums(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    powers: Sequence[int] = (2,),
+    weights: jax.Array | None = None,
+    chunk_bytes: int | None = None,
+    has_value: bool = False,
+) -> Any:
+    """Sums over examples of powers of the gradients of their losses.
+
+    For each power p, elementwise: ``sum_n w_n (d loss_n / d params)^p``. The same as
+    `power_sums`, for a loss of one example instead of a model and cotangents.
+
+    Args:
+        loss_fn: Loss of one example, `loss_fn(params, example) -> scalar`.
+        params: Pytree of floating-point arrays.
+        batch: Pytree of arrays with a leading axis of B examples.
+        powers: Which powers, of 1, 2 and 4. The first power is the gradient.
+        weights: Weights of the examples, shape (B,); None for ones.
+        chunk_bytes: See `power_sums`.
+        has_value: Whether to return the loss too, from the same pass.
+
+    Returns:
+        For each power a pytree like `params`. With `has_value` the pair of
+        ``sum_n w_n loss_n`` and these.
+
+    Raises:
+        TypeError: If a parameter is not floating-point, or the loss not a scalar.
+        ValueError: If the leading axes or the powers are not as described.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> def loss_fn(w, example):
+        ...     x, y = example
+        ...     return jnp.square(x * w - y)
+        >>> batch = (jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
+        >>> loss, (grad, squares) = loss_power_sums(
+        ...     loss_fn, jnp.array(1.0), batch, powers=(1, 2), has_value=True
+        ... )
+        >>> print(loss, grad, squares)
+        2.0 6.0 20.0
+    """
+    sums, losses = _sums(
+        loss_fn, params, (batch, None), None, powers, weights, chunk_bytes
+    )
+    if not has_value:
+        return sums
+    return jnp.sum(losses if weights is None else weights * losses), sums
+
+
+class Leaf(NamedTuple):
+    """How the sums of one parameter are formed.
+
+    Attributes:
+        path: Key path of the parameter.
+        shape: Its shape.
+        rule: "outer product", "shared dense", "convolution", "embedding", "reduction",
+            "constant" or "fallback"; several, joined by commas, for one that has parts.
+        cost: Operations of the rule, relative to those of the gradient of this
+            parameter; infinity for a fallback, whose cost is not bounded that way.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str
+    cost: float
+
+
+class Explanation(tuple[Leaf, ...]):
+    """The rule for each parameter; a table when printed."""
+
+    def __str__(self) -> str:
+        """Returns one line per parameter."""
+        rows = [("parameter", "shape", "rule", "cost")]
+        rows += [(x.path, str(x.shape), x.rule, f"{x.cost:.2f}") for x in self]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) for cell, w in zip(row, widths, strict=True)
+            ).rstrip()
+            for row in rows
+        )
+
+
+def explain(
+    apply_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    cotangents: Callable[[PyTree, PyTree], PyTree],
+    targets: PyTree = None,
+) -> Explanation:
+    """Tells how `power_sums` handles each parameter, without computing anything.
+
+    Args:
+        apply_fn: See `power_sums`; all arguments may be `jax.ShapeDtypeStruct`s.
+        params: See `power_sums`.
+        inputs: See `power_sums`.
+        cotangents: See `power_sums`.
+        targets: See `power_sums`.
+
+    Returns:
+        One `Leaf` per parameter. Every rule but "fallback" costs about as much as the
+        gradient. A fallback forms the gradient of each example, a few at a time.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        >>> def apply_fn(params, x):
+        ...     return x @ params["kernel"] + params["bias"]
+        >>> print(explain(apply_fn, params, jnp.ones((8, 3)), lambda h, _: h[None]))
+        parameter   shape   rule           cost
+        ['bias']    (2,)    reduction      1.00
+        ['kernel']  (3, 2)  outer product  1.00
+    """
+    return _explain(_one_of_batch(apply_fn), params, (inputs, targets), cotangents)
+
+
+def explain_loss(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree
+) -> Explanation:
+    """Tells how `loss_power_sums` handles each parameter; see `explain`.
+
+    Args:
+        loss_fn: See `loss_power_sums`; all arguments may be `jax.ShapeDtypeStruct`s.
+        params: See `loss_power_sums`.
+        batch: See `loss_power_sums`.
+
+    Returns:
+        One `Leaf` per parameter.
+    """
+    return _explain(loss_fn, params, (batch, None), None)
+
+
+def check_separable(
+    apply_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    *,
+    tolerance: float = 1e-3,
+) -> None:
+    """Checks that the outputs for an example do not depend on the rest of the batch.
+
+    Runs the model on the batch and on each example by itself. What differs has no
+    per-example gradients: batch normalization in training mode, contrastive losses,
+    routing with a capacity. Random numbers whose shape is that of the batch, as in
+    dropout with one key, are reported too; pass a key per example in `inputs` instead.
+
+    Args:
+        apply_fn: The model, `apply_fn(params, inputs) -> outputs` on a batch.
+        params: Its parameters.
+        inputs: Pytree of arrays with a leading axis of examples; a few are enough.
+        tolerance: Largest difference accepted, relative to the largest output.
+
+    Raises:
+        ValueError: If an output differs by more. Not for use under `jax.jit`.
+    """
+    together = apply_fn(params, inputs)
+    alone = lax.map(lambda x: _one_of_batch(apply_fn)(params, x), inputs)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(together),
+        jax.tree.leaves(alone),
+        strict=True,
+    ):
+        error = jnp.max(jnp.abs(a - b), initial=0)
+        scale = jnp.max(jnp.abs(a), initial=0)
+        if not error <= tolerance * scale:
+            raise ValueError(
+                f"The output{jax.tree_util.keystr(path)} of `apply_fn` for an example "
+                f"depends on the rest of the batch: it differs by {error:.2g} where "
+                f"the largest is {scale:.2g}. There are no per-example gradients; "
+                "use statistics that are fixed, or randomness that is per example."
+            )
+
+
+def _one_of_batch(apply_fn):
+    def output(params, example):
+        outputs = apply_fn(params, jax.tree.map(lambda x: x[None], example))
+        return jax.tree.map(lambda h: h[0], outputs)
+
+    return output
+
+
+def _explain(fn, params, examples, cotangents):
+    report = []
+
+    def record(params, examples):
+        return _sums(fn, params, examples, cotangents, (2,), None, None, report)[0]
+
+    jax.eval_shape(record, params, examples)
+    found = []
+    for (path, leaf), rules in zip(
+        jax.tree_util.tree_leaves_with_path(params), report, strict=True
+    ):
+        total = sum(n for *_, n in rules)
+        cost = sum(c * n for _, c, n in rules) / max(total, 1)
+        name = ", ".join(dict.fromkeys(name for name, *_ in rules))
+        found.append(Leaf(jax.tree_util.keystr(path), leaf.shape, name, cost))
+    return Explanation(found)
+
+
+def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report=None):
+    """Returns the sums of powers; for a loss (no cotangents) that of each example too."""
+    powers = tuple(powers)
+    if not powers or not set(powers) <= {1, 2, 4}:
+        raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers}.")
+    params, examples = jax.tree.map(jnp.asarray, (params, examples))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, which has "
+                "no gradient; close over it or pass it in `inputs`."
+            )
+    n = _count(examples)
+    weights = jnp.ones(n) if weights is None else jnp.asarray(weights)
+    if weights.shape != (n,):
+        raise ValueError(
+            f"`weights` must have shape ({n},), one per example; got {weights.shape}."
+        )
+    operands = lax.stop_gradient((params, examples, weights))
+    # Typed as varying over devices, so that the gradients are those of one device.
+    witness = jnp.zeros(())
+    for x in jax.tree.leaves(operands):
+        witness = vary_like(witness, x)
+    operands = jax.tree.map(lambda x: vary_like(x, witness), operands)
+
+    def mapped(params, examples, weights):
+        def one(example, weight):
+            sums, h = sums_of_example(
+                fn, params, example, cotangents, weight, powers, chunk_bytes, report
+            )
+            return sums, h if cotangents is None else None
+
+        return jax.vmap(one, out_axes=(None, 0))(examples, weights)
+
+    if n == 0:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), operands[0])
+        sums, h = [[z] * len(powers) for z in jax.tree.leaves(zeros)], weights
+    else:
+        sums, h = _without_explicit_axes(mapped, operands)
+    leaves, tree = jax.tree.flatten(params)
+    sums = tuple(
+        tree.unflatten(
+            [s[i].astype(widened(x.dtype)) for s, x in zip(sums, leaves, strict=True)]
+        )
+        for i in range(len(powers))
+    )
+    return lax.stop_gradient((sums, h))
+
+
+def _count(examples):
+    """Returns the number of examples, after checking that all leaves agree on it."""
+    leaves = jax.tree_util.tree_leaves_with_path(examples)
+    if not leaves:
+        raise ValueError("The inputs hold no arrays, so there are no examples.")
+    n = leaves[0][1].shape[:1]
+    for path, x in leaves:
+        if x.shape[:1] != n or not n:
+            raise ValueError(
+                f"(inputs, targets){jax.tree_util.keystr(path)} has shape {x.shape}; "
+                f"expected a leading axis of {n[0] if n else 'B'} examples."
+            )
+    return n[0]
+
+
+def _without_explicit_axes(fn, operands) -> Any:
+    """Calls `fn`, leaving to the compiler how values are sharded over devices.
+
+    Operands that are mapped together may be sharded differently then.
+    """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(operands)]
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = next((s.mesh for s in shardings if explicit in s.mesh.axis_types), None)
+    if mesh is None:
+        return fn(*operands)
+
+    def sharding(x):
+        given = jax.typeof(x).sharding
+        spec = given.spec if given.mesh == mesh else jax.sharding.PartitionSpec()
+        return jax.sharding.NamedSharding(mesh, spec)
+
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    out = ([sharding(x) for x in jax.tree.leaves(operands[0])], replicated)
+    axes = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == explicit
+    )
+    return jax.sharding.auto_axes(fn, axes=axes, out_sharding=out)(*operands)

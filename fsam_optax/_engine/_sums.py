@@ -1,0 +1,296 @@
+"""Sums over examples of powers of what one example contributes.
+
+The functions returned here are called as `reduce(has, weight, *operands)`. Operands
+carry in front the axes that the library maps over: examples, then cotangents. `has`
+tells for each operand which of these it carries; the weight carries them all.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from fsam_optax._mapped_axes import vary_like
+
+
+def reduced(reduce: Callable, axes: int) -> Callable:
+    """Returns an operation that the next `axes` maps sum over, and no later one.
+
+    `jax.vmap` stacks what an operation returns for each example. The operation returned
+    here is told to add it up instead. The weight is mapped by each of the library's
+    axes, so that counting its maps tells them from those of the caller.
+    """
+
+    def over(has: tuple[tuple[bool, ...], ...] | None, axes: int) -> Callable:
+        def run(*args):
+            return reduce(has or ((),) * len(args), *args)
+
+        if axes == 0:
+            return run
+        operation = custom_vmap(run)
+
+        @operation.def_vmap
+        def rule(axis_size, mapped, *args):
+            del axis_size
+            if not mapped[0]:
+                raise NotImplementedError("a map that is not over examples")
+            before = has or ((),) * len(args)
+            out = over(
+                tuple((b, *h) for b, h in zip(mapped, before, strict=True)), axes - 1
+            )(*args)
+            return out, jax.tree.map(lambda _: False, out)
+
+        return operation
+
+    return over(None, axes)
+
+
+def power(x: jax.Array, p: int) -> jax.Array:
+    """Returns x**p for p = 1, 2 or 4."""
+    return x if p == 1 else power(x * x, p // 2)
+
+
+def widened(dtype: Any) -> Any:
+    """Returns the dtype to accumulate in: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def looped(
+    fn: Callable,
+    out: Sequence[Any],
+    powers: tuple[int, ...],
+    *,
+    held: int = 0,
+    budget: int | None = None,
+) -> Callable:
+    """Returns the sums of powers of `fn(*operands)`, a few examples at a time.
+
+    Args:
+        fn: Maps the operands of one example to a list of arrays.
+        out: The shapes and dtypes of these arrays.
+        powers: The powers.
+        held: Bytes that `fn` holds for one example and cotangent.
+        budget: Bytes that a step may hold; None for all examples at once.
+    """
+
+    def reduce(has, weight, *operands):
+        _, *has = has
+        live = [any(b) for b in zip(*has, strict=True)]
+        # Nothing differs along the other axes: their weights add up.
+        weight = jnp.sum(weight, axis=tuple(j for j, b in enumerate(live) if not b))
+        has = [[b for b, alive in zip(h, live, strict=True) if alive] for h in has]
+        one = fn
+        for j in range(1, weight.ndim)[::-1]:
+            one = jax.vmap(one, in_axes=[0 if h[j] else None for h in has])
+        zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
+        zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
+
+        def add(sums, weight, values):
+            return [
+                [
+                    s + _weighted_sum(weight, power(v.astype(s.dtype), p))
+                    for s, p in zip(leaf, powers, strict=True)
+                ]
+                for leaf, v in zip(sums, values, strict=True)
+            ]
+
+        if weight.ndim == 0:
+            return add(zeros, weight, one(*operands))
+        mapped = [h[0] for h in has]
+        several = jax.vmap(one, in_axes=[0 if b else None for b in mapped])
+        n, *inner = weight.shape
+        chunk = n
+        if budget is not None:
+            chunk = min(n, max(1, budget // (held * math.prod(inner) or 1)))
+        if chunk == n:
+            return add(zeros, weight, several(*operands))
+
+        def step(sums, start, length):
+            def rows(x):
+                if length == 1:
+                    return lax.dynamic_index_in_dim(x, start, keepdims=False)
+                return lax.dynamic_slice_in_dim(x, start, length)
+
+            # One example is a plain matrix product, which XLA:CPU does much faster
+            # than a batch of one.
+            evaluate = one if length == 1 else several
+            values = evaluate(
+                *(rows(x) if b else x for x, b in zip(operands, mapped, strict=True))
+            )
+            return add(sums, rows(weight), values)
+
+        sums = lax.fori_loop(
+            0, n // chunk, lambda i, sums: step(sums, i * chunk, chunk), zeros
+        )
+        return step(sums, n - n % chunk, n % chunk) if n % chunk else sums
+
+    return reduce
+
+
+def _weighted_sum(weight, x):
+    """Sums weight * x over the axes of the weight."""
+    shape = weight.shape + (1,) * (x.ndim - weight.ndim)
+    axes = tuple(range(weight.ndim))
+    return jnp.sum(weight.reshape(shape).astype(x.dtype) * x, axis=axes)
+
+
+def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
+    """Returns the sums of powers of an outer product: one matrix product per power.
+
+    `sum_n w_n (a_n g_n)^p = sum_n a_n^p (w_n g_n^p)`.
+    """
+    (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
+    dtype = widened(eqn.outvars[0].aval.dtype)
+
+    def arranged(x, has, contract, batch):
+        """Returns x as (*lead, *batch, free), and the shape of what is free."""
+        lead = sum(has)
+        free = [d for d in range(x.ndim - lead) if d not in (*contract, *batch)]
+        order = [*range(lead), *(lead + d for d in (*batch, *contract, *free))]
+        x = jnp.transpose(x.astype(dtype), order)
+        shape = x.shape[x.ndim - len(free) :]
+        return x.reshape(*x.shape[: lead + len(batch)], -1), shape
+
+    def reduce(has, weight, a, g):
+        _, *has = has
+        (a, free_a), (g, free_g) = (
+            arranged(a, has[0], contract_a, batch_a),
+            arranged(g, has[1], contract_g, batch_g),
+        )
+        # The cotangents of one example share its activations: they are summed before
+        # the product. As a product too: XLA would move a plain sum into the next one.
+        many = 0 if sum(has[0]) > sum(has[1]) else 1
+        axes = range(weight.ndim)
+        lead = [j for j, b in enumerate(has[1 - many]) if b]
+        batch = tuple(len(lead) + d for d in range(len(batch_a)))
+        numbers = ((tuple(range(len(lead))),) * 2, (batch, batch))
+
+        def weighted(x):
+            x = jnp.expand_dims(x, [j for j, b in enumerate(has[many]) if not b])
+            body = [weight.ndim + d for d in range(x.ndim - weight.ndim)]
+            x = jnp.broadcast_to(x, weight.shape + x.shape[weight.ndim :])
+            w = weight.astype(dtype)
+            return jnp.einsum(w, [*axes], x, [*axes, *body], [*lead, *body])
+
+        def sums(p):
+            factors = [power(a, p), power(g, p)]
+            factors[many] = weighted(factors[many])
+            y = lax.dot_general(*factors, numbers, precision=eqn.params["precision"])
+            return y.reshape(*y.shape[: len(batch)], *free_a, *free_g)
+
+        return [[sums(p) for p in powers]]
+
+    return reduce
+
+
+def scattered_rows(eqn: Any, powers: tuple[int, ...]) -> Callable:
+    """Returns the sums of powers of rows scattered into zeros, as by an embedding.
+
+    Rows of one example that fall on the same entry are added before the power.
+    """
+    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    out = eqn.outvars[0].aval
+    dtype = widened(out.dtype)
+    bounds = [out.shape[d] - 1 for d in numbers.scatter_dims_to_operand_dims]
+    n_window = len(numbers.update_window_dims)
+
+    def merged(index, rows):
+        same = jnp.all(index[:, None] == index[None], axis=-1)
+        return jnp.zeros_like(rows).at[jnp.argmax(same, axis=-1)].add(rows)
+
+    def reduce(has, weight, index, rows):
+        _, has_index, has_rows = has
+        axes = range(weight.ndim)
+        if mode == lax.GatherScatterMode.CLIP:
+            index = jnp.clip(index, 0, jnp.array(bounds, index.dtype))
+        lead = index.shape[: sum(has_index)]
+        index = index.reshape(*lead, -1, len(bounds))
+        window = [sum(has_rows) + d for d in numbers.update_window_dims]
+        rows = jnp.moveaxis(rows, window, range(-n_window, 0)).astype(dtype)
+        shape = rows.shape[rows.ndim - n_window :]
+        rows = rows.reshape(*rows.shape[: sum(has_rows)], -1, *shape)
+        each = merged
+        for j in reversed(axes):
+            if has_index[j] or has_rows[j]:
+                maps = [0 if h[j] else None for h in (has_index, has_rows)]
+                each = jax.vmap(each, in_axes=maps)
+        rows = each(index, rows)
+        missing = [
+            j for j, b in enumerate(zip(has_index, has_rows, strict=True)) if not any(b)
+        ]
+        rows = jnp.expand_dims(rows, missing)
+        weight = weight.astype(dtype)
+        weight = weight.reshape(weight.shape + (1,) * (1 + n_window))
+        early = tuple(j for j, b in zip(axes, has_index, strict=True) if not b)
+
+        def sums(p):
+            total = jnp.sum(weight * power(rows, p), axis=early)
+            return lax.scatter_add(
+                vary_like(jnp.zeros(out.shape, dtype), total),
+                index.reshape(-1, len(bounds)),
+                total.reshape(-1, *shape),
+                numbers._replace(update_window_dims=tuple(range(1, 1 + n_window))),
+                mode=mode,
+            )
+
+        return [[sums(p) for p in powers]]
+
+    return reduce
+
+
+def convolution_as_product(eqn: Any, a: jax.Array, g: jax.Array) -> jax.Array:
+    """Evaluates a convolution whose output is small, as a kernel's gradient is.
+
+    The windows of `a` are laid side by side and multiplied with `g`: one matrix
+    product, where XLA:CPU runs a convolution inside a loop an order slower.
+    """
+    params = eqn.params
+    spec, groups = params["dimension_numbers"], params["batch_group_count"]
+    n_spatial = len(spec.lhs_spec) - 2
+    out = eqn.outvars[0].aval
+    dtype = widened(out.dtype)
+    # Features, then positions, then what remains of the output.
+    a = jnp.transpose(a, (spec.lhs_spec[1], *spec.lhs_spec[2:], spec.lhs_spec[0]))
+    g = jnp.transpose(g, (spec.rhs_spec[1], *spec.rhs_spec[2:], spec.rhs_spec[0]))
+    inside = [
+        (low, high, hole - 1)
+        for (low, high), hole in zip(
+            params["padding"], params["lhs_dilation"], strict=True
+        )
+    ]
+    a = lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0), *inside, (0, 0, 0)])
+    taps = [out.shape[d] for d in spec.out_spec[2:]]
+    for d in range(n_spatial):
+        hole, stride = params["rhs_dilation"][d], params["window_strides"][d]
+        reach = (g.shape[1 + d] - 1) * hole + 1
+        windows = [
+            lax.slice_in_dim(a, t * stride, t * stride + reach, hole, axis=1 + d)
+            for t in range(taps[d])
+        ]
+        a = jnp.stack(windows, axis=-2)
+    contracted = range(1 + n_spatial)
+    a = a.reshape(*a.shape[:-1], groups, -1)
+    g = g.reshape(*g.shape[:-1], groups, -1)
+    if a.shape[-1] == 1 and groups > 1:
+        # Depthwise: products of single columns, better as a sum of products.
+        g = jnp.expand_dims(g, [1 + n_spatial + d for d in range(n_spatial)])
+        y = jnp.sum((a * g).astype(dtype), axis=tuple(contracted))
+        y = jnp.expand_dims(y, -2)
+    else:
+        y = lax.dot_general(
+            a,
+            g,
+            ((contracted, contracted), ((a.ndim - 2,), (g.ndim - 2,))),
+            precision=params["precision"],
+            preferred_element_type=dtype,
+        )
+        y = jnp.moveaxis(y, 0, -3)
+    # The axes are: taps, groups, rows of a group, columns of a group.
+    y = jnp.moveaxis(y, -2, 0)
+    y = y.reshape(y.shape[0], *taps, -1)
+    order = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    return jnp.moveaxis(y, range(y.ndim), order)

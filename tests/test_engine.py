@@ -1,0 +1,836 @@
+"""The engine against per-example gradients formed in full."""
+
+import engine_oracles as oracles
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from fsam_optax._engine import (
+    check_separable,
+    explain,
+    explain_loss,
+    loss_power_sums,
+    power_sums,
+)
+
+
+POWERS = (1, 2, 4)
+B = 5
+
+jitted = jax.jit(power_sums, static_argnums=(0, 3), static_argnames=("powers",))
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def tokens(*shape, vocabulary=7):
+    return jax.random.randint(jax.random.key(0), shape, 0, vocabulary)
+
+
+# Programs: name -> (loss of one example, params, batch, the rules they take).
+
+PROGRAMS = {}
+
+
+def program(params, batch, *rules):
+    def add(loss_fn):
+        PROGRAMS[loss_fn.__name__] = (loss_fn, params, batch, rules)
+        return loss_fn
+
+    return add
+
+
+MLP = {
+    "w0": normal(0, 6, 8) / 2,
+    "b0": normal(1, 8) / 2,
+    "w1": normal(2, 8, 3) / 2,
+    "b1": normal(3, 3) / 2,
+}
+
+
+def mlp(params, x):
+    x = jnp.tanh(x @ params["w0"] + params["b0"][None])
+    return x @ params["w1"] + params["b1"][None]
+
+
+@program(MLP, normal(4, B, 6), "outer product", "reduction")
+def dense(params, x):
+    return jnp.sum(mlp(params, x[None]) ** 2)
+
+
+@program(MLP, normal(4, B, 7, 6), "shared dense", "reduction")
+def shared_dense(params, x):
+    return jnp.sum(mlp(params, x) ** 2)
+
+
+@program(
+    {"w": normal(0, 4, 2, 3), "o": normal(1, 2, 3, 4)},
+    normal(2, B, 5, 4),
+    "shared dense",
+)
+def dense_with_heads(params, x):
+    x = jnp.tanh(jnp.einsum("td,dhk->thk", x, params["w"]))
+    return jnp.sum(jnp.einsum("thk,hkd->td", x, params["o"]) ** 2)
+
+
+@program({"w": normal(0, 3, 4, 2)}, normal(1, B, 3, 4), "outer product")
+def batched_product(params, x):
+    return jnp.sum(jnp.einsum("hd,hdk->hk", x, params["w"]) ** 2)
+
+
+@program(
+    {"w": normal(0, 4, 4), "unused": jnp.ones((2, 3))},
+    normal(1, B, 4),
+    "constant",
+    "shared dense",
+)
+def used_twice(params, x):
+    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["w"]) @ params["w"]))
+
+
+@program(normal(0, 3, 4, 4), normal(1, B, 4), "outer product")
+def slices_of_one_parameter(params, x):
+    for i in range(3):
+        x = jnp.tanh(x @ params[i])
+    return jnp.sum(x)
+
+
+@program(normal(0, 4, 12), normal(1, B, 3, 4), "shared dense")
+def parts_of_one_parameter(params, x):
+    q, k, v = jnp.split(params, 3, axis=1)
+    return jnp.sum(jax.nn.softmax((x @ q) @ (x @ k).T) @ (x @ v))
+
+
+@program(
+    {"table": normal(0, 7, 4), "w": normal(1, 4, 3)},
+    tokens(B, 6),
+    "embedding",
+    "shared dense",
+)
+def embedding(params, x):
+    return jnp.sum(jnp.tanh(params["table"][x] @ params["w"]) ** 2)
+
+
+@program(normal(0, 7, 4), tokens(B, 6), "embedding + shared dense")
+def tied_embedding(params, x):
+    return jnp.sum(jnp.tanh(params[x] @ params.T) ** 2)
+
+
+@program(
+    normal(0, 4, 3, 5),
+    (tokens(B, 6, vocabulary=9) - 2, normal(1, B, 6, 3)),
+    "embedding",
+)
+def embedding_out_of_bounds(params, example):
+    i, x = example
+    rows = params.at[:, :, i].get(mode="clip")
+    others = params.at[1, :, i].get(mode="fill", fill_value=0.0)
+    return jnp.sum(jnp.tanh(rows) * x.T[None]) + 0 * jnp.sum(others)
+
+
+@program(
+    normal(0, 4, 3, 5),
+    (tokens(B, 6, vocabulary=9), tokens(B, 6, vocabulary=3)),
+    "embedding",
+)
+def embedding_of_two_indices(params, example):
+    i, j = example
+    rows = params.at[:, j, i].get(mode="fill", fill_value=0.0)
+    return jnp.sum(jnp.tanh(rows) ** 2)
+
+
+@program(
+    {"scale": normal(0, 4), "shift": normal(1, 4), "s": jnp.ones(())},
+    normal(2, B, 6, 4),
+    "reduction",
+)
+def layer_norm(params, x):
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
+    x = x * params["scale"][None] + params["shift"][None]
+    return jnp.sum(jnp.tanh(x * params["s"]))
+
+
+def convolution(spatial, channels, kernel, features, groups=1, **options):
+    """Adds a program with one convolution."""
+    dims = "DHW"[-len(spatial) :]
+    shape = (*kernel, channels // groups, features)
+
+    def loss_fn(w, x):
+        y = lax.conv_general_dilated(
+            x[None],
+            w,
+            options.get("strides", (1,) * len(spatial)),
+            options.get("padding", "SAME"),
+            lhs_dilation=options.get("lhs_dilation"),
+            rhs_dilation=options.get("rhs_dilation"),
+            feature_group_count=groups,
+            dimension_numbers=(f"N{dims}C", f"{dims}IO", f"N{dims}C"),
+        )
+        return jnp.sum(jnp.tanh(y) ** 2)
+
+    return (
+        loss_fn,
+        normal(0, *shape) / 3,
+        normal(1, 3, *spatial, channels),
+        ("convolution",),
+    )
+
+
+PROGRAMS |= {
+    "conv_1d_strided": convolution((9,), 4, (3,), 5, strides=(2,)),
+    "conv_2d": convolution((6, 5), 3, (3, 2), 4),
+    "conv_2d_strided": convolution((9, 8), 4, (3, 3), 5, strides=(2, 3)),
+    "conv_2d_valid_dilated": convolution(
+        (9, 8), 2, (3, 2), 3, padding="VALID", rhs_dilation=(2, 1)
+    ),
+    "conv_2d_grouped": convolution((5, 6), 4, (3, 3), 6, groups=2, strides=(1, 2)),
+    "conv_2d_depthwise": convolution((5, 6), 4, (3, 3), 8, groups=4),
+    "conv_2d_transposed": convolution(
+        (4, 5), 3, (3, 3), 2, padding=((1, 2), (0, 1)), lhs_dilation=(2, 2)
+    ),
+    "conv_2d_pointwise": convolution((4, 5), 3, (1, 1), 2, padding=((0, -1), (-1, 0))),
+    "conv_2d_patches": convolution(
+        (8, 8), 3, (4, 4), 5, padding="VALID", strides=(4, 4)
+    ),
+    "conv_3d": convolution((4, 5, 3), 2, (2, 3, 3), 3, strides=(2, 1, 1)),
+}
+
+
+@program(normal(0, 3, 3, 2, 4), normal(1, 3, 5, 6, 2), "convolution")
+def conv_channels_first(w, x):
+    y = lax.conv_general_dilated(
+        jnp.moveaxis(x, -1, 0)[None],
+        jnp.transpose(w, (3, 2, 0, 1)),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+    )
+    return jnp.sum(jnp.tanh(y) ** 2)
+
+
+RNN = {"w": normal(0, 4, 4), "u": normal(1, 3, 4), "b": normal(2, 4)}
+
+
+@program(RNN, normal(3, B, 6, 3), "shared dense", "reduction")
+def recurrent(params, xs):
+    def step(h, x):
+        h = jnp.tanh(h @ params["w"] + x @ params["u"] + params["b"])
+        return h, h
+
+    _, hs = lax.scan(jax.checkpoint(step), jnp.zeros(4), xs)
+    return jnp.sum(hs**2)
+
+
+@program(
+    {"table": normal(0, 7, 4), "k": normal(1, 3, 1, 2)},
+    tokens(B, 5),
+    "convolution",
+    "embedding",
+)
+def recurrent_embedding_and_convolution(params, xs):
+    def step(h, i):
+        x = jnp.tanh(params["table"][i] + h)[None, :, None]
+        y = lax.conv_general_dilated(
+            x, params["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.tanh(y[0, :, 0] - y[0, :, 1]), None
+
+    return jnp.sum(lax.scan(step, jnp.ones(4), xs, reverse=True)[0] ** 2)
+
+
+@program(
+    {
+        "w": normal(0, 3, 4, 4),
+        "b": normal(1, 3, 4),
+        "r": normal(2, 3, 4, 4),
+        "s": jnp.ones(3),
+    },
+    normal(3, B, 6, 4),
+    "shared dense",
+    "reduction",
+)
+def stacked_layers(params, x):
+    """A scan over layers, one of which is itself recurrent, rematerialised."""
+
+    @jax.checkpoint
+    def layer(x, p):
+        x = jnp.tanh(x @ p["w"] + p["b"][None]) * p["s"]
+        _, x = lax.scan(lambda h, y: (jnp.tanh(h @ p["r"] + y),) * 2, jnp.zeros(4), x)
+        return x, None
+
+    return jnp.sum(lax.scan(layer, x, params)[0] ** 2)
+
+
+@program(normal(0, 4, 4), normal(1, B, 4), "shared dense")
+def calls(w, x):
+    """`jit`, `checkpoint`, `custom_vjp` and `custom_jvp`, around the same weight."""
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(
+        lambda x, w: (x @ w, (x, w)),
+        lambda res, g: (g @ res[1].T, res[0][:, None] @ g[None]),
+    )
+    x = jax.nn.relu(jax.jit(product)(x, w))
+    x = jax.checkpoint(lambda x, w: jax.nn.silu(x @ w))(x, w)
+    return jnp.sum(x**2)
+
+
+@program(
+    {"w": normal(0, 4, 3)},
+    (normal(1, B, 4), jax.random.split(jax.random.key(2), B)),
+    "outer product",
+)
+def dropout(params, example):
+    x, key = example
+    x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0.0)
+    return jnp.sum(jnp.tanh(x @ params["w"]))
+
+
+@program({"v": normal(0, 4, 5)}, normal(1, B, 4), "outer product")
+def reparametrised(params, x):
+    """Entry by entry, so that the power passes through the parametrisation."""
+    return jnp.sum(jnp.tanh(x @ (2.0 * jnp.exp(params["v"]) / 3.0)))
+
+
+@program({"w": normal(0, 4, 5)}, normal(1, B, 4), "shared dense")
+def regularised(params, x):
+    return jnp.sum(jnp.tanh(x @ params["w"])) + jnp.sum(params["w"] ** 2)
+
+
+@program(
+    {"w": normal(0, 6, 6)},
+    (normal(1, B, 6), jax.random.split(jax.random.key(2), B)),
+    "reduction",
+)
+def drop_connect(params, example):
+    x, key = example
+    mask = jax.random.bernoulli(key, 0.5, (6, 6))
+    return jnp.sum(jnp.tanh(x @ jnp.where(mask, params["w"], 0.0)))
+
+
+@program({"w": normal(0, 6, 6)}, normal(1, B, 4, 6), "reduction")
+def recurrent_power(params, xs):
+    """Weights that differ between examples: so do their gradients."""
+
+    def step(h, x):
+        w = params["w"] * jnp.cos(h)[:, None]
+        return jnp.tanh(x @ w), None
+
+    return jnp.sum(lax.scan(step, jnp.zeros(6), xs)[0])
+
+
+FALLBACKS = {}
+
+
+def falls_back(params, batch):
+    def add(loss_fn):
+        FALLBACKS[loss_fn.__name__] = (loss_fn, params, batch)
+        return loss_fn
+
+    return add
+
+
+@falls_back({"v": normal(0, 6, 5), "g": normal(1, 5)}, normal(2, B, 6))
+def weight_normalisation(params, x):
+    """The gradient of a column is a projection: entries mix after the product."""
+    w = (
+        params["g"][None]
+        * params["v"]
+        / jnp.linalg.norm(params["v"], axis=0, keepdims=True)
+    )
+    return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+
+@falls_back({"a": normal(0, 9, 2), "b": normal(1, 2, 8)}, normal(2, B, 9))
+def merged_low_rank(params, x):
+    return jnp.sum(jnp.tanh(x @ (params["a"] @ params["b"])))
+
+
+@falls_back({"w": normal(0, 6, 6)}, normal(1, B, 6))
+def branches(params, x):
+    def f(w):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    return lax.cond(x[0] > 0, f, lambda w: 2 * f(w.T), params["w"])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_equals_gradients_formed_in_full(name):
+    loss_fn, params, batch, rules = PROGRAMS[name]
+    weights = jnp.linspace(-1.0, 2.0, jax.tree.leaves(batch)[0].shape[0])
+    sums = jax.jit(
+        lambda *args: loss_power_sums(loss_fn, *args, powers=POWERS, weights=weights)
+    )(params, batch)
+    oracles.assert_close(
+        sums, oracles.loss_power_sums(loss_fn, params, batch, POWERS, weights)
+    )
+    used = {
+        rule
+        for leaf in explain_loss(loss_fn, params, batch)
+        for rule in leaf.rule.split(", ")
+    }
+    assert used == set(rules)
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.parametrize("chunk_bytes", [None, 1, 600])
+def test_equals_gradients_formed_in_full_where_it_falls_back(name, chunk_bytes):
+    loss_fn, params, batch = FALLBACKS[name]
+    sums = jax.jit(
+        lambda *args: loss_power_sums(
+            loss_fn, *args, powers=POWERS, chunk_bytes=chunk_bytes
+        )
+    )(params, batch)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, params, batch, POWERS))
+    assert "fallback" in {leaf.rule for leaf in explain_loss(loss_fn, params, batch)}
+
+
+# The interface.
+
+
+def apply_fn(params, x):
+    return mlp(params, x)
+
+
+def score(h, y):
+    return (jax.nn.one_hot(y, h.shape[-1]) - jax.nn.softmax(h))[None]
+
+
+def factor(h, y):
+    del y
+    p = jax.nn.softmax(h)
+    return jnp.diag(jnp.sqrt(p)) - jnp.sqrt(p)[:, None] * p[None]
+
+
+X, Y = normal(5, B, 6), tokens(B, vocabulary=3)
+
+
+@pytest.mark.parametrize("cotangents", [score, factor])
+def test_power_sums_of_pulled_back_cotangents(cotangents):
+    weights = jnp.arange(B) - 1.0
+    sums = jitted(apply_fn, MLP, X, cotangents, Y, powers=POWERS, weights=weights)
+    expected = oracles.power_sums(apply_fn, MLP, X, cotangents, Y, POWERS, weights)
+    oracles.assert_close(sums, expected)
+
+
+def test_several_cotangents_of_a_shared_weight_and_an_embedding():
+    params = {"table": normal(0, 7, 4), "w": normal(1, 4, 3), "k": normal(2, 3, 3, 3)}
+
+    def model(params, x):
+        h = jnp.tanh(params["table"][x] @ params["w"])
+        dims = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            h, params["k"], (2,), "SAME", dimension_numbers=dims
+        )
+
+    def cotangents(h, target):
+        return jax.random.normal(target, (4, *h.shape))
+
+    args = (
+        model,
+        params,
+        tokens(B, 6),
+        cotangents,
+        jax.random.split(jax.random.key(3), B),
+    )
+    sums = jitted(*args, powers=POWERS)
+    oracles.assert_close(sums, oracles.power_sums(*args, POWERS))
+    rules = [leaf.rule for leaf in explain(*args)]
+    assert rules == ["convolution", "embedding", "shared dense"]
+
+
+def test_pytrees_of_inputs_and_outputs():
+    def model(params, x):
+        h = mlp(params, x["a"] + x["b"])
+        return {"h": h, "label": jnp.argmax(h, -1), "square": h**2}
+
+    def cotangents(h, y):
+        ones = jnp.ones((2, 3))
+        return {"h": ones * y, "label": jnp.zeros((2,), int), "square": 2 * ones}
+
+    args = model, MLP, {"a": X, "b": X**2}, cotangents, Y
+    expected = oracles.power_sums(
+        lambda p, x: {k: v for k, v in model(p, x).items() if k != "label"},
+        MLP,
+        args[2],
+        lambda h, y: {k: v for k, v in cotangents(h, y).items() if k != "label"},
+        Y,
+    )
+    oracles.assert_close(jitted(*args), expected)
+
+
+def test_first_power_is_the_gradient_and_value_the_loss():
+    value, (grad, _) = jax.jit(
+        lambda *args: loss_power_sums(dense, *args, powers=(1, 2), has_value=True)
+    )(MLP, X)
+    expected = jax.value_and_grad(lambda p: jnp.sum(jax.vmap(dense, (None, 0))(p, X)))(
+        MLP
+    )
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    oracles.assert_close(grad, jax.tree.map(np.asarray, expected[1]))
+
+
+def test_weighted_value():
+    weights = jnp.array([0.0, 1.0, 0.0, 2.0, 0.0])
+    value, _ = loss_power_sums(dense, MLP, X, weights=weights, has_value=True)
+    np.testing.assert_allclose(
+        value, dense(MLP, X[1]) + 2 * dense(MLP, X[3]), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_examples(n):
+    sums = jitted(apply_fn, MLP, X[:n], factor, Y[:n])
+    oracles.assert_close(sums, oracles.power_sums(apply_fn, MLP, X[:n], factor, Y[:n]))
+
+
+def test_zero_weights():
+    sums = jitted(apply_fn, MLP, X, factor, weights=jnp.zeros(B))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(sums))
+
+
+def test_no_parameters():
+    assert power_sums(lambda p, x: x, {}, X, score, Y % 2, powers=(1, 2)) == ({}, {})
+
+
+# Transformations around it.
+
+
+def squares(params, x, y, **options):
+    return power_sums(apply_fn, params, x, factor, y, **options)[0]
+
+
+def test_a_map_of_the_caller_is_not_summed():
+    ensemble = jax.tree.map(lambda w: jnp.stack([w, 2 * w, -w]), MLP)
+    members = [MLP, *(jax.tree.map(lambda w, s=s: s * w, MLP) for s in (2, -1))]
+    expected = [oracles.power_sums(apply_fn, w, X, factor)[0] for w in members]
+    expected = jax.tree.map(lambda *w: np.stack(w), *expected)
+    squared = jax.jit(jax.vmap(squares, (0, None, None)))
+    oracles.assert_close(squared(ensemble, X, Y), expected)
+
+
+@pytest.mark.parametrize("cotangents", [1, 2])
+def test_a_map_of_the_caller_over_draws_is_not_summed(cotangents):
+    """Parameters and inputs are the same for all draws; only the cotangents differ."""
+
+    def one(key):
+        def draw(h, _):
+            return jax.random.normal(key, (cotangents, *h.shape))
+
+        return power_sums(shared, {"w": MLP["w0"]}, normal(0, B, 7, 6), draw)[0]
+
+    def shared(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    expected = jax.tree.map(lambda *w: jnp.stack(w), *map(jax.jit(one), keys))
+    oracles.assert_close(
+        jax.jit(jax.vmap(one))(keys), jax.tree.map(np.asarray, expected)
+    )
+
+
+def test_in_a_scan_and_under_jit():
+    def step(params, _):
+        return params, squares(params, X, Y)
+
+    _, stack = jax.jit(lambda p: lax.scan(step, p, length=2))(MLP)
+    (expected,) = oracles.power_sums(apply_fn, MLP, X, factor)
+    oracles.assert_close(jax.tree.map(lambda s: s[1], stack), expected)
+
+
+def test_nothing_is_differentiated_through_it():
+    def total(params, x):
+        sums = squares(params, x, Y)
+        through = power_sums(
+            lambda p, x: mlp(params, x) * p[None], jnp.ones(3), x, factor
+        )
+        return sum(map(jnp.sum, jax.tree.leaves((sums, through))))
+
+    for g in jax.tree.leaves(jax.jit(jax.grad(total, (0, 1)))(MLP, X)):
+        assert not np.any(g)
+
+
+def mesh(kind):
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_over_devices(kind):
+    devices = mesh(kind)
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(devices, P(*spec)))
+
+    params = jax.tree.map(put, MLP) | {"w0": put(MLP["w0"], None, "model")}
+    x, y = jnp.concatenate([X, X, X[:2]]), jnp.concatenate([Y, Y, Y[:2]])
+    (expected,) = oracles.power_sums(apply_fn, MLP, x, factor, y)
+    for placed in (put(x, "data"), put(y, "data")), (put(x, "data"), put(y)):
+        sums = jax.jit(squares)(params, *placed)
+        oracles.assert_close(sums, expected)
+    if kind == AxisType.Explicit:
+        assert jax.typeof(sums["w0"]).sharding.spec == P(None, "model")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_on_each_device_of_a_shard_map(check_vma):
+    tables = {"table": normal(0, 7, 6), **MLP}
+
+    def model(params, i):
+        return jnp.mean(
+            mlp(params, params["table"][i].reshape(-1, 6)).reshape(-1, 6, 3), 1
+        )
+
+    def local(params, i):
+        sums = power_sums(model, params, i, factor, powers=(1, 2))
+        return jax.tree.map(lambda s: lax.psum(s, "data"), sums)
+
+    i = tokens(12, 6)
+    run = jax.shard_map(
+        local,
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    expected = oracles.power_sums(model, tables, i, factor, powers=(1, 2))
+    oracles.assert_close(jax.jit(run)(tables, i), expected)
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    params, x = jax.tree.map(lambda w: w.astype(dtype), (MLP, X))
+
+    def half_score(h, y):
+        return score(h, y).astype(dtype)
+
+    sums = jitted(apply_fn, params, x, score, Y, powers=POWERS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
+    expected = oracles.power_sums(apply_fn, params, x, half_score, Y, POWERS)
+    oracles.assert_close(sums, expected, tolerance=0.05)
+
+
+def test_small_squares_do_not_underflow_in_float16():
+    sums = loss_power_sums(
+        lambda w, x: jnp.sum(w * x),
+        jnp.ones(2, jnp.float16),
+        jnp.full((3, 2), 1e-4, jnp.float16),
+    )
+    np.testing.assert_allclose(sums[0], 3e-8, rtol=1e-2)
+
+
+def test_double_precision_stays(x64):
+    params = jax.tree.map(lambda w: w.astype(jnp.float64), MLP)
+    sums = jitted(apply_fn, params, X.astype(jnp.float64), factor, powers=POWERS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float64")}
+    expected = oracles.power_sums(
+        apply_fn, params, X.astype(jnp.float64), factor, powers=POWERS
+    )
+    oracles.assert_close(sums, expected, tolerance=1e-12)
+
+
+# Cost.
+
+
+def temporary_bytes(fn, *args):
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("kind", ["outer product", "shared dense", "fallback"])
+def test_no_array_of_all_gradients(kind):
+    batch, width = 64, 128
+
+    def loss_fn(w, x):
+        if kind == "fallback":
+            w = w / jnp.linalg.norm(w, axis=0, keepdims=True)
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    shape = (batch, 4, width) if kind == "shared dense" else (batch, width)
+    w, x = normal(0, width, width), normal(1, *shape)
+    (leaf,) = explain_loss(loss_fn, w, x)
+    assert leaf.rule == kind
+    used = temporary_bytes(lambda *args: loss_power_sums(loss_fn, *args), w, x)
+    assert used < w.nbytes * batch / 8
+
+    def naive(w, x):
+        return jnp.sum(jax.vmap(jax.grad(loss_fn), (None, 0))(w, x) ** 2, 0)
+
+    assert temporary_bytes(naive, w, x) >= w.nbytes * batch
+
+
+def test_a_batch_of_one_costs_no_more_than_an_example():
+    """Compiled to the same products, whether the model takes a batch or an example."""
+
+    def products(fn, *args):
+        text = jax.jit(fn).lower(*args).compile().cost_analysis()
+        return text["flops"]
+
+    def loss_fn(params, example):
+        x, y = example
+        x = jnp.tanh(x @ params["w0"] + params["b0"])
+        return jnp.sum((x @ params["w1"] + params["b1"]) * y)
+
+    batched = products(
+        lambda p, x, y: power_sums(apply_fn, p, x, lambda h, y: y[None], y),
+        MLP,
+        X,
+        normal(0, B, 3),
+    )
+    single = products(
+        lambda *args: loss_power_sums(loss_fn, args[0], args[1:]),
+        MLP,
+        X,
+        normal(0, B, 3),
+    )
+    assert batched <= 1.1 * single
+
+
+def test_one_trace_under_jit():
+    traces = []
+
+    def counted(params, x):
+        traces.append(None)
+        return mlp(params, x)
+
+    run = jax.jit(lambda p, x: power_sums(counted, p, x, factor))
+    run(MLP, X)
+    n = len(traces)
+    run(MLP, X)
+    assert len(traces) == n
+
+
+# What cannot be handled, and errors.
+
+
+def test_falls_back_with_a_warning_if_rewriting_breaks(monkeypatch):
+    from fsam_optax._engine import _example
+
+    def broken(closed):
+        raise AttributeError("moved in a later version")
+
+    monkeypatch.setattr(_example, "flatten", broken)
+    expected = oracles.power_sums(apply_fn, MLP, X, factor, Y, POWERS)
+    for chunk_bytes in None, 1:
+        with pytest.warns(UserWarning, match="moved in a later version") as caught:
+            sums = power_sums(
+                apply_fn, MLP, X, factor, Y, powers=POWERS, chunk_bytes=chunk_bytes
+            )
+        assert len(caught) == 1
+        oracles.assert_close(sums, expected)
+
+
+def normalised_by_batch(params, x):
+    x = mlp(params, x)
+    return (x - x.mean(0)[None]) / jnp.sqrt(x.var(0)[None] + 0.1)
+
+
+def test_a_model_that_mixes_examples_is_found():
+    check_separable(apply_fn, MLP, X)
+    with pytest.raises(ValueError, match="depends on the rest of the batch"):
+        check_separable(normalised_by_batch, MLP, X)
+
+
+def test_a_model_that_mixes_examples_runs_each_by_itself():
+    sums = jitted(normalised_by_batch, MLP, X, score, Y)
+    oracles.assert_close(
+        sums, oracles.power_sums(normalised_by_batch, MLP, X, score, Y)
+    )
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(sums))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"powers": (2, 3)}, ValueError, "`powers`"),
+        ({"powers": ()}, ValueError, "`powers`"),
+        ({"weights": jnp.ones((B, 1))}, ValueError, "`weights`"),
+        ({"inputs": {"x": X, "z": X[:2]}}, ValueError, r"\['z'\]"),
+        ({"inputs": {"x": jnp.ones(())}}, ValueError, r"\['x'\]"),
+        ({"inputs": {}}, ValueError, "no examples"),
+        ({"params": MLP | {"n": jnp.arange(3)}}, TypeError, r"params\['n'\]"),
+        ({"cotangents": lambda h, y: h}, ValueError, "`cotangents`"),
+        ({"cotangents": lambda h, y: (h[None],)}, ValueError, "`cotangents`"),
+    ],
+)
+def test_errors_name_what_is_wrong(change, error, match):
+    arguments = {
+        "apply_fn": apply_fn,
+        "params": MLP,
+        "inputs": X,
+        "cotangents": factor,
+    } | change
+    with pytest.raises(error, match=match):
+        power_sums(**arguments)
+
+
+def test_a_loss_must_be_a_scalar():
+    with pytest.raises(TypeError, match="scalar"):
+        loss_power_sums(lambda p, x: x, MLP, X)
+
+
+def test_errors_of_the_model_are_those_of_the_model():
+    def broken(params, x):
+        raise KeyError("of the user")
+
+    with pytest.raises(KeyError, match="of the user"):
+        power_sums(broken, MLP, X, factor)
+    with pytest.raises(KeyError, match="of the user"):
+        power_sums(apply_fn, MLP, X, broken)
+
+
+# Random programs.
+
+
+def random_program(seed):
+    """Returns a loss that uses its parameters in random ways, and its arguments."""
+    rng = np.random.default_rng(seed)
+    names = [f"p{i}" for i in range(rng.integers(2, 5))]
+    params = {name: normal(i, 4, 4) / 2 for i, name in enumerate(names)}
+    steps = [(rng.integers(8), names[rng.integers(len(names))]) for _ in range(5)]
+
+    def step(kind, w, x):
+        match kind:
+            case 0:
+                return jnp.tanh(x @ w)
+            case 1:
+                return x * w[0][None] + w[1][None]
+            case 2:
+                return jnp.tanh(w[jnp.argmax(x, -1)]) + x
+            case 3:
+                return jax.checkpoint(lambda x: jax.nn.silu(x @ w.T))(x)
+            case 4:
+                return lax.scan(lambda h, y: (jnp.tanh(h @ w + y),) * 2, x[0], x)[1]
+            case 5:
+                x = x[None, :, :, None]
+                dims = ("NHWC", "HWIO", "NHWC")
+                y = lax.conv_general_dilated(
+                    x, w[:3, :3, None, None], (1, 1), "SAME", dimension_numbers=dims
+                )
+                return y[0, :, :, 0]
+            case 6:
+                return jax.jit(lambda x: jax.nn.softmax(x @ w @ x.T) @ x)(x)
+            case _:
+                return x @ (w / jnp.sqrt(jnp.sum(w**2)))
+
+    def loss_fn(params, x):
+        for kind, name in steps:
+            x = step(kind, params[name], x)
+        return jnp.sum(jnp.sin(x))
+
+    return loss_fn, params, normal(seed, 3, 5, 4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_programs(seed):
+    loss_fn, params, batch = random_program(seed)
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(params, batch)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, params, batch))
