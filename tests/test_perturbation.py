@@ -1,0 +1,247 @@
+"""The formula: identities that hold for every geometry and every norm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+import fsam_optax
+
+
+RHO = 0.3
+RNG = np.random.default_rng(0)
+SHAPES = {"k": (3, 4), "w": (5,), "b": (4,), "s": ()}
+PARAMS = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
+GRADS = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
+ORDS = [1.2, 2, 3, np.inf]
+
+SCALES = {
+    "euclidean": oracles.no_scale(PARAMS),
+    "element": oracles.asam_scale(PARAMS, 0.1),
+    "filter": oracles.asam_scale(PARAMS, 0.1, "filter"),
+    "layer": oracles.asam_scale(PARAMS, 0.1, "layer"),
+    "fisher": oracles.fisher_scale({n: g**2 for n, g in GRADS.items()}),
+}
+
+
+def transformation(geometry, rho=RHO, ord=2, **kwargs):
+    if geometry == "euclidean":
+        return fsam_optax.euclidean_ball(rho, ord=ord, **kwargs)
+    if geometry == "fisher":
+        return fsam_optax.fisher_ellipsoid(rho, fsam_optax.squared_gradient(), **kwargs)
+    return fsam_optax.adaptive_ellipsoid(
+        rho, eta=0.1, scope=geometry, ord=ord, **kwargs
+    )
+
+
+CASES = [
+    (geometry, ord)
+    for geometry in SCALES
+    for ord in ORDS
+    if geometry != "fisher" or ord == 2
+]
+
+
+def compute(tx, grads=GRADS, params=PARAMS, **extra):
+    return tx.update(grads, tx.init(params), params, **extra)
+
+
+def arguments(value):
+    """Names a test by the arguments it passes."""
+    return "_".join(value) if isinstance(value, dict) else ""
+
+
+@pytest.fixture(params=CASES, ids=str, scope="module")
+def solved(request):
+    """A geometry's T in NumPy, its p, and the eps and state of the library."""
+    geometry, ord = request.param
+    return SCALES[geometry], ord, *compute(transformation(geometry, ord=ord))
+
+
+def test_is_the_formula(solved):
+    scale, ord, eps, state = solved
+    expected, dual_norm = oracles.perturbation(RHO, GRADS, scale, ord)
+    for name in SHAPES:
+        assert eps[name].shape == SHAPES[name]
+        assert eps[name].dtype == jnp.float32
+        np.testing.assert_allclose(eps[name], expected[name], rtol=3e-6, atol=1e-9)
+    np.testing.assert_allclose(state.dual_norm, dual_norm, rtol=3e-6)
+
+
+def test_lies_on_the_boundary(solved):
+    scale, ord, eps, _ = solved
+    length = oracles.norm(oracles.flat(eps) / oracles.flat(scale), ord)
+    np.testing.assert_allclose(length, RHO, rtol=3e-6)
+
+
+def test_linear_rise_is_rho_times_the_dual_norm(solved):
+    _, _, eps, state = solved
+    rise = oracles.flat(GRADS) @ oracles.flat(eps)
+    np.testing.assert_allclose(rise, RHO * state.dual_norm, rtol=3e-6)
+
+
+def test_no_feasible_point_rises_more(solved):
+    scale, ord, eps, _ = solved
+    g, t = oracles.flat(GRADS), oracles.flat(scale)
+    best = g @ oracles.flat(eps)
+    candidates = np.random.default_rng(1).normal(size=(2000, g.size))
+    # Half of them close to the answer, where a wrong answer would be beaten.
+    candidates[::2] = oracles.flat(eps) / t + 0.03 * RHO * candidates[::2]
+    lengths = np.array([oracles.norm(c, ord) for c in candidates])
+    rises = (candidates * (RHO / lengths[:, None]) * t) @ g
+    assert np.max(rises) <= best * (1 + 1e-5)
+    assert np.max(rises) > 0.9 * best  # The candidates do come close.
+
+
+@pytest.mark.parametrize("geometry", SCALES)
+def test_has_one_norm_for_the_whole_tree(geometry):
+    # Growing the gradient of one leaf must shrink the perturbation of the others.
+    larger = {**GRADS, "w": 100 * GRADS["w"]}
+    eps, _ = compute(transformation(geometry), larger)
+    before, _ = compute(transformation(geometry))
+    assert np.all(np.abs(eps["b"]) < 0.3 * np.abs(before["b"]))
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "element", "fisher"])
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_does_not_depend_on_the_scale_of_the_loss(geometry, factor):
+    scaled = {name: factor * g for name, g in GRADS.items()}
+    eps, _ = compute(transformation(geometry), scaled)
+    expected, _ = compute(transformation(geometry))
+    for name in SHAPES:
+        np.testing.assert_allclose(eps[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", SCALES)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"k": True, "w": False, "b": True, "s": True},
+        lambda params: {name: name != "w" for name in params},
+        {"k": np.True_, "w": np.False_, "b": np.True_, "s": np.True_},
+    ],
+    ids=["tree", "callable", "numpy"],
+)
+def test_masked_leaves_are_as_if_absent(geometry, mask):
+    def without(tree):
+        return {name: leaf for name, leaf in tree.items() if name != "w"}
+
+    eps, state = compute(transformation(geometry, mask=mask))
+    expected, expected_state = compute(
+        transformation(geometry), without(GRADS), without(PARAMS)
+    )
+    assert not np.any(eps["w"])
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(eps[name], leaf)
+    np.testing.assert_array_equal(state.dual_norm, expected_state.dual_norm)
+
+
+def test_mask_may_be_a_prefix():
+    params = {"frozen": PARAMS, "free": PARAMS}
+    tx = fsam_optax.euclidean_ball(RHO, mask={"frozen": False, "free": True})
+    eps, _ = tx.update({"frozen": GRADS, "free": GRADS}, tx.init(params), params)
+    expected, _ = compute(fsam_optax.euclidean_ball(RHO))
+    for name in SHAPES:
+        assert not np.any(eps["frozen"][name])
+        np.testing.assert_array_equal(eps["free"][name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "match"),
+    [
+        ({"k": True}, ValueError, "`mask` must have the structure"),
+        ({**dict.fromkeys(SHAPES, True), "w": 1.0}, TypeError, "Python bools"),
+        (lambda p: {n: jnp.any(w > 0) for n, w in p.items()}, TypeError, "bools"),
+    ],
+    ids=["structure", "float", "array"],
+)
+def test_bad_masks_are_rejected(mask, error, match):
+    with pytest.raises(error, match=match):
+        compute(fsam_optax.euclidean_ball(RHO, mask=mask))
+
+
+def test_rho_schedule_advances_with_the_perturbation_and_is_never_reset():
+    tx = fsam_optax.euclidean_ball(lambda count: 0.1 * (count + 1))
+    state = tx.init(PARAMS)
+    for step in range(4):
+        eps, state = tx.update(GRADS, state, PARAMS)
+        rho = 0.1 * (step + 1)
+        np.testing.assert_allclose(np.linalg.norm(oracles.flat(eps)), rho, rtol=1e-6)
+        np.testing.assert_allclose(optax.tree.get(state, "rho"), rho, rtol=1e-6)
+        assert state.count == step + 1
+    assert state.skipped == 0
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_traced_numbers_agree_with_python_numbers(ord):
+    @jax.jit
+    def traced(rho, ord, eta):
+        tx = fsam_optax.adaptive_ellipsoid(rho, eta=eta, ord=ord)
+        return compute(tx)[0]
+
+    expected, _ = compute(fsam_optax.adaptive_ellipsoid(RHO, eta=0.1, ord=ord))
+    eps = traced(jnp.float32(RHO), jnp.float32(ord), jnp.float32(0.1))
+    for name in SHAPES:
+        np.testing.assert_allclose(eps[name], expected[name], rtol=1e-5)
+
+
+def test_operator_is_given_everything_and_its_state_is_kept():
+    seen = []
+
+    def update(updates, state, params=None, **extra):
+        seen.append((updates, params, extra))
+        return jax.tree.map(lambda g: jnp.full_like(g, 2.0), updates), state + 1
+
+    operator = optax.GradientTransformationExtraArgs(lambda _: jnp.int32(0), update)
+    eps, state = compute(fsam_optax.perturbation(RHO, operator), batch="batch")
+    [(updates, params, extra)] = seen
+    assert updates is GRADS
+    assert params is PARAMS
+    assert extra == {"batch": "batch"}
+    assert state.operator == 1
+    # T = 2 in every direction is a Euclidean ball of twice the radius.
+    expected, _ = compute(fsam_optax.perturbation(2 * RHO))
+    for name in SHAPES:
+        np.testing.assert_allclose(eps[name], expected[name], rtol=1e-6)
+
+
+def test_operator_of_another_structure_is_rejected():
+    operator = optax.stateless(lambda updates, params: {"k": updates["k"]})
+    with pytest.raises(ValueError, match="`operator` must return a tree with the stru"):
+        compute(fsam_optax.perturbation(RHO, operator))
+
+
+def test_params_are_not_needed_where_the_geometry_does_not_depend_on_them():
+    tx = fsam_optax.euclidean_ball(RHO)
+    eps, _ = tx.update(GRADS, tx.init(PARAMS))
+    expected, _ = compute(tx)
+    for name in SHAPES:
+        np.testing.assert_array_equal(eps[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"rho": -0.1}, "`rho` must be a number in"),
+        ({"rho": float("nan")}, "`rho` must be"),
+        ({"rho": float("inf")}, "`rho` must be"),
+        ({"rho": np.float32(-1)}, "`rho` must be"),
+        ({"rho": 0.1, "ord": 1}, r"`ord` must be a number in \(1, inf\]"),
+        ({"rho": 0.1, "ord": 0.5}, "`ord` must be"),
+        ({"rho": 0.1, "ord": -np.inf}, "`ord` must be"),
+        ({"rho": 0.1, "ord": float("nan")}, "`ord` must be"),
+    ],
+    ids=arguments,
+)
+def test_numbers_out_of_range_are_rejected(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        fsam_optax.perturbation(**kwargs)
+    with pytest.raises(ValueError, match=match):
+        fsam_optax.adaptive_ellipsoid(**kwargs)
+
+
+def test_operator_must_be_a_transformation():
+    with pytest.raises(TypeError, match=r"`operator` must be an optax\.Gradient"):
+        fsam_optax.perturbation(0.1, lambda g: g)
