@@ -1,10 +1,10 @@
 """Question: what do the three balls look like on one and the same loss?
 
-A logistic regression with two weights, one on a feature of small and one on a feature of
-large scale. In each panel: the loss, the ball or ellipsoid `||T^-1 eps|| = rho` around w,
-and the perturbation that the library returns for the gradient there.
+A logistic regression with two weights, one on a feature of small and one on a feature
+of large scale. In each panel: the loss, the ball or ellipsoid `||T^-1 eps|| = rho`
+around w, and the perturbation that the library returns for the gradient there.
 
-    python benchmarks/geometries.py             # writes benchmarks/figures/geometries.png
+    python benchmarks/geometries.py         # writes benchmarks/figures/geometries.png
 """
 
 import pathlib
@@ -18,7 +18,7 @@ import fsam_optax
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 
 INK, MUTED = "#1a1a1a", "#5f6368"
@@ -66,12 +66,14 @@ def main() -> None:
     }
     rhos = {"SAM": 0.6, "ASAM": 0.4, "Fisher SAM": 0.9}
     across, up = np.linspace(1.1, 4.1, 120), np.linspace(-0.55, 1.65, 100)
-    surface = jax.vmap(lambda b: jax.vmap(lambda a: loss(jnp.stack([a, b])))(across))(up)
+    grid = jnp.stack(jnp.meshgrid(across, up), axis=-1)
+    surface = jax.vmap(jax.vmap(loss))(grid)
     angle = np.linspace(0, 2 * np.pi, 200)
 
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.5), sharey=True, dpi=160)
     for axis, (name, (ball, t, formula)) in zip(axes, balls.items(), strict=True):
         eps, _ = ball.update(g, ball.init(w), w, fisher=f)
+        end = np.asarray(w) + np.asarray(eps)
         axis.contour(across, up, surface, levels=14, colors="#c9cdd2", linewidths=0.8)
         edge = np.asarray(w)[:, None] + rhos[name] * np.asarray(t)[:, None] * np.stack(
             [np.cos(angle), np.sin(angle)]
@@ -80,7 +82,7 @@ def main() -> None:
         axis.plot(*edge, color=COLOURS[name], linewidth=1.8)
         axis.annotate(
             "",
-            xy=np.asarray(w + eps),
+            xy=end,
             xytext=np.asarray(w),
             arrowprops={
                 "arrowstyle": "-|>",
@@ -92,9 +94,7 @@ def main() -> None:
         )
         axis.plot(*np.asarray(w), "o", color=INK, markersize=4)
         axis.annotate("w", np.asarray(w), (-11, -10), textcoords="offset points")
-        axis.annotate(
-            "w + ε", np.asarray(w + eps), (4, 5), textcoords="offset points", color=INK
-        )
+        axis.annotate("w + ε", end, (4, 5), textcoords="offset points", color=INK)
         axis.set_title(f"{name}    {formula}", color=INK, fontsize=11)
         axis.set_aspect("equal")
         axis.set_xlabel("weight of the small feature", color=MUTED, fontsize=9)

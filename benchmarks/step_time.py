@@ -9,12 +9,12 @@ gradients by hand": SAM written out in seven lines, with no metrics and no safeg
 """
 
 import argparse
-from collections.abc import Callable
 import json
 import pathlib
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -52,7 +52,9 @@ class CNN(nn.Module):
 MODELS = {"MLP": (MLP, (28, 28, 1)), "CNN": (CNN, (32, 32, 3))}
 
 
-def make_steps(loss_fn: Callable, optimizer: Any) -> dict[str, tuple[Callable, Callable]]:
+def make_steps(
+    loss_fn: Callable, optimizer: Any
+) -> dict[str, tuple[Callable, Callable]]:
     """Returns `init(params) -> state` and `step(params, state, batch)` by name."""
     gradient = jax.grad(loss_fn)
 
@@ -123,17 +125,16 @@ def measure(model: nn.Module, shape: tuple[int, ...], batch_size: int, repeats: 
 
     def loss_fn(params, batch):
         x, y = batch
-        logits = model.apply(params, x)
+        logits = jnp.asarray(model.apply(params, x))
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
     compiled, carries, facts = {}, {}, {}
-    for name, (init, step) in make_steps(loss_fn, optax.sgd(0.01, momentum=0.9)).items():
+    steps = make_steps(loss_fn, optax.sgd(0.01, momentum=0.9))
+    for name, (init, step) in steps.items():
         carries[name] = jax.tree.map(jnp.array, (params, init(params)))
         start = time.perf_counter()
         compiled[name] = (
-            jax.jit(step, donate_argnums=(0, 1))
-            .lower(*carries[name], (x, y))
-            .compile()
+            jax.jit(step, donate_argnums=(0, 1)).lower(*carries[name], (x, y)).compile()
         )
         memory = compiled[name].memory_analysis()
         facts[name] = {

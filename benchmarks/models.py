@@ -1,0 +1,106 @@
+"""Small image classifiers in Flax Linen: images in, logits of ten classes out."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def convolve(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> jax.Array:
+    """Convolution without groups or dilation, `jax.lax.conv_general_dilated` to Flax.
+
+    On a CPU it is one matrix product over shifted copies of the input: a convolution
+    in a `lax.scan` leaves XLA's fast CPU path and takes about ten times as long, and
+    with the kernels of several seeds under `vmap` it becomes a grouped one, which is
+    slow everywhere on CPU. Elsewhere it is the convolution of `jax.lax`.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(
+            inputs, kernel, strides, padding, *args, **kwargs
+        )
+    window, features = kernel.shape[:2], kernel.shape[-1]
+    size = inputs.shape[1:3]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(size, window, strides, padding)
+    inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
+    # One past the last window's first pixel, per axis.
+    stop = [s + sum(p) - w + 1 for s, p, w in zip(size, padding, window, strict=True)]
+    shifted = [
+        inputs[:, i : i + stop[0] : strides[0], j : j + stop[1] : strides[1]]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, features)
+
+
+Conv = partial(nn.Conv, conv_general_dilated=convolve)
+
+
+class MLP(nn.Module):
+    """Two hidden layers."""
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Maps images (batch, height, width, channels) to logits (batch, 10)."""
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(10)(x)
+
+
+class CNN(nn.Module):
+    """Three convolutions, the second with stride 2, and a linear layer."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Maps images (batch, height, width, channels) to logits (batch, 10)."""
+        for features, stride in ((1, 1), (2, 2), (2, 1)):
+            x = Conv(self.width * features, (3, 3), (stride, stride))(x)
+            x = nn.relu(x)
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class ResNet(nn.Module):
+    """ResNet-18 for small images: 3 x 3 stem, no pooling, eight blocks with BatchNorm.
+
+    `width=64` and `blocks=(2, 2, 2, 2)` is He et al., Deep Residual Learning for Image
+    Recognition, 2016, table 1, with the stem that is usual for 32 x 32 images. The
+    default is a quarter as wide.
+    """
+
+    width: int = 16
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Maps images (batch, height, width, channels) to logits (batch, 10)."""
+        conv = partial(Conv, use_bias=False)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(conv(self.width, (3, 3))(x)))
+        for stage, blocks in enumerate(self.blocks):
+            features = self.width * 2**stage
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                y = nn.relu(norm()(conv(features, (3, 3), (stride, stride))(x)))
+                y = norm()(conv(features, (3, 3))(y))
+                if x.shape != y.shape:
+                    x = norm()(conv(features, (1, 1), (stride, stride))(x))
+                x = nn.relu(x + y)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+MODELS = {"mlp": MLP, "cnn": CNN, "resnet": ResNet}
