@@ -133,9 +133,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.repeats = 2
+    problems = SMOKE if options.smoke else PROBLEMS
     results = {
-        name: measure(name, *problem, options.repeats)
-        for name, problem in (SMOKE if options.smoke else PROBLEMS).items()
+        name: measure(name, model, shape, batch_size, options.repeats)
+        for name, (model, shape, batch_size) in problems.items()
     }
     table = Table(title="Ratio to one gradient of the batch: time, temporaries")
     table.add_column("")

@@ -190,7 +190,8 @@ def make_problem(options: argparse.Namespace, *, tune: bool = False) -> Problem:
         first = len(labels) // 5 if tune else 0
         held_out.append(split[:first])
         rows.append(split[first:])
-    every_test_row = [np.arange(len(data.test_labels))] * options.seeds
+    tested = 200 if options.smoke else len(data.test_labels)
+    every_test_row = [np.arange(tested)] * options.seeds
     if options.batch_size > len(rows[0]):
         raise SystemExit(
             f"--batch-size {options.batch_size} is more than the {len(rows[0])} "

@@ -81,6 +81,9 @@ def given() -> optax.GradientTransformationExtraArgs:
         del params
         return optax.EmptyState()
 
+    def is_masked(x):
+        return isinstance(x, optax.MaskedNode)
+
     def update_fn(updates, state, params=None, *, fisher=None, **extra_args):
         del params, extra_args
         if fisher is None:
@@ -89,6 +92,14 @@ def given() -> optax.GradientTransformationExtraArgs:
                 "`update(grads, state, params, fisher=diagonal)`, or with "
                 "`value_and_grad`, `f(params, state, batch, "
                 "extra_args={'fisher': diagonal})`."
+            )
+        if any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked))):
+            # Within `by_group`: the gradient is that of a group, `fisher` is whole.
+            fisher = jax.tree.map(
+                lambda g, f: g if is_masked(g) else f,
+                updates,
+                fisher,
+                is_leaf=is_masked,
             )
         check_like("fisher", fisher, "grads", updates)
         return fisher, state

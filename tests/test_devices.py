@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from test_sharpness_aware import assert_close, assert_equal
+from test_value_and_grad import by_replica
 
 from fsam_optax import (
     adaptive_ellipsoid,
@@ -248,6 +249,20 @@ def test_value_is_averaged_and_aux_is_that_of_each_device():
     value, aux = jax.jit(spread_step)(PARAMS, f.init(PARAMS), BATCH)
     assert_close(value, loss(PARAMS, BATCH), 1e-6)
     assert_close(aux, np.mean(np.reshape(BATCH[0], (8, -1)), axis=1), 1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [None, 2])
+def test_devices_and_their_micro_batches_are_numbered(micro_batches):
+    f = value_and_grad(
+        lambda w, b: w**2 / 2 + 0 * jnp.sum(b),
+        by_replica(),
+        micro_batches=micro_batches,
+        axis_name="d",
+    )
+    step = shard_map(lambda w, state, b: f(w, state, b)[1], check_vma=True)
+    grads = step(jnp.float32(2.0), f.init(jnp.float32(2.0)), jnp.ones(16))
+    replicas = DEVICES * (micro_batches or 1)
+    assert grads == 2 + np.mean(np.arange(replicas))
 
 
 @pytest.mark.parametrize("how", ["typed", "pmap"])

@@ -392,6 +392,22 @@ def test_equals_gradients_formed_in_full_where_it_falls_back(name, chunk_bytes):
     assert "fallback" in {leaf.rule for leaf in explain_loss(loss_fn, params, batch)}
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 1000, 10**6])
+def test_chunks_that_do_not_divide_the_batch(chunk_bytes):
+    params, x = {"w": normal(0, 4, 5)}, normal(1, 7, 3, 4)
+
+    def model(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    def cotangents(h, _):
+        return jnp.stack([h, h**2])
+
+    sums = jax.jit(
+        lambda *args: power_sums(model, *args, cotangents, chunk_bytes=chunk_bytes)
+    )(params, x)
+    oracles.assert_close(sums, oracles.power_sums(model, params, x, cotangents))
+
+
 # The interface.
 
 

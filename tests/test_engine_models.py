@@ -1,4 +1,4 @@
-"""The engine on the layers of Flax, Equinox and Haiku: exact, and nothing falls back."""
+"""The engine on layers of Flax, Equinox and Haiku: exact, and nothing falls back."""
 
 import engine_oracles as oracles
 import equinox as eqx
@@ -173,10 +173,17 @@ MODELS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", MODELS)
-def test_models(name, monkeypatch):
+@pytest.fixture
+def rank_promotion():
+    """The libraries' own layers rely on it."""
     jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Raised by Haiku.
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, rank_promotion):
     apply_fn, params, inputs = MODELS[name]()
 
     def cotangents(h, _):
@@ -187,4 +194,3 @@ def test_models(name, monkeypatch):
     sums = jax.jit(lambda p, x: power_sums(apply_fn, p, x, cotangents))(params, inputs)
     expected = oracles.power_sums(apply_fn, params, inputs, cotangents)
     oracles.assert_close(sums, expected, tolerance=2e-5)
-    jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -591,3 +591,14 @@ def test_fault_31_no_retrace_for_numpy_and_python_inputs():
     for params in (np.ones(3, np.float32), jnp.ones(3), jnp.zeros(3)):
         _, state = train({"w": params}, state)
     assert len(traces) == 1
+
+
+@SOME
+@pytest.mark.parametrize("factor", [1.0, 0.0, 1e-30])
+def test_fault_32_debug_nans(geometry, factor):
+    # Nothing on the way to a finite result may be NaN.
+    grads = jax.tree.map(lambda g: factor * g, GRADS)
+    with jax.debug_nans(True):
+        eps, _ = ascend(geometry(0.5), grads)
+        step(sharpness_aware(optax.sgd(0.1), geometry(0.5)), grads=grads)
+    assert np.all(np.isfinite(eps["k"]))

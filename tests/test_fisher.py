@@ -12,6 +12,7 @@ import pytest
 
 from fsam_optax._by_group import by_group
 from fsam_optax._diagonal import diagonal
+from fsam_optax._estimators import given, squared_gradient
 from fsam_optax._fisher import (
     fisher_empirical,
     fisher_exact,
@@ -850,3 +851,13 @@ def test_sharding_over_eight_devices_changes_nothing(name):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     compute = jax.jit(lambda x: diagonal(estimator, PARAMS, (x, None)))
     close(compute(jax.device_put(x, sharding)), compute(x))
+
+
+def test_by_group_takes_a_given_diagonal_for_some_groups():
+    grads = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    fisher = {"a": jnp.array([5.0, 6.0]), "b": jnp.array([7.0])}
+    estimators = {"given": given(), "own": squared_gradient()}
+    estimator = by_group({"a": "given", "b": "own"}, estimators)
+    diagonal, _ = estimator.update(grads, estimator.init(grads), grads, fisher=fisher)
+    np.testing.assert_array_equal(diagonal["a"], fisher["a"])
+    np.testing.assert_array_equal(diagonal["b"], [9.0])

@@ -229,18 +229,19 @@ def _product(eqn, a, g):
     A model for batches meets one example as a batch of one. Mapped over examples, its
     products would have an axis too many, which XLA:CPU pays for with copies.
     """
-    contract, batch = eqn.params["dimension_numbers"]
-    operands, dims = [], []
-    for x, c, b in zip((a, g), contract, batch, strict=True):
-        thin = [d for d in range(x.ndim) if x.shape[d] == 1 and d not in b]
-        rank = {d: d - sum(t < d for t in thin) for d in range(x.ndim)}
-        operands.append(lax.squeeze(x, thin))
-        dims.append(
-            (tuple(rank[d] for d in c if d not in thin), tuple(map(rank.get, b)))
-        )
-    (contract_a, batch_a), (contract_g, batch_g) = dims
+    (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
+
+    def thin(x, contract, batch):
+        drop = [d for d in range(x.ndim) if x.shape[d] == 1 and d not in batch]
+        kept = [d for d in range(x.ndim) if d not in drop]
+        contract = [kept.index(d) for d in contract if d in kept]
+        return lax.squeeze(x, drop), contract, [kept.index(d) for d in batch]
+
+    a, contract_a, batch_a = thin(a, contract_a, batch_a)
+    g, contract_g, batch_g = thin(g, contract_g, batch_g)
     y = lax.dot_general(
-        *operands,
+        a,
+        g,
         ((contract_a, contract_g), (batch_a, batch_g)),
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],

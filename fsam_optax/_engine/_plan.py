@@ -1,8 +1,8 @@
 """How each gradient of a program becomes a sum of powers over examples.
 
-A gradient is a few moves of entries (transpositions, concatenations, ...), through which
-a power passes, over *sources*: matrix products, convolutions, and so on. Each source is
-given the cheapest rule that sums its powers without stacking it over examples.
+A gradient is a few moves of entries (transpositions, concatenations, ...), through
+which a power passes, over *sources*: matrix products, convolutions, and so on. Each
+source gets the cheapest rule that sums its powers without stacking it over examples.
 """
 
 import math
@@ -32,6 +32,7 @@ from fsam_optax._engine._sums import (
     looped,
     outer_product,
     power,
+    precision_of,
     reduced,
     scattered_rows,
     widened,
@@ -280,7 +281,7 @@ def _origins(flow: Dataflow, v: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _moved(flow, v, sums, env, powers) -> list[Any]:
-    """Returns the sums of powers of `v` from those of the variables it is moved from."""
+    """Returns the sums of powers of `v` from those of what it is moved from."""
     eqn, i, parts = _parts(flow, v)
     if not parts:
         return sums[id(v)]
@@ -381,7 +382,7 @@ def _contraction(flow, v, what):
 
 
 def _tail(flow, v, stop, rule, cost, what):
-    """Evaluates the end of the program that only `v` needs, a few examples at a time."""
+    """Evaluates the program from `stop` to `v`, a few examples at a time."""
     inside = {x for x in flow.ancestors([v], stop=stop) if flow.varies(x)}
     eqns = [e for e in flow.jaxpr.eqns if not inside.isdisjoint(e.outvars)]
     made = {x for e in eqns for x in e.outvars}
@@ -424,7 +425,7 @@ def _evaluate_tail(eqn, inputs, v, dtype):
             a,
             g,
             params["dimension_numbers"],
-            precision=params["precision"],
+            precision=precision_of(eqn),
             preferred_element_type=dtype,
         )
     else:

@@ -215,7 +215,7 @@ def explain(
         >>> import jax, jax.numpy as jnp
         >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
         >>> def apply_fn(params, x):
-        ...     return x @ params["kernel"] + params["bias"]
+        ...     return x @ params["kernel"] + params["bias"][None]
         >>> print(explain(apply_fn, params, jnp.ones((8, 3)), lambda h, _: h[None]))
         parameter   shape   rule           cost
         ['bias']    (2,)    reduction      1.00
@@ -308,7 +308,7 @@ def _explain(fn, params, examples, cotangents):
 
 
 def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report=None):
-    """Returns the sums of powers; for a loss (no cotangents) that of each example too."""
+    """Returns the sums of powers; for a loss (no cotangents) all losses as well."""
     powers = tuple(powers)
     if not powers or not set(powers) <= {1, 2, 4}:
         raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers}.")

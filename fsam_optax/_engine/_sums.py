@@ -138,6 +138,13 @@ def _weighted_sum(weight, x):
     return jnp.sum(weight.reshape(shape).astype(x.dtype) * x, axis=axes)
 
 
+def precision_of(eqn: Any) -> Any:
+    """Returns the precision of a product; None for one that prescribes its dtypes."""
+    precision = eqn.params["precision"]
+    plain = isinstance(precision, tuple) and isinstance(precision[0], lax.Precision)
+    return precision if plain else None
+
+
 def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
     """Returns the sums of powers of an outer product: one matrix product per power.
 
@@ -145,6 +152,7 @@ def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
     """
     (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
     dtype = widened(eqn.outvars[0].aval.dtype)
+    precision = precision_of(eqn)
 
     def arranged(x, has, contract, batch):
         """Returns x as (*lead, *batch, free), and the shape of what is free."""
@@ -157,29 +165,33 @@ def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
 
     def reduce(has, weight, a, g):
         _, *has = has
-        (a, free_a), (g, free_g) = (
-            arranged(a, has[0], contract_a, batch_a),
-            arranged(g, has[1], contract_g, batch_g),
-        )
+        a, free_a = arranged(a, has[0], contract_a, batch_a)
+        g, free_g = arranged(g, has[1], contract_g, batch_g)
         # The cotangents of one example share its activations: they are summed before
         # the product. As a product too: XLA would move a plain sum into the next one.
         many = 0 if sum(has[0]) > sum(has[1]) else 1
         axes = range(weight.ndim)
         lead = [j for j, b in enumerate(has[1 - many]) if b]
         batch = tuple(len(lead) + d for d in range(len(batch_a)))
-        numbers = ((tuple(range(len(lead))),) * 2, (batch, batch))
+        examples = tuple(range(len(lead)))
+        numbers = ((examples, examples), (batch, batch))
 
         def weighted(x):
             x = jnp.expand_dims(x, [j for j, b in enumerate(has[many]) if not b])
-            body = [weight.ndim + d for d in range(x.ndim - weight.ndim)]
             x = jnp.broadcast_to(x, weight.shape + x.shape[weight.ndim :])
+            body = range(weight.ndim, x.ndim)
             w = weight.astype(dtype)
-            return jnp.einsum(w, [*axes], x, [*axes, *body], [*lead, *body])
+            return jnp.einsum(
+                w, [*axes], x, [*axes, *body], [*lead, *body], precision=precision
+            )
 
         def sums(p):
-            factors = [power(a, p), power(g, p)]
-            factors[many] = weighted(factors[many])
-            y = lax.dot_general(*factors, numbers, precision=eqn.params["precision"])
+            left, right = power(a, p), power(g, p)
+            if many == 0:
+                left = weighted(left)
+            else:
+                right = weighted(right)
+            y = lax.dot_general(left, right, numbers, precision=precision)
             return y.reshape(*y.shape[: len(batch)], *free_a, *free_g)
 
         return [[sums(p) for p in powers]]
@@ -285,7 +297,7 @@ def convolution_as_product(eqn: Any, a: jax.Array, g: jax.Array) -> jax.Array:
             a,
             g,
             ((contracted, contracted), ((a.ndim - 2,), (g.ndim - 2,))),
-            precision=params["precision"],
+            precision=precision_of(eqn),
             preferred_element_type=dtype,
         )
         y = jnp.moveaxis(y, 0, -3)
