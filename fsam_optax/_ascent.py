@@ -1,12 +1,16 @@
 """The ascent half of a step, shared by both wrappers."""
 
+import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from fsam_optax._checks import is_real
+from fsam_optax._checks import check_like, is_real
+from fsam_optax._mapped_axes import axes_of_shards
 from fsam_optax._norms import cosine, norm, total, widen
 
 
@@ -40,22 +44,36 @@ def _real_leaves(tree: Any) -> list[jax.Array]:
 def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metrics:
     """Computes the metrics of one step from params to `point` = params + eps."""
     g, h = _real_leaves(grads), _real_leaves(perturbed_grads)
-    g_norm, h_norm = norm(g), norm(h)
+    w, v = _real_leaves(params), _real_leaves(point)
+    axes = axes_of_shards(w)
+    g_norm, h_norm = norm(g, 2, axes), norm(h, 2, axes)
     steps = [
         jnp.sum(jnp.square(y.astype(widen(x, y)) - x.astype(widen(x, y))))
-        for x, y in zip(_real_leaves(params), _real_leaves(point), strict=True)
+        for x, y in zip(w, v, strict=True)
     ]
-    step_norm = jnp.sqrt(total(steps)) if steps else jnp.zeros([])
-    values = (g_norm, h_norm, step_norm, cosine(g, h, g_norm, h_norm))
+    step_norm = jnp.sqrt(total(steps, axes)) if steps else jnp.zeros([])
+    values = (g_norm, h_norm, step_norm, cosine(g, h, g_norm, h_norm, axes))
     return Metrics(*(jnp.asarray(x, jnp.float32) for x in values))
+
+
+def took_part(before: optax.OptState, after: optax.OptState) -> jax.Array:
+    """Tells whether a perturbation was found: nothing in its state counted a skip."""
+    old, new = (
+        [value for _, value in optax.tree.get_all_with_path(state, "skipped")]
+        for state in (before, after)
+    )
+    same = [x == y for x, y in zip(old, new, strict=True)]
+    return functools.reduce(jnp.logical_and, same, jnp.array(True))
 
 
 def displace(params: Any, eps: Any, dtype: Any | None) -> Any:
     """Returns w + eps, added in float32 or wider; `params` itself is not touched.
 
     The sum is rounded to `dtype`, or to the dtype of each leaf if that is None.
-    Leaves that hold no real numbers are returned as they are.
+    Leaves that hold no real numbers are returned as they are. Raises ValueError for
+    an eps of another structure or shape.
     """
+    check_like("the perturbation's output", eps, "params", params)
 
     def move(w, e):
         if not is_real(w):
@@ -75,6 +93,11 @@ def cast_like(tree: Any, like: Any) -> Any:
     )
 
 
+def always(every: Any) -> bool:
+    """Tells whether a possibly traced `every` is known to be 1."""
+    return isinstance(every, numbers.Integral) and int(every) == 1
+
+
 def every_kth(
     every: Any, step: jax.Array, perturbed: Callable[[], Any], plain: Callable[[], Any]
 ) -> Any:
@@ -82,6 +105,6 @@ def every_kth(
 
     Only one of the two is computed at run time, except under `jax.vmap`.
     """
-    if isinstance(every, int) and every == 1:
+    if always(every):
         return perturbed()
     return jax.lax.cond(step % every == 0, perturbed, plain)

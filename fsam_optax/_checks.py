@@ -21,7 +21,11 @@ def check_number(
 
     Arrays, traced values and schedules pass: nothing is known of them here.
     """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if not isinstance(value, numbers.Real):
+        if not hasattr(value, "dtype"):
+            raise TypeError(f"`{name}` must be a number, got {value!r}.")
         return
     number = float(value)
     if not low <= number <= high or (open and number == low):

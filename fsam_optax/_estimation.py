@@ -71,7 +71,7 @@ def _problem(name, apply_fn, params, batch, example_weights, full_params):
         )
     size = shapes[0][0]
     if example_weights is None:
-        example_weights = jnp.ones(size)
+        example_weights = jnp.ones(size, widen())
     if jnp.shape(example_weights) != (size,):
         raise ValueError(
             f"`example_weights` must have shape ({size},), one for each example, got "

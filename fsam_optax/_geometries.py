@@ -74,9 +74,10 @@ def adaptive_ellipsoid(
         p = 2:    eps = rho T^2 g / ||T g||_2
         p = inf:  eps = rho T sign(g)
 
-    With eta = 0 and element scope, any rescaling of single weights that leaves the
-    loss as it is takes eps along; eta breaks this a little, and keeps weights near 0
-    perturbed. The radius is relative, so rho is about ten times that of SAM.
+    With eta = 0, element scope and every leaf normalised (`normalize=True`), any
+    rescaling of single weights that leaves the loss as it is takes eps along. Leaving
+    biases out, as is the default, and eta, which keeps weights near 0 perturbed, each
+    break this a little. The radius is relative: rho is about ten times that of SAM.
 
     Args:
         rho: Radius relative to the weights: a number >= 0 or a schedule.
@@ -203,6 +204,7 @@ def fisher_ellipsoid(
         )
     eta = 1.0 if eta is None else eta
     check_number("eta", eta, 0)
-    check_number("damping", damping, 0)
+    if damping is not None:
+        check_number("damping", damping, 0)
     operator = _operators.fisher(estimator, eta, damping, relative, mask, axis_name)
     return perturbation(rho, operator, mask=mask, axis_name=axis_name)

@@ -84,15 +84,32 @@ def replica_index(
     return {"replica": replica}
 
 
+def axes_of_shards(params: Any) -> tuple[Hashable, ...]:
+    """Returns the axes over which parameters are known to be sharded by hand."""
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(params)))
+    return tuple(sorted(axes, key=str))
+
+
 def is_key(x: Any) -> bool:
     """Tells whether a leaf is an array of typed PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def merge(tree: Any, axis_name: AxisName) -> Any:
+def _is_mean(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_random(x: Any) -> bool:
+    """Tells whether a leaf is a key, or the unsigned integers that one is made of."""
+    return is_key(x) or jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+
+
+def merge(tree: Any, axis_name: AxisName, took_part: Any = True) -> Any:
     """Merges states that were updated by each device on its own.
 
-    Means of floating-point leaves, the largest of counters, any of the keys.
+    Floating-point leaves are averaged and keys taken over the devices that took part;
+    the others kept the state as it was, which must not count. If none took part, all
+    are as they were. Counters are the largest of all.
     """
 
     def leaf(x):
@@ -100,29 +117,41 @@ def merge(tree: Any, axis_name: AxisName) -> Any:
         if not axes:
             return x
         if is_key(x):
-            data = jax.lax.pmax(jax.random.key_data(x), axes)
+            data = leaf(jax.random.key_data(x))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return jax.lax.pmean(x, axes)
-        return jax.lax.pmax(x, axes)
+        if not (_is_mean(x) or _is_random(x)):
+            return jax.lax.pmax(x, axes)
+        if took_part is True:
+            reduce = jax.lax.pmean if _is_mean(x) else jax.lax.pmax
+            return reduce(x, axes)
+        count = jax.lax.psum(vary(took_part.astype(jnp.float32), axis_name), axes)
+        counts = took_part | (count == 0)
+        x = jnp.where(counts, x, jnp.zeros_like(x))
+        if _is_random(x):
+            return jax.lax.pmax(x, axes)
+        number = jax.lax.psum(counts.astype(x.dtype), axes)
+        return jax.lax.psum(x, axes) / number
 
     return jax.tree.map(leaf, tree)
 
 
-def merge_next(merged: Any, new: Any, index: jax.Array) -> Any:
+def merge_next(
+    merged: Any, new: Any, index: jax.Array, before: Any, took_part: Any = True
+) -> Any:
     """Merges the state of micro-batch `index` into that of the ones before it.
 
-    The same rules as `merge`, one micro-batch at a time. Equal states merge to
-    themselves exactly.
+    The same rules as `merge`, one micro-batch at a time; `before` is the number of
+    those that took part already. Equal states merge to themselves exactly.
     """
 
     def leaf(x, y):
-        if is_key(y):
-            return y
-        if jnp.issubdtype(y.dtype, jnp.inexact):
-            y = y.astype(x.dtype)
-            return jnp.where(index == 0, y, x + (y - x) / (index + 1).astype(x.dtype))
-        return jnp.where(index == 0, y, jnp.maximum(x, y))
+        if _is_random(y):
+            return jnp.where(took_part | (before == 0), y, x)
+        if not _is_mean(y):
+            return jnp.where(index == 0, y, jnp.maximum(x, y))
+        y = y.astype(x.dtype)
+        mean = x + (y - x) / (before + 1).astype(x.dtype)
+        return jnp.where(before == 0, y, jnp.where(took_part, mean, x))
 
     return jax.tree.map(leaf, merged, new)
 
@@ -134,8 +163,8 @@ def merge_stacked(tree: Any) -> Any:
     """
 
     def leaf(x):
-        if is_key(x):
+        if _is_random(x):
             return x[-1]
-        return jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.max(x, 0)
+        return jnp.mean(x, 0) if _is_mean(x) else jnp.max(x, 0)
 
     return jax.tree.map(leaf, tree)

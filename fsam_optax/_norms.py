@@ -25,9 +25,24 @@ def _is(ord: Any, number: int) -> bool:
     return isinstance(ord, int | float) and ord == number
 
 
-def signed_power(x: jax.Array, exponent: Any) -> jax.Array:
-    """Returns `sign(x) |x|^exponent`; 0 stays 0, whatever the exponent."""
-    return x if _is(exponent, 1) else jnp.sign(x) * jnp.abs(x) ** exponent
+def ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns `x / y` for any y > 0, and x where y is 0 or not finite.
+
+    The reciprocal of y, which compilers take, leaves float32 at both ends of its
+    range. Moving y towards 1 by a power of two first is exact and avoids it.
+    """
+    shift = jnp.where(y > 1, 2.0**-64, 2.0**64).astype(y.dtype)
+    usable = (y > 0) & jnp.isfinite(y)
+    shift = jnp.where(usable, shift, jnp.ones_like(shift))
+    return (x * shift) / divisor(y * shift)
+
+
+def signed_power(x: jax.Array, scale: jax.Array, exponent: Any) -> jax.Array:
+    """Returns `sign(x) |x / scale|^exponent`; 0 stays 0, whatever the exponent."""
+    if _is(exponent, 1):
+        return ratio(x, scale)
+    # The sign of x itself: x / scale may underflow, and |0|^0 is 1.
+    return jnp.sign(x) * jnp.abs(ratio(x, scale)) ** exponent
 
 
 def _power(x: jax.Array, ord: Any) -> jax.Array:
@@ -44,8 +59,8 @@ def scaled_norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     The largest magnitude is divided out before squaring.
     """
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
-    ratio = x / divisor(largest)
-    return largest * jnp.sqrt(jnp.sum(ratio * ratio, axis=axis, keepdims=True))
+    squares = jnp.square(ratio(x, largest))
+    return largest * jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True))
 
 
 def total(terms: Iterable[jax.Array], axis_name: AxisName = None) -> jax.Array:
@@ -100,7 +115,7 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
         if axes := axes_over_which_differs(largest, axis_name):
             largest = jax.lax.pmax(largest, axes)
-        ratios = [x / divisor(largest) for x in leaves]
+        ratios = [ratio(x, largest) for x in leaves]
         powers = total([jnp.sum(_power(x, ord)) for x in ratios], axis_name)
         return largest * _root(powers, ord)
 
@@ -112,26 +127,36 @@ _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=Tru
 
 
 def cosine(
-    xs: list[jax.Array], ys: list[jax.Array], x_norm: jax.Array, y_norm: jax.Array
+    xs: list[jax.Array],
+    ys: list[jax.Array],
+    x_norm: jax.Array,
+    y_norm: jax.Array,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     """Returns the cosine of the angle between two vectors, 0 if one is 0."""
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x.size]
-    return _cosine(pairs, x_norm, y_norm) if pairs else jnp.zeros([], widen())
+    if not pairs:
+        return jnp.zeros([], widen())
+    return _cosine(pairs, x_norm, y_norm, axis_name)
 
 
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, static_argnames="axis_name", inline=True)
 def _cosine(
-    pairs: list[tuple[jax.Array, jax.Array]], x_norm: jax.Array, y_norm: jax.Array
+    pairs: list[tuple[jax.Array, jax.Array]],
+    x_norm: jax.Array,
+    y_norm: jax.Array,
+    axis_name: AxisName,
 ) -> jax.Array:
     dtype = widen(*jax.tree.leaves(pairs))
     pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
-    x_length, y_length = divisor(x_norm), divisor(y_norm)
 
     def plain():
-        return total([jnp.sum(x * y) for x, y in pairs]) / (x_length * y_length)
+        products = [jnp.sum(x * y) for x, y in pairs]
+        return total(products, axis_name) / (divisor(x_norm) * divisor(y_norm))
 
     def rescaled():
-        return total([jnp.sum((x / x_length) * (y / y_length)) for x, y in pairs])
+        products = [jnp.sum(ratio(x, x_norm) * ratio(y, y_norm)) for x, y in pairs]
+        return total(products, axis_name)
 
     in_range = _in_range(x_norm * x_norm) & _in_range(y_norm * y_norm)
     return jax.lax.cond(in_range, plain, rescaled)

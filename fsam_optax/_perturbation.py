@@ -14,7 +14,7 @@ from fsam_optax._checks import (
     movable,
 )
 from fsam_optax._mapped_axes import AxisName
-from fsam_optax._norms import divisor, norm, signed_power, widen
+from fsam_optax._norms import norm, signed_power, widen
 from fsam_optax._operators import identity
 
 
@@ -141,17 +141,27 @@ def perturbation(
                 f"{jax.tree.structure(t)} for {jax.tree.structure(updates)}."
             )
 
-        def scale(move, g, w, t):
-            return t * jnp.asarray(g, widen(g, w)) if move else None
+        def scale(path, move, g, w, t):
+            if not move:
+                return None
+            if jnp.broadcast_shapes(jnp.shape(t), jnp.shape(g)) != jnp.shape(g):
+                raise ValueError(
+                    f"`operator` returned shape {jnp.shape(t)} for leaf "
+                    f"{jax.tree_util.keystr(path) or 'at the root'} of shape "
+                    f"{jnp.shape(g)}."
+                )
+            dtype = widen(g, w)
+            return jnp.asarray(t, dtype) * jnp.asarray(g, dtype)
 
-        tg = jax.tree.map(scale, moves, updates, like, t)
+        tg = jax.tree_util.tree_map_with_path(scale, moves, updates, like, t)
         dual_norm = norm(jax.tree.leaves(tg), dual_ord, axis_name)
         usable = jnp.isfinite(dual_norm) & (dual_norm > 0)
 
         def worst_case(move, g, t, tg):
             if not move:
                 return jnp.zeros(jnp.shape(g), widen())
-            eps = radius * t * signed_power(tg / divisor(dual_norm), exponent)
+            direction = signed_power(tg, dual_norm.astype(tg.dtype), exponent)
+            eps = radius * jnp.asarray(t, tg.dtype) * direction
             return jnp.where(usable, eps, 0).astype(tg.dtype)
 
         eps = jax.tree.map(worst_case, moves, updates, t, tg)

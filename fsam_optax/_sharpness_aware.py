@@ -13,6 +13,7 @@ from fsam_optax._ascent import (
     measure,
     Metrics,
     no_metrics,
+    took_part,
 )
 from fsam_optax._checks import (
     check_count,
@@ -73,8 +74,10 @@ def sharpness_aware(
             bfloat16 resolves 1 part in 256 and eps is often smaller.
         axis_name: Mapped axes of `jax.shard_map` or `jax.pmap` over which the second
             gradient is averaged. If the gradient passed to `update` was averaged too,
-            this is SAM on the whole batch; if not, each device has its own eps
-            (m-sharpness). Either way all devices return the same update and state.
+            all devices have the same eps: SAM on the whole batch. If not, each has its
+            own (m-sharpness). Either way all return the same update and state. A Fisher
+            estimated from the batch is that of the device: to average it as well, use
+            `optax.chain(estimator, optax.stateless(lambda f, _: pmean(f, axis_name)))`.
 
     Returns:
         A transformation whose `update(grads, state, params, *, grad_fn, **extra)`
@@ -142,9 +145,11 @@ def sharpness_aware(
             point = vary(displace(params, eps, perturb_dtype), axis_name)
             grads = grad_fn(point)
             _check_gradient(grads, params)
-            grads = cast_like(merge(grads, axis_name), updates)
             metrics = measure(updates, grads, params, point)
-            return grads, merge((perturbation_state, metrics), axis_name)
+            grads = cast_like(merge(grads, axis_name), updates)
+            found = took_part(state.perturbation, perturbation_state)
+            perturbation_state = merge(perturbation_state, axis_name, found)
+            return grads, (perturbation_state, merge(metrics, axis_name))
 
         def plain():
             return merge(updates, axis_name), (state.perturbation, state.metrics)

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._ascent import (
+    always,
     cast_like,
     displace,
     every_kth,
     measure,
     Metrics,
     no_metrics,
+    took_part,
 )
 from fsam_optax._checks import (
     check_count,
@@ -189,9 +191,9 @@ def value_and_grad(
             return loss_and_aux(loss_fn(params, batch, *args, **kwargs), has_aux)
 
         gradient = jax.value_and_grad(checked_loss, has_aux=True)
-        alone = isinstance(every, int) and every == 1 and not (args or kwargs)
+        alone = always(every) and not (args or kwargs or has_aux)
         likelihood_loss = None
-        if fused and alone and isinstance(loss_fn, NegativeLogLikelihood):
+        if isinstance(loss_fn, NegativeLogLikelihood) and fused and alone:
             likelihood_loss = loss_fn
 
         def sam_gradient(batch, index=None):
@@ -236,29 +238,41 @@ def value_and_grad(
                 lambda branch=branch: vary(branch(), axis_name)
                 for branch in (perturbed, plain)
             )
-            return every_kth(every, state.step, perturbed, plain), (value, aux)
+            grads, perturbation_state, metrics, sharpness = every_kth(
+                every, state.step, perturbed, plain
+            )
+            found = took_part(state.perturbation, perturbation_state)
+            measured = grads, metrics, sharpness
+            return measured, (perturbation_state, found), (value, aux)
 
         if micro_batches is None:
-            result, (value, aux) = sam_gradient(batch)
+            measured, (perturbation_state, found), (value, aux) = sam_gradient(batch)
         else:
             # Overwritten by the first micro-batch, but of the right types.
             zeros = vary_like(jax.tree.map(jnp.zeros_like, params), params)
-            start = (zeros, state.perturbation, state.metrics, state.sharpness)
+            start = (zeros, state.metrics, state.sharpness), state.perturbation
 
             def body(merged, indexed_batch):
+                (measured, perturbation_state), before = merged
                 index, micro_batch = indexed_batch
-                result, value_and_aux = sam_gradient(micro_batch, index)
-                return merge_next(merged, result, index), value_and_aux
+                new, (new_state, found), value_and_aux = sam_gradient(
+                    micro_batch, index
+                )
+                merged = (
+                    merge_next(measured, new, index, index),
+                    merge_next(perturbation_state, new_state, index, before, found),
+                )
+                return (merged, before + found), value_and_aux
 
-            merged, (values, aux) = jax.lax.scan(
+            (merged, number_found), (value, aux) = jax.lax.scan(
                 body,
-                vary(jax.tree.map(_widened, start), axis_name),
+                vary((jax.tree.map(_widened, start), jnp.zeros([], int)), axis_name),
                 (jnp.arange(micro_batches), _cut(batch, micro_batches)),
             )
-            result = jax.tree.map(lambda x, like: x.astype(like.dtype), merged, start)
-            value = jnp.mean(values)
-        value = merge(value, axis_name)
-        grads, perturbation_state, metrics, sharpness = merge(result, axis_name)
+            measured, perturbation_state = jax.tree.map(_narrowed, merged, start)
+            value, found = jnp.mean(value), number_found > 0
+        value, (grads, metrics, sharpness) = merge((value, measured), axis_name)
+        perturbation_state = merge(perturbation_state, axis_name, found)
         state = ValueAndGradState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             perturbation=perturbation_state,
@@ -294,6 +308,11 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
 def _widened(x: jax.Array) -> jax.Array:
     """Returns floating-point leaves as what means are accumulated in."""
     return x.astype(widen(x)) if is_real(x) else x
+
+
+def _narrowed(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns what was accumulated in the dtype it has at the end."""
+    return x.astype(like.dtype) if is_real(like) else x
 
 
 def _cut(batch: Any, parts: int) -> Any:

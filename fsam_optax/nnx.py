@@ -71,10 +71,17 @@ def value_and_grad(
         >>> print(optax.tree.get(state, "perturbation_norm"))
         0.05
     """
+    options = {
+        "has_aux": True,
+        "micro_batches": micro_batches,
+        "every": every,
+        "perturb_dtype": perturb_dtype,
+        "axis_name": axis_name,
+    }
+    checked = _value_and_grad.value_and_grad(loss_fn, perturbation, **options)
 
     def init_fn(model):
-        options = _value_and_grad.value_and_grad(loss_fn, perturbation, every=every)
-        return options.init(nnx.state(model, wrt))
+        return checked.init(nnx.state(model, wrt))
 
     def apply_fn(model, state, batch, *args, extra_args=None, **kwargs):
         graphdef, params, rest = nnx.split(model, wrt, ...)
@@ -85,15 +92,7 @@ def value_and_grad(
             loss, aux = _value_and_grad.loss_and_aux(result, has_aux)
             return loss, (aux, nnx.split(copy, wrt, ...)[2])
 
-        oracle = _value_and_grad.value_and_grad(
-            pure_loss,
-            perturbation,
-            has_aux=True,
-            micro_batches=micro_batches,
-            every=every,
-            perturb_dtype=perturb_dtype,
-            axis_name=axis_name,
-        )
+        oracle = _value_and_grad.value_and_grad(pure_loss, perturbation, **options)
         (value, (aux, new_rest)), grads, state = oracle(
             params, state, batch, *args, extra_args=extra_args, **kwargs
         )

@@ -12,7 +12,14 @@ import jax
 import pytest
 
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+@pytest.fixture(autouse=True, scope="module")
+def no_rank_promotion():
+    """The library's own arithmetic never lines up shapes by chance.
+
+    A fixture, so that the doctests beside these tests run as a user would run them.
+    """
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture

@@ -245,3 +245,39 @@ def test_numbers_out_of_range_are_rejected(kwargs, match):
 def test_operator_must_be_a_transformation():
     with pytest.raises(TypeError, match=r"`operator` must be an optax\.Gradient"):
         fsam_optax.perturbation(0.1, lambda g: g)
+
+
+def test_every_sign_counts_at_infinite_order():
+    ball = fsam_optax.euclidean_ball(1.0, ord=jnp.inf)
+    grads = jnp.array([1e9, -1e-30, 0.0])
+    eps, _ = ball.update(grads, ball.init(grads))
+    np.testing.assert_array_equal(eps, [1.0, -1.0, 0.0])
+
+
+@pytest.mark.parametrize("size", [1e-37, 9e37, 3e38])
+def test_norm_holds_at_the_ends_of_float32(size):
+    ball = fsam_optax.euclidean_ball(1.0)
+    grads = jnp.array([size, 0.0])
+    eps, state = ball.update(grads, ball.init(grads))
+    np.testing.assert_allclose(eps, [1.0, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(state.dual_norm, size, rtol=1e-6)
+
+
+def test_operator_of_the_wrong_shape_is_rejected():
+    tall = optax.stateless(lambda grads, params: jnp.ones((2, 1)))
+    ball = fsam_optax.perturbation(0.1, tall)
+    with pytest.raises(ValueError, match=r"`operator` returned shape \(2, 1\)"):
+        ball.update(jnp.ones(2), ball.init(jnp.ones(2)))
+
+
+def test_perturbation_of_the_wrong_shape_is_rejected():
+    tall = optax.stateless(lambda grads, params: jnp.ones((2, 1)))
+    f = fsam_optax.value_and_grad(lambda w, batch: jnp.sum(w), tall)
+    with pytest.raises(ValueError, match="perturbation's output"):
+        f(jnp.ones(2), f.init(jnp.ones(2)), None)
+
+
+@pytest.mark.parametrize("rho", ["0.1", None, 1j], ids=repr)
+def test_rho_that_is_no_number_is_rejected(rho):
+    with pytest.raises(TypeError, match="`rho` must be a number"):
+        fsam_optax.euclidean_ball(rho)

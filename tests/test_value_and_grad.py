@@ -245,7 +245,7 @@ def by_replica():
     """A perturbation as long as the number of its replica."""
 
     def update(updates, state, params=None, *, replica=0, **extra):
-        return jax.tree.map(lambda g: jnp.full_like(g, replica), updates), state
+        return jax.tree.map(lambda g: 0 * g + replica, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 

@@ -1,0 +1,103 @@
+"""States and metrics of micro-batches and devices, when some find no perturbation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fsam_optax as fsam
+
+
+AVERAGED = optax.chain(fsam.squared_gradient(), optax.ema(0.9))
+
+
+def loss_fn(w, batch):
+    return jnp.mean(batch @ w)
+
+
+@pytest.mark.parametrize("bad", [0.0, jnp.nan], ids=["zero", "nan"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_a_skipped_micro_batch_does_not_count(bad, first):
+    good, out = jnp.ones((2, 3)), jnp.full((2, 3), bad)
+    batch = jnp.concatenate([out, good] if first else [good, out])
+    ellipsoid = fsam.fisher_ellipsoid(0.1, AVERAGED)
+    f = fsam.value_and_grad(loss_fn, ellipsoid, micro_batches=2)
+    _, _, state = f(jnp.ones(3), f.init(jnp.ones(3)), batch)
+    alone = fsam.value_and_grad(loss_fn, ellipsoid)
+    _, _, expected = alone(jnp.ones(3), alone.init(jnp.ones(3)), good)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        state.perturbation.operator,
+        expected.perturbation.operator,
+    )
+    assert state.perturbation.skipped == 1
+
+
+def test_nothing_is_touched_if_every_micro_batch_is_skipped():
+    f = fsam.value_and_grad(
+        loss_fn, fsam.fisher_ellipsoid(0.1, AVERAGED), micro_batches=2
+    )
+    before = f.init(jnp.ones(3))
+    _, _, state = f(jnp.ones(3), before, jnp.zeros((4, 3)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        state.perturbation.operator,
+        before.perturbation.operator,
+    )
+
+
+def on_two_devices(function, *specs):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    )
+
+
+def test_a_skipped_device_does_not_count():
+    f = fsam.value_and_grad(
+        loss_fn, fsam.fisher_ellipsoid(0.1, AVERAGED), axis_name="d"
+    )
+    state = f.init(jnp.ones(3))
+
+    def step(w, state, batch):
+        return f(w, state, batch)[2]
+
+    batch = jnp.concatenate([jnp.ones((2, 3)), jnp.zeros((2, 3))])
+    sharded = on_two_devices(step, jax.P(), jax.P(), jax.P("d"))
+    new = sharded(jnp.ones(3), state, batch)
+    (ema,) = (s.ema for s in new.perturbation.operator if hasattr(s, "ema"))
+    np.testing.assert_allclose(ema, np.full(3, 0.1), rtol=1e-6)
+    assert new.perturbation.skipped == 1
+
+
+def test_cosine_compares_gradients_of_the_same_device():
+    tx = fsam.sharpness_aware(optax.sgd(0.1), fsam.euclidean_ball(0.0), axis_name="d")
+    w = jnp.ones(3)
+
+    def step(w, state, batch):
+        grad_fn = jax.grad(lambda w: jnp.mean((batch @ w) ** 2))
+        w_local = jax.tree.map(lambda x: x + 0 * batch[0, 0], w)
+        return tx.update(grad_fn(w_local), state, w, grad_fn=grad_fn)[1]
+
+    batch = jax.random.normal(jax.random.key(0), (4, 3))
+    state = on_two_devices(step, jax.P(), jax.P(), jax.P("d"))(w, tx.init(w), batch)
+    np.testing.assert_allclose(state.metrics.gradient_cosine, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_metrics_of_parameters_sharded_by_hand_are_global(every):
+    tx = fsam.sharpness_aware(
+        optax.sgd(0.1), fsam.euclidean_ball(0.1, axis_name="d"), every=every
+    )
+    w = jnp.array([3.0, -4.0])
+
+    def step(w, state):
+        return tx.update(2 * w, state, w, grad_fn=lambda w: 2 * w)[1].metrics
+
+    sharded = on_two_devices(step, jax.P("d"), jax.P())
+    state = jax.tree.map(jnp.asarray, tx.init(w))
+    metrics = sharded(w, state)
+    np.testing.assert_allclose(metrics.grad_norm, 10.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics.perturbation_norm, 0.1, rtol=1e-5)
+    np.testing.assert_allclose(metrics.gradient_cosine, 1.0, rtol=1e-6)
