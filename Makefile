@@ -42,7 +42,7 @@ wheel-test:
 	rm -rf dist $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip wheel -q --no-deps --wheel-dir dist .
-	$(VENV)-wheel/bin/python -m pip install -q "$$(ls dist/*.whl)[test]"
+	$(VENV)-wheel/bin/python -m pip install -q "$$(ls dist/*.whl)[test,train]"
 	tests="$(CURDIR)/tests" python="$(CURDIR)/$(VENV)-wheel/bin/python"; \
 	  cd "$$(mktemp -d)" && "$$python" -m pytest -q -n auto -W error \
 	  -c /dev/null --rootdir "$$tests" --dist loadfile "$$tests"
