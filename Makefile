@@ -32,7 +32,7 @@ format: $(VENV)/dev.stamp
 	$(PY) -m ruff format .
 
 notebooks: $(VENV)/dev.stamp
-	$(PY) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(PY) -m jupyter execute --inplace notebooks/*.ipynb
 
 bench: $(VENV)/dev.stamp
 	$(PY) benchmarks/step_time.py $(ARGS)
