@@ -28,12 +28,11 @@ def _is(ord: Any, number: int) -> bool:
 def ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns `x / y` for any y > 0, and x where y is 0 or not finite.
 
-    The reciprocal of y, which compilers take, leaves float32 at both ends of its
-    range. Moving y towards 1 by a power of two first is exact and avoids it.
+    Compilers take the reciprocal of y, or square both before they divide, which leaves
+    float32 at both ends of its range. There, a power of two moves both towards 1.
     """
-    shift = jnp.where(y > 1, 2.0**-64, 2.0**64).astype(y.dtype)
-    usable = (y > 0) & jnp.isfinite(y)
-    shift = jnp.where(usable, shift, jnp.ones_like(shift))
+    shift = jnp.where(y > 2.0**60, 2.0**-80, jnp.where(y < 2.0**-60, 2.0**80, 1.0))
+    shift = jnp.where((y > 0) & jnp.isfinite(y), shift, 1.0).astype(y.dtype)
     return (x * shift) / divisor(y * shift)
 
 
