@@ -37,7 +37,7 @@ def diagonal(
     Examples:
         >>> import jax.numpy as jnp
         >>> from fsam_optax import diagonal, fisher_exact, poisson
-        >>> estimator = fisher_exact(lambda w, x: x * w, poisson)
+        >>> estimator = fisher_exact(lambda w, x: x * w[None], poisson)
         >>> print(diagonal(estimator, jnp.zeros(1), (jnp.array([[1.0], [3.0]]), None)))
         [5.]
     """

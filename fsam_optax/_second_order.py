@@ -50,7 +50,7 @@ def scale_by_inverse_fisher(
     Examples:
         >>> import jax.numpy as jnp
         >>> from fsam_optax import fisher_exact, gaussian
-        >>> estimator = fisher_exact(lambda w, x: x * w, gaussian())
+        >>> estimator = fisher_exact(lambda w, x: x * w[None], gaussian())
         >>> optimizer = scale_by_inverse_fisher(estimator, damping=1.0)
         >>> w, x = jnp.zeros(1), jnp.array([[1.0], [3.0]])
         >>> update, _ = optimizer.update(

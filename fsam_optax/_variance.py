@@ -188,7 +188,7 @@ def fisher_variance_i1(
     Examples:
         >>> import jax.numpy as jnp
         >>> from fsam_optax import bernoulli
-        >>> model, x = (lambda w, x: x * w), jnp.array([[2.0]])
+        >>> model, x = (lambda w, x: x * w[None]), jnp.array([[2.0]])
 
         At p = 1/2 the squared score is the same for both labels, elsewhere not:
 
@@ -236,7 +236,7 @@ def fisher_variance_i2(
     Examples:
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
-        >>> model, x = (lambda w, x: x * w**2), jnp.array([[3.0]])
+        >>> model, x = (lambda w, x: x * w[None] ** 2), jnp.array([[3.0]])
         >>> print(fisher_variance_i2(model, gaussian(), jnp.ones(1), x))
         [36.]
 
@@ -364,7 +364,8 @@ def fisher_variance_i2_bounds(
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
         >>> w, x = jnp.ones(1), jnp.array([[3.0]])
-        >>> print(fisher_variance_i2_bounds(lambda w, x: x * w**2, gaussian(), w, x))
+        >>> model = lambda w, x: x * w[None] ** 2
+        >>> print(fisher_variance_i2_bounds(model, gaussian(), w, x))
         Bounds(lower=Array([36.], dtype=float32), upper=Array([36.], dtype=float32))
 
     References:
@@ -527,7 +528,10 @@ def fisher_variance_i2_sampled(
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
         >>> sampled = fisher_variance_i2_sampled(
-        ...     lambda w, x: x * w**2, gaussian(), jnp.ones(1), jnp.ones((100, 1)),
+        ...     lambda w, x: x * w[None] ** 2,
+        ...     gaussian(),
+        ...     jnp.ones(1),
+        ...     jnp.ones((100, 1)),
         ...     num_draws=1000, key=jax.random.key(0),
         ... )
         >>> bool(abs(sampled.variance[0] - 4.0) < 4 * sampled.standard_error[0])
@@ -634,7 +638,8 @@ def prefer(
         >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import by_group, fisher_i1, fisher_i2, gaussian
-        >>> model = lambda params, x: (x * params["body"]) ** 3 * params["head"]
+        >>> def model(params, x):
+        ...     return (x * params["body"][None]) ** 3 * params["head"][None]
         >>> params, x = {"body": jnp.ones(1), "head": jnp.ones(1)}, jnp.ones((4, 1))
         >>> names = {"body": "body", "head": "head"}
         >>> args = (model, gaussian(), params, x)
