@@ -4,7 +4,7 @@ Every row is one jitted, donated training step; all rows of a model run in one p
 interleaved, and are divided by the base step's time. The yardstick is the row "two
 gradients by hand": SAM written out in seven lines, with no metrics and no safeguards.
 
-    python benchmarks/step_time.py              # about three minutes on two cores
+    python benchmarks/step_time.py
     python benchmarks/step_time.py --smoke      # a few seconds, to see that it runs
 """
 
