@@ -11,7 +11,7 @@ import optax
 
 from fsam_optax._checks import check_like, is_real
 from fsam_optax._mapped_axes import axes_of_shards
-from fsam_optax._norms import cosine, norm, total, widen
+from fsam_optax._norms import norm, norm_and_cosine, total, widen
 
 
 class Metrics(NamedTuple):
@@ -46,13 +46,14 @@ def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metric
     g, h = _real_leaves(grads), _real_leaves(perturbed_grads)
     w, v = _real_leaves(params), _real_leaves(point)
     axes = axes_of_shards(w)
-    g_norm, h_norm = norm(g, 2, axes), norm(h, 2, axes)
+    g_norm = norm(g, 2, axes)
+    h_norm, h_cosine = norm_and_cosine(h, g, g_norm, axes)
     steps = [
         jnp.sum(jnp.square(y.astype(widen(x, y)) - x.astype(widen(x, y))))
         for x, y in zip(w, v, strict=True)
     ]
     step_norm = jnp.sqrt(total(steps, axes)) if steps else jnp.zeros([])
-    values = (g_norm, h_norm, step_norm, cosine(g, h, g_norm, h_norm, axes))
+    values = (g_norm, h_norm, step_norm, h_cosine)
     return Metrics(*(jnp.asarray(x, jnp.float32) for x in values))
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +25,32 @@ def _is(ord: Any, number: int) -> bool:
     return isinstance(ord, int | float) and ord == number
 
 
-def ratio(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns `x / y` for any y > 0, and x where y is 0 or not finite.
-
-    Compilers take the reciprocal of y, or square both before they divide, which leaves
-    float32 at both ends of its range. There, a power of two moves both towards 1.
-    """
-    shift = jnp.where(y > 2.0**60, 2.0**-80, jnp.where(y < 2.0**-60, 2.0**80, 1.0))
-    shift = jnp.where((y > 0) & jnp.isfinite(y), shift, 1.0).astype(y.dtype)
-    return (x * shift) / divisor(y * shift)
+def _unit(x: jax.Array) -> jax.Array:
+    """Returns `x >= 0`, or the nearest number whose reciprocal is in range too."""
+    info = jnp.finfo(x.dtype)
+    return jnp.clip(x, info.tiny, 1 / info.tiny)
 
 
-def signed_power(x: jax.Array, scale: jax.Array, exponent: Any) -> jax.Array:
-    """Returns `sign(x) |x / scale|^exponent`; 0 stays 0, whatever the exponent."""
+class Reciprocal(NamedTuple):
+    """1 / x for a scalar x > 0, as two factors that are in range wherever x is."""
+
+    first: jax.Array
+    second: jax.Array
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Reciprocal":
+        """Takes the reciprocal; of 0 and what is not finite it is arbitrary."""
+        first = 1 / _unit(x)
+        return cls(first, 1 / divisor(x * first))
+
+
+def direction(x: jax.Array, length: Reciprocal, exponent: Any) -> jax.Array:
+    """Returns `sign(x) |x / length|^exponent`; 0 stays 0, whatever the exponent."""
+    ratio = x * length.first.astype(x.dtype) * length.second.astype(x.dtype)
     if _is(exponent, 1):
-        return ratio(x, scale)
-    # The sign of x itself: x / scale may underflow, and |0|^0 is 1.
-    return jnp.sign(x) * jnp.abs(ratio(x, scale)) ** exponent
+        return ratio
+    # The sign of x itself: the ratio may underflow, and |0|^0 is 1.
+    return jnp.sign(x) * jnp.abs(ratio) ** exponent
 
 
 def _power(x: jax.Array, ord: Any) -> jax.Array:
@@ -57,9 +66,8 @@ def scaled_norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
 
     The largest magnitude is divided out before squaring.
     """
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0)
-    squares = jnp.square(ratio(x, largest))
-    return largest * jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True))
+    unit = _unit(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
+    return unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axis, keepdims=True))
 
 
 def total(terms: Iterable[jax.Array], axis_name: AxisName = None) -> jax.Array:
@@ -111,12 +119,10 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
     powers = total([jnp.sum(_power(x, ord)) for x in leaves], axis_name)
 
     def rescaled():
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
-        if axes := axes_over_which_differs(largest, axis_name):
-            largest = jax.lax.pmax(largest, axes)
-        ratios = [ratio(x, largest) for x in leaves]
-        powers = total([jnp.sum(_power(x, ord)) for x in ratios], axis_name)
-        return largest * _root(powers, ord)
+        unit = _unit(_largest(leaves, axis_name))
+        factor = 1 / unit
+        powers = total([jnp.sum(_power(x * factor, ord)) for x in leaves], axis_name)
+        return unit * _root(powers, ord)
 
     return jax.lax.cond(_in_range(powers), lambda: _root(powers, ord), rescaled)
 
@@ -125,37 +131,53 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
 _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=True)
 
 
-def cosine(
+def _largest(leaves: list[jax.Array], axis_name: AxisName) -> jax.Array:
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
+    axes = axes_over_which_differs(largest, axis_name)
+    return jax.lax.pmax(largest, axes) if axes else largest
+
+
+def norm_and_cosine(
     xs: list[jax.Array],
     ys: list[jax.Array],
-    x_norm: jax.Array,
     y_norm: jax.Array,
     axis_name: AxisName = None,
-) -> jax.Array:
-    """Returns the cosine of the angle between two vectors, 0 if one is 0."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the Euclidean norm of xs, and the cosine of its angle with ys, if not 0.
+
+    Args:
+        xs: Real arrays.
+        ys: Arrays of the same shapes.
+        y_norm: The norm of ys.
+        axis_name: As in `norm`.
+    """
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x.size]
     if not pairs:
-        return jnp.zeros([], widen())
-    return _cosine(pairs, x_norm, y_norm, axis_name)
+        return jnp.zeros([], widen()), jnp.zeros([], widen())
+    return _norm_and_cosine(pairs, y_norm, axis_name)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name", inline=True)
-def _cosine(
-    pairs: list[tuple[jax.Array, jax.Array]],
-    x_norm: jax.Array,
-    y_norm: jax.Array,
-    axis_name: AxisName,
-) -> jax.Array:
+def _norm_and_cosine(
+    pairs: list[tuple[jax.Array, jax.Array]], y_norm: jax.Array, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
     dtype = widen(*jax.tree.leaves(pairs))
     pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+    y_length = y_norm.astype(dtype)
+    squares = total([jnp.sum(x * x) for x, _ in pairs], axis_name)
+    products = total([jnp.sum(x * y) for x, y in pairs], axis_name)
 
     def plain():
-        products = [jnp.sum(x * y) for x, y in pairs]
-        return total(products, axis_name) / (divisor(x_norm) * divisor(y_norm))
+        x_norm = jnp.sqrt(squares)
+        return x_norm, products / (divisor(x_norm) * divisor(y_length))
 
     def rescaled():
-        products = [jnp.sum(ratio(x, x_norm) * ratio(y, y_norm)) for x, y in pairs]
-        return total(products, axis_name)
+        unit = _unit(_largest([x for x, _ in pairs], axis_name))
+        factor, (first, second) = 1 / unit, Reciprocal.of(y_length)
+        scaled = [(x * factor, y * first * second) for x, y in pairs]
+        x_norm = jnp.sqrt(total([jnp.sum(x * x) for x, _ in scaled], axis_name))
+        products = total([jnp.sum(x * y) for x, y in scaled], axis_name)
+        return unit * x_norm, products / divisor(x_norm)
 
-    in_range = _in_range(x_norm * x_norm) & _in_range(y_norm * y_norm)
+    in_range = _in_range(squares) & _in_range(y_length * y_length)
     return jax.lax.cond(in_range, plain, rescaled)

@@ -125,11 +125,12 @@ def fisher(
             lambda f: jnp.maximum(jnp.asarray(f, widen(f)), 0), diagonal
         )
         moves = movable(updates, params, mask)
-        scale = _mean(diagonal, moves, axis_name) if relative else 1.0
+        # A factor, not a divisor: cheap enough for compilers to compute twice, where
+        # they would keep the quotients of all entries.
+        unit = 1 / _mean(diagonal, moves, axis_name) if relative else 1.0
 
         def inverse_root(f):
-            f = f / scale
-            metric = 1 + eta * f if damping is None else f + damping
+            metric = 1 + (eta * unit) * f if damping is None else unit * f + damping
             root = 1 / jnp.sqrt(divisor(metric))
             return jnp.where(
                 jnp.isfinite(metric), jnp.where(metric > 0, root, 0), jnp.nan

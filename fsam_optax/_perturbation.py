@@ -14,7 +14,7 @@ from fsam_optax._checks import (
     movable,
 )
 from fsam_optax._mapped_axes import AxisName
-from fsam_optax._norms import norm, signed_power, widen
+from fsam_optax._norms import direction, norm, Reciprocal, widen
 from fsam_optax._operators import identity
 
 
@@ -156,12 +156,13 @@ def perturbation(
         tg = jax.tree_util.tree_map_with_path(scale, moves, updates, like, t)
         dual_norm = norm(jax.tree.leaves(tg), dual_ord, axis_name)
         usable = jnp.isfinite(dual_norm) & (dual_norm > 0)
+        length = Reciprocal.of(dual_norm)
 
         def worst_case(move, g, t, tg):
             if not move:
                 return jnp.zeros(jnp.shape(g), widen())
-            direction = signed_power(tg, dual_norm.astype(tg.dtype), exponent)
-            eps = radius * jnp.asarray(t, tg.dtype) * direction
+            eps = jnp.asarray(t, tg.dtype) * direction(tg, length, exponent)
+            eps = jnp.asarray(radius, tg.dtype) * eps
             return jnp.where(usable, eps, 0).astype(tg.dtype)
 
         eps = jax.tree.map(worst_case, moves, updates, t, tg)

@@ -32,13 +32,13 @@ class SharpnessAwareState(NamedTuple):
         step: Updates made so far; saturates.  # shape=(), dtype=int32
         perturbation: State of the perturbation.
         base: State of the base optimizer.
-        metrics: Metrics of the last perturbed step.
+        metrics: Metrics of the last perturbed step; None if not asked for.
     """
 
     step: jax.Array
     perturbation: optax.OptState
     base: optax.OptState
-    metrics: Metrics
+    metrics: Metrics | None
 
 
 def sharpness_aware(
@@ -48,6 +48,7 @@ def sharpness_aware(
     every: jax.typing.ArrayLike = 1,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
+    metrics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Steps with the gradient taken at a worst-case perturbation of the parameters.
 
@@ -78,6 +79,8 @@ def sharpness_aware(
             own (m-sharpness). Either way all return the same update and state. A Fisher
             estimated from the batch is that of the device: to average it as well, use
             `optax.chain(estimator, optax.stateless(lambda f, _: pmean(f, axis_name)))`.
+        metrics: Whether to measure each perturbed step. Without, the first gradient
+            need not be kept to the end, and the step is the two gradients and no more.
 
     Returns:
         A transformation whose `update(grads, state, params, *, grad_fn, **extra)`
@@ -119,7 +122,7 @@ def sharpness_aware(
             step=jnp.zeros([], jnp.int32),
             perturbation=ascend.init(params),
             base=base.init(params),
-            metrics=no_metrics(),
+            metrics=no_metrics() if metrics else None,
         )
 
     def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
@@ -145,16 +148,16 @@ def sharpness_aware(
             point = vary(displace(params, eps, perturb_dtype), axis_name)
             grads = grad_fn(point)
             _check_gradient(grads, params)
-            metrics = measure(updates, grads, params, point)
+            measured = measure(updates, grads, params, point) if metrics else None
             grads = cast_like(merge(grads, axis_name), updates)
             found = took_part(state.perturbation, perturbation_state)
             perturbation_state = merge(perturbation_state, axis_name, found)
-            return grads, (perturbation_state, merge(metrics, axis_name))
+            return grads, (perturbation_state, merge(measured, axis_name))
 
         def plain():
             return merge(updates, axis_name), (state.perturbation, state.metrics)
 
-        grads, (perturbation_state, metrics) = every_kth(
+        grads, (perturbation_state, measured) = every_kth(
             every, state.step, perturbed, plain
         )
         updates, base_state = base.update(grads, state.base, params, **extra_args)
@@ -162,7 +165,7 @@ def sharpness_aware(
             step=jnp.asarray(optax.safe_increment(state.step)),
             perturbation=perturbation_state,
             base=base_state,
-            metrics=metrics,
+            metrics=measured,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

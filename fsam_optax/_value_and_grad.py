@@ -49,14 +49,14 @@ class ValueAndGradState(NamedTuple):
     Attributes:
         step: Calls made so far; saturates.  # shape=(), dtype=int32
         perturbation: State of the perturbation.
-        metrics: Metrics of the last perturbed step.
+        metrics: Metrics of the last perturbed step; None if not asked for.
         sharpness: Loss at w + eps minus loss at w, at the last perturbed step.
             # shape=(), dtype=float32
     """
 
     step: jax.Array
     perturbation: optax.OptState
-    metrics: Metrics
+    metrics: Metrics | None
     sharpness: jax.Array
 
 
@@ -94,6 +94,7 @@ def value_and_grad(
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
     fused: bool = True,
+    metrics: bool = True,
 ) -> ValueAndGrad:
     """Returns the loss at w and its gradient at the perturbed parameters w + eps.
 
@@ -126,6 +127,8 @@ def value_and_grad(
             `negative_log_likelihood(apply_fn, likelihood)`, the perturbation contains
             `fisher_empirical` of the same two, and `every` is 1. The result is the
             same up to rounding; anything else costs a pass of its own.
+        metrics: Whether to measure each perturbed step; see `sharpness_aware`. The
+            rise of the loss, `sharpness`, costs nothing and is always there.
 
     Returns:
         An oracle `f`. `f.init(params)` makes its state, and
@@ -172,7 +175,7 @@ def value_and_grad(
         return ValueAndGradState(
             step=jnp.zeros([], jnp.int32),
             perturbation=ascend.init(params),
-            metrics=no_metrics(),
+            metrics=no_metrics() if metrics else None,
             sharpness=jnp.zeros([], jnp.float32),
         )
 
@@ -226,7 +229,7 @@ def value_and_grad(
                 return (
                     perturbed_grads,
                     perturbation_state,
-                    measure(grads, perturbed_grads, params, point),
+                    measure(grads, perturbed_grads, params, point) if metrics else None,
                     jnp.asarray(rise, jnp.float32),
                 )
 
@@ -238,11 +241,11 @@ def value_and_grad(
                 lambda branch=branch: vary(branch(), axis_name)
                 for branch in (perturbed, plain)
             )
-            grads, perturbation_state, metrics, sharpness = every_kth(
+            grads, perturbation_state, step_metrics, sharpness = every_kth(
                 every, state.step, perturbed, plain
             )
             found = took_part(state.perturbation, perturbation_state)
-            measured = grads, metrics, sharpness
+            measured = grads, step_metrics, sharpness
             return measured, (perturbation_state, found), (value, aux)
 
         if micro_batches is None:
@@ -271,12 +274,12 @@ def value_and_grad(
             )
             measured, perturbation_state = jax.tree.map(_narrowed, merged, start)
             value, found = jnp.mean(value), number_found > 0
-        value, (grads, metrics, sharpness) = merge((value, measured), axis_name)
+        value, (grads, step_metrics, sharpness) = merge((value, measured), axis_name)
         perturbation_state = merge(perturbation_state, axis_name, found)
         state = ValueAndGradState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             perturbation=perturbation_state,
-            metrics=metrics,
+            metrics=step_metrics,
             sharpness=sharpness,
         )
         return ((value, aux) if has_aux else value), grads, state

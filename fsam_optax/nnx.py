@@ -25,6 +25,7 @@ def value_and_grad(
     every: jax.typing.ArrayLike = 1,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
+    metrics: bool = True,
 ) -> ValueAndGrad:
     """Returns the loss of a module at w and its gradient at w + eps.
 
@@ -45,6 +46,7 @@ def value_and_grad(
         every: See `fsam_optax.value_and_grad`.
         perturb_dtype: See `fsam_optax.value_and_grad`.
         axis_name: See `fsam_optax.value_and_grad`. The rest is averaged over devices.
+        metrics: See `fsam_optax.value_and_grad`.
 
     Returns:
         An oracle `f`. `f.init(model)` makes its state, and
@@ -77,6 +79,7 @@ def value_and_grad(
         "every": every,
         "perturb_dtype": perturb_dtype,
         "axis_name": axis_name,
+        "metrics": metrics,
     }
     checked = _value_and_grad.value_and_grad(loss_fn, perturbation, **options)
 
