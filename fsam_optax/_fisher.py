@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._checks import check_count
+from fsam_optax._engine import power_sums
 from fsam_optax._estimation import ApplyFn, closed_form, mean_powers, sampled
-from fsam_optax._likelihoods import factor_product, Likelihood
+from fsam_optax._likelihoods import check_model, factor_product, Likelihood
 from fsam_optax._norms import divisor, widen
 
 
@@ -113,6 +114,7 @@ def fisher_exact(
         https://arxiv.org/abs/2402.05379 (lemma 3.1). Kunstner, Balles, Hennig, 2019,
         https://arxiv.org/abs/1905.12558 (proposition 1).
     """
+    check_model(apply_fn, likelihood)
 
     def estimate(problem):
         return mean_powers(problem, exact_cotangents(likelihood), None)[0]
@@ -164,6 +166,7 @@ def fisher_empirical(
         Kunstner, Balles, Hennig, Limitations of the Empirical Fisher Approximation
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 3).
     """
+    check_model(apply_fn, likelihood)
 
     def estimate(problem):
         def cotangents(h, y):
@@ -237,6 +240,7 @@ def fisher_i1(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (section 2).
     """
+    check_model(apply_fn, likelihood)
     check_count("num_samples", num_samples)
 
     def cotangents(h, key):
@@ -302,6 +306,7 @@ def fisher_hutchinson(
         Neuromanifolds, 2025, https://arxiv.org/abs/2505.13614, which squares the sum
         over the batch; the square of each example has less variance.
     """
+    check_model(apply_fn, likelihood)
     check_count("num_samples", num_samples)
 
     def cotangents(h, key):
@@ -317,7 +322,11 @@ def fisher_hutchinson(
 
 
 def fisher_gnb(
-    apply_fn: ApplyFn, likelihood: Likelihood, *, key: jax.Array
+    apply_fn: ApplyFn,
+    likelihood: Likelihood,
+    *,
+    key: jax.Array,
+    standard_error: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Gauss-Newton-Bartlett: N times the squared batch gradient at drawn labels.
 
@@ -326,13 +335,16 @@ def fisher_gnb(
     Unbiased, because the scores of drawn labels have mean 0 and are independent; at
     the labels of the data it would not be. One ordinary backward pass, with any model.
     A single square: its standard deviation is about sqrt(2) times its mean whatever
-    the batch size, so average it over many steps. For the same reason it has no
-    standard error of its own.
+    the batch size, so average it over many steps.
 
     Args:
         apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
         likelihood: Distribution of the labels given h.
         key: PRNG key of the draws. It is copied into the state and split every update.
+        standard_error: Whether to keep the standard error of each entry in the state,
+            for the given inputs. It is that of the square of a sum, from the second
+            and fourth powers of its terms, at the price of `fisher_i1`; its square is
+            too large by about 1/N of that of the estimate, for N examples.
 
     Returns:
         An estimator, called as `fisher_exact` is. The targets in
@@ -356,15 +368,39 @@ def fisher_gnb(
         for Language Model Pre-training, 2023, https://arxiv.org/abs/2305.14342
         (algorithm 2).
     """
+    check_model(apply_fn, likelihood)
 
     def estimate(problem, key):
+        # The square root makes the square of the sum weigh each example by its weight.
+        roots = jnp.sqrt(problem.weights)
+        total = divisor(jnp.sum(problem.weights))
+        if standard_error:
+            return estimate_and_error(problem, roots, total, key)
         h, pull = jax.vjp(lambda w: problem.model(w, problem.inputs), problem.params)
         scores = likelihood.score(h, likelihood.sample(key, h))
-        # The square root makes the square of the sum weigh each example by its weight.
-        weights = jnp.expand_dims(jnp.sqrt(problem.weights), range(1, h.ndim))
-        (sums,) = pull((weights * scores).astype(h.dtype))
-        total = divisor(jnp.sum(problem.weights))
-        diagonal = jax.tree.map(lambda g: g.astype(widen(g)) ** 2 / total, sums)
-        return diagonal, None
+        scores = jnp.expand_dims(roots, range(1, h.ndim)) * scores
+        (sums,) = pull(scores.astype(h.dtype))
+        return jax.tree.map(lambda g: g.astype(widen(g)) ** 2 / total, sums), None
 
-    return sampled("fisher_gnb", apply_fn, estimate, key)
+    def estimate_and_error(problem, roots, total, key):
+        h = problem.model(problem.params, problem.inputs)
+        labels = likelihood.sample(key, h)
+        first, second, fourth = power_sums(
+            problem.model,
+            problem.params,
+            problem.inputs,
+            lambda h, y: (y[1] * likelihood.score(h, y[0]))[None],
+            (labels, roots),
+            powers=(1, 2, 4),
+        )
+        # Var (sum s)^2 = sum E s^4 + 2 (sum E s^2)^2 - 3 sum (E s^2)^2 for independent
+        # terms of mean 0. One draw each tells all but the last sum, of order 1/N.
+        variances = jax.tree.map(
+            lambda s2, s4: jnp.maximum(2 * s2**2 - s4, 0), second, fourth
+        )
+        return (
+            jax.tree.map(lambda s: s**2 / total, first),
+            jax.tree.map(lambda v: jnp.sqrt(v) / total, variances),
+        )
+
+    return sampled("fisher_gnb", apply_fn, estimate, key, standard_error)

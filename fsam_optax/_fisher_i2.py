@@ -1,5 +1,6 @@
 """The estimator I2: minus the Hessian diagonal of the log-likelihood."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,15 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._checks import check_count
-from fsam_optax._estimation import ApplyFn, mean_powers, sampled
+from fsam_optax._engine import depends, entries, sum_of_products
+from fsam_optax._estimation import ApplyFn, mean_powers, Problem, sampled
 from fsam_optax._fisher import exact_cotangents
 from fsam_optax._likelihoods import Likelihood
+from fsam_optax._mapped_axes import vary_like
 from fsam_optax._norms import divisor, widen
 
 
-def _exact_diagonal(product: Callable, leaf: jax.Array, key: jax.Array, _) -> jax.Array:
+def _read_diagonal(product: Callable, leaf: jax.Array) -> jax.Array:
     """Reads the diagonal of a linear map off its products with the unit vectors."""
-    del key
 
     def entry(i):
         unit = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1)
@@ -26,41 +28,77 @@ def _exact_diagonal(product: Callable, leaf: jax.Array, key: jax.Array, _) -> ja
     return entries.reshape(leaf.shape)
 
 
-def _probed_diagonal(
-    product: Callable, leaf: jax.Array, key: jax.Array, num_probes: int
-) -> jax.Array:
-    """Estimates the diagonal of a linear map from products with random signs."""
-
-    def probe(key):
-        signs = jax.random.rademacher(key, leaf.shape, leaf.dtype)
-        return (signs * product(signs)).astype(widen(leaf))
-
-    return jnp.mean(jax.lax.map(probe, jax.random.split(key, num_probes)), axis=0)
+def _mean_over(fn: Callable, xs: jax.Array) -> jax.Array:
+    """Returns the mean of fn(x) over xs, without stacking it."""
+    first = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
+    zero = vary_like(jnp.zeros(first.shape, first.dtype), fn(xs[0]))
+    total, _ = jax.lax.scan(lambda sums, x: (sums + fn(x), None), zero, xs)
+    return total / len(xs)
 
 
-def _hessian_diagonal(fn: Callable, params: Any, diagonal: Callable, key: Any) -> Any:
-    """Applies `diagonal` to the Hessian of `fn` in each leaf, the others held fixed.
+def _curvature(
+    problem: Problem, scores: jax.Array, key: jax.Array, exact: bool, num_probes: int
+) -> Any:
+    """Returns the Hessian diagonal of `sum(h * scores)`, one array at a time.
 
-    A leaf in which `fn` is linear, or piecewise linear, has a Hessian that JAX knows
-    to be zero without computing it, whatever the other leaves do.
+    An array in which h is linear, or piecewise linear, while the others are held fixed
+    has a Hessian that JAX knows to be zero without computing it.
     """
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, problem.params))
+    spots = entries(problem.model, problem.params, problem.inputs)
 
-    def block(i, key):
-        def gradient(leaf):
-            def fn_of_leaf(leaf):
-                return fn(structure.unflatten([*leaves[:i], leaf, *leaves[i + 1 :]]))
+    def block(leaf, spot, key, i):
+        if exact and spot and math.prod(spot.shape) >= leaf.size:
+            spot = None  # Fewer products in the space of the parameters.
 
-            return jax.grad(fn_of_leaf)(leaf)
+        def along(delta):
+            if spot:
+                h = jax.vmap(spot.onward)(delta, problem.inputs)
+            else:
+                moved = [*leaves[:i], leaf + delta, *leaves[i + 1 :]]
+                h = problem.model(structure.unflatten(moved), problem.inputs)
+            return jnp.sum(h.astype(scores.dtype) * scores)
 
-        leaf = jnp.asarray(leaves[i])
         if not leaf.size:
             return jnp.zeros(leaf.shape, widen(leaf))
-        _, product = jax.linearize(gradient, leaf)
-        return diagonal(product, leaf, key).astype(widen(leaf))
+        here = jnp.zeros_like(leaf)
+        if spot:
+            here = jnp.zeros((len(scores), *spot.shape), spot.dtype)
+        here = vary_like(here, scores)
+        _, product = jax.linearize(jax.grad(along), here)
+        if not depends(product, here):
+            return jnp.zeros(leaf.shape, widen(leaf))
+        if exact and not spot:
+            return _read_diagonal(product, leaf)
+
+        def seen_along(v):
+            if spot:
+                return sum_of_products(spot, leaf, problem.inputs, v, product(v))
+            return (v * product(v)).astype(widen(leaf))
+
+        if not exact:
+            return _mean_over(
+                lambda key: seen_along(
+                    jax.random.rademacher(key, here.shape, here.dtype)
+                ),
+                jax.random.split(key, num_probes),
+            )
+        # The unit vectors, each for all examples at once.
+        size = math.prod(spot.shape)
+
+        def unit(k):
+            v = jnp.zeros(size, here.dtype).at[k].set(1).reshape(spot.shape)
+            return jnp.broadcast_to(v, here.shape)
+
+        return size * _mean_over(lambda k: seen_along(unit(k)), jnp.arange(size))
 
     keys = jax.random.split(key, len(leaves)) if leaves else []
-    return structure.unflatten([block(i, key) for i, key in enumerate(keys)])
+    return structure.unflatten(
+        [
+            block(leaf, spot, key, i)
+            for i, (leaf, spot, key) in enumerate(zip(leaves, spots, keys, strict=True))
+        ]
+    )
 
 
 def fisher_i2(
@@ -70,6 +108,7 @@ def fisher_i2(
     num_samples: int = 1,
     key: jax.Array,
     hessian: Literal["exact", "hutchinson"] = "exact",
+    standard_error: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Minus the mean Hessian diagonal of log p at labels from the model: I2.
 
@@ -96,11 +135,18 @@ def fisher_i2(
             labels cost nothing: their scores are averaged before differentiation.
         key: PRNG key of the draws. It is copied into the state and split every update.
         hessian: How to find the diagonal of d^2 h, one array of parameters at a time.
-            "exact" takes one Hessian-vector product per *parameter*: for small models.
-            "hutchinson" takes S per array, at random signs in parameter space: still
-            unbiased, and still exact where the last paragraph but one says so, but
-            elsewhere with an error that the entries off the diagonal of that array's
-            Hessian bring in, often much larger than the diagonal.
+            "exact" takes one Hessian-vector product for each pre-activation of an
+            example, or for each parameter if there are fewer: for small models.
+            "hutchinson" takes S per array, at random signs: still unbiased, and still
+            exact where the last paragraph but one says so, but elsewhere with an error
+            that the entries off the diagonal bring in. The signs are put on the
+            pre-activations of each example where the array enters through one product,
+            convolution or look-up, or is no larger than they are; on the parameters
+            themselves, with a much larger error, where it is reused (recurrence, tied
+            weights) or reparametrised.
+        standard_error: Whether to keep the standard error of each entry in the state,
+            for the given inputs, from S draws that are then carried out one by one.
+            inf for a single draw.
 
     Returns:
         An estimator, called as `fisher_exact` is. The targets in `batch` are not read.
@@ -131,28 +177,39 @@ def fisher_i2(
     if hessian not in ("exact", "hutchinson"):
         raise ValueError(f"`hessian` must be 'exact' or 'hutchinson', got {hessian!r}.")
 
-    def diagonal(product, leaf, key):
-        read = _exact_diagonal if hessian == "exact" else _probed_diagonal
-        return read(product, leaf, key, num_samples)
-
     def estimate(problem, key):
-        label_key, probe_key = jax.random.split(key)
         h = problem.model(problem.params, problem.inputs)
-
-        def draw(key):
-            return likelihood.score(h, likelihood.sample(key, h))
-
-        keys = jax.random.split(label_key, num_samples)
-        scores = jnp.mean(jax.lax.map(draw, keys), axis=0)
         weights = problem.weights / divisor(jnp.sum(problem.weights))
-        scores = jnp.expand_dims(weights, range(1, h.ndim)) * scores
+        weights = jnp.expand_dims(weights, range(1, h.ndim))
 
-        def along_scores(params):
-            h = problem.model(params, problem.inputs)
-            return jnp.sum(h.astype(scores.dtype) * scores)
+        def score(key):
+            return weights * likelihood.score(h, likelihood.sample(key, h))
 
-        (exact,) = mean_powers(problem, exact_cotangents(likelihood), None)
-        curvature = _hessian_diagonal(along_scores, problem.params, diagonal, probe_key)
-        return jax.tree.map(jnp.subtract, exact, curvature), None
+        def curvature(scores, key, num_probes):
+            exact = hessian == "exact"
+            return _curvature(problem, scores, key, exact, num_probes)
 
-    return sampled("fisher_i2", apply_fn, estimate, key)
+        (fisher,) = mean_powers(problem, exact_cotangents(likelihood), None)
+        label_key, probe_key = jax.random.split(key)
+        keys = jax.random.split(label_key, num_samples)
+        if not standard_error:
+            scores = jnp.mean(jax.lax.map(score, keys), axis=0)
+            mean, error = curvature(scores, probe_key, num_samples), None
+        else:
+            draws = jax.lax.map(
+                lambda keys: curvature(score(keys[0]), keys[1], 1),
+                (keys, jax.random.split(probe_key, num_samples)),
+            )
+            mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), draws)
+            error = jax.tree.map(_error_of_mean, draws)
+        return jax.tree.map(jnp.subtract, fisher, mean), error
+
+    return sampled("fisher_i2", apply_fn, estimate, key, standard_error)
+
+
+def _error_of_mean(draws: jax.Array) -> jax.Array:
+    """Returns the standard error of the mean over the leading axis."""
+    number = len(draws)
+    if number == 1:
+        return jnp.full(draws.shape[1:], jnp.inf, draws.dtype)
+    return jnp.std(draws, axis=0, ddof=1) / number**0.5

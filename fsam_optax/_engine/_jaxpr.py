@@ -127,6 +127,13 @@ class Dataflow:
         return [term for x in eqn.invars for term in self.summands(x)]
 
 
+def depends(fn: Callable, *likes: Any) -> bool:
+    """Tells whether the outputs of `fn` depend on its operands."""
+    jaxpr = jax.make_jaxpr(fn)(*likes).jaxpr
+    flow = Dataflow(jaxpr, jaxpr.invars)
+    return any(flow.varies(v) for v in jaxpr.outvars)
+
+
 def loop_flow(flow: Dataflow, eqn: Any) -> Dataflow:
     """Returns the dataflow of the body of a loop."""
     jaxpr, _ = body_of(eqn)

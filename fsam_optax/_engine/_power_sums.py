@@ -94,7 +94,7 @@ def power_sums(
         a backward pass can yield besides the gradient.
     """
     sums, _ = _sums(
-        _one_of_batch(apply_fn),
+        one_of_batch(apply_fn),
         params,
         (inputs, targets),
         cotangents,
@@ -221,7 +221,7 @@ def explain(
         ['bias']    (2,)    reduction      1.00
         ['kernel']  (3, 2)  outer product  1.00
     """
-    return _explain(_one_of_batch(apply_fn), params, (inputs, targets), cotangents)
+    return _explain(one_of_batch(apply_fn), params, (inputs, targets), cotangents)
 
 
 def explain_loss(
@@ -264,7 +264,7 @@ def check_separable(
         ValueError: If an output differs by more. Not for use under `jax.jit`.
     """
     together = apply_fn(params, inputs)
-    alone = lax.map(lambda x: _one_of_batch(apply_fn)(params, x), inputs)
+    alone = lax.map(lambda x: one_of_batch(apply_fn)(params, x), inputs)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(together),
         jax.tree.leaves(alone),
@@ -281,7 +281,9 @@ def check_separable(
             )
 
 
-def _one_of_batch(apply_fn):
+def one_of_batch(apply_fn: Callable) -> Callable:
+    """Returns the model for one example, which it runs as a batch of one."""
+
     def output(params, example):
         outputs = apply_fn(params, jax.tree.map(lambda x: x[None], example))
         return jax.tree.map(lambda h: h[0], outputs)
@@ -305,6 +307,18 @@ def _explain(fn, params, examples, cotangents):
         name = ", ".join(dict.fromkeys(name for name, *_ in rules))
         found.append(Leaf(jax.tree_util.keystr(path), leaf.shape, name, cost))
     return Explanation(found)
+
+
+def sums_of_powers(
+    fn: Callable,
+    params: PyTree,
+    examples: tuple[PyTree, PyTree],
+    cotangents: Callable,
+    powers: Sequence[int],
+    weights: jax.Array,
+) -> tuple[PyTree, ...]:
+    """Returns what `power_sums` does, for a function of one example."""
+    return _sums(fn, params, examples, cotangents, powers, weights, None)[0]
 
 
 def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report=None):
