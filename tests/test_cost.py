@@ -1,0 +1,250 @@
+"""What a step may cost, counted in the program: gradients, passes, copies, equations.
+
+Never in seconds. The yardstick is the step that one would write by hand.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fsam_optax
+from fsam_optax import (
+    adaptive_ellipsoid,
+    categorical,
+    euclidean_ball,
+    fisher_ellipsoid,
+    fisher_empirical,
+    negative_log_likelihood,
+    refresh_every,
+    sharpness_aware,
+    squared_gradient,
+    value_and_grad,
+)
+
+
+SIZES = (96, 160, 128, 10)
+BASE = optax.sgd(0.1, momentum=0.9)
+PERTURBATIONS = {
+    "sam": euclidean_ball(0.05),
+    "asam": adaptive_ellipsoid(0.5),
+    "fisher_sam": fisher_ellipsoid(0.1, squared_gradient()),
+}
+
+
+def model(params, x):
+    for w, b in params[:-1]:
+        x = jax.nn.relu(x @ w + b[None])
+    w, b = params[-1]
+    return x @ w + b[None]
+
+
+loss = negative_log_likelihood(model, categorical)
+PARAMS = [
+    (jnp.full(shape, 0.01), jnp.zeros(shape[1])) for shape in itertools.pairwise(SIZES)
+]
+BATCH = (jnp.ones((64, SIZES[0])), jnp.arange(64) % 10)
+COPY = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
+
+
+def updated(grads, params, state):
+    updates, state = BASE.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def plain(params, state):
+    return updated(jax.grad(loss)(params, BATCH), params, state)
+
+
+def by_hand(params, state):
+    grads = jax.grad(loss)(params, BATCH)
+    norm = optax.tree.norm(grads)
+    point = jax.tree.map(lambda w, g: w + 0.05 * g / norm, params, grads)
+    return updated(jax.grad(loss)(point, BATCH), params, state)
+
+
+def with_optimizer(perturbation, **options):
+    tx = sharpness_aware(BASE, perturbation, **options)
+
+    def step(params, state):
+        def grad_fn(params):
+            return jax.grad(loss)(params, BATCH)
+
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    return step, tx.init(PARAMS)
+
+
+def with_oracle(perturbation, **options):
+    f = value_and_grad(loss, perturbation, **options)
+
+    def step(params, state):
+        _, grads, ascent = f(params, state[0], BATCH)
+        params, base = updated(grads, params, state[1])
+        return params, (ascent, base)
+
+    return step, (f.init(PARAMS), BASE.init(PARAMS))
+
+
+FRONT_ENDS = {"transformation": with_optimizer, "oracle": with_oracle}
+
+
+def compiled(step, state):
+    return jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, state).compile()
+
+
+def passes(program):
+    """Counts what the program writes that has the shape of a weight matrix."""
+    text = program.as_text()
+    entry = text[text.index("\nENTRY") :]
+    count = 0
+    for shape in itertools.pairwise(SIZES[:-1]):
+        made = re.findall(rf"= f32\[{shape[0]},{shape[1]}\]\S* (\S+?)\(", entry)
+        count += len([x for x in made if x not in ("parameter", "get-tuple-element")])
+    return count
+
+
+def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def equations(jaxpr, name=None):
+    """Counts equations, those of branches and loops included."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += name in (None, eqn.primitive.name)
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            if hasattr(value, "jaxpr"):
+                count += equations(value.jaxpr, name)
+    return count
+
+
+def products(step, state):
+    """Counts matrix products: 3 layers take 3 + 5 for a gradient."""
+    return equations(jax.make_jaxpr(step)(PARAMS, state).jaxpr, "dot_general")
+
+
+GRADIENT = 8
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_a_step_is_two_gradients(name, front_end):
+    assert products(plain, BASE.init(PARAMS)) == GRADIENT
+    for metrics in (True, False):
+        step, state = FRONT_ENDS[front_end](PERTURBATIONS[name], metrics=metrics)
+        assert products(step, state) == 2 * GRADIENT
+
+
+def test_a_step_between_perturbations_is_one_gradient():
+    step, state = with_optimizer(euclidean_ball(0.05), every=2)
+    jaxpr = jax.make_jaxpr(step)(PARAMS, state).jaxpr
+    (choice,) = (
+        eqn
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "cond" and equations_of(eqn, "dot_general")
+    )
+    counts = [equations(b.jaxpr, "dot_general") for b in choice.params["branches"]]
+    assert sorted(counts) == [0, GRADIENT]
+    assert equations(jaxpr, "dot_general") == 2 * GRADIENT
+
+
+def equations_of(eqn, name):
+    return sum(equations(b.jaxpr, name) for b in eqn.params["branches"])
+
+
+def operations(step, state):
+    return compiled(step, state).cost_analysis()["flops"]
+
+
+def test_the_exact_empirical_fisher_shares_the_first_gradient():
+    """Its squares are one more product for each weight, and no new pass."""
+    ellipsoid = fisher_ellipsoid(0.1, fisher_empirical(model, categorical))
+    gradient = operations(plain, BASE.init(PARAMS))
+    assert operations(*with_oracle(ellipsoid)) < 2.6 * gradient
+    assert operations(*with_oracle(ellipsoid, fused=False)) < 3.3 * gradient
+
+
+def test_a_cached_fisher_costs_nothing_between_its_refreshes():
+    estimator = refresh_every(10, fisher_empirical(model, categorical))
+    step, state = with_oracle(fisher_ellipsoid(0.1, estimator))
+    jaxpr = jax.make_jaxpr(step)(PARAMS, state).jaxpr
+    conditional = sum(
+        equations_of(eqn, "dot_general")
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "cond"
+    )
+    assert conditional >= GRADIENT
+    assert products(step, state) - conditional == 2 * GRADIENT
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize(
+    ("name", "more_passes", "copies"),
+    [("sam", 0, 0.1), ("asam", 2, 0.1), ("fisher_sam", 8, 2.1)],
+)
+def test_no_more_passes_and_memory_than_by_hand(name, more_passes, copies, front_end):
+    """Passes are of two weight matrices; copies are of all parameters.
+
+    The metrics hold on to both gradients.
+    """
+    yardstick = yardstick_program()
+    assert passes(yardstick) > 4
+    for metrics in (False, True):
+        program = compiled(*FRONT_ENDS[front_end](PERTURBATIONS[name], metrics=metrics))
+        copied = (temporaries(program) - temporaries(yardstick)) / COPY
+        if metrics:
+            assert copied <= copies + 2
+        else:
+            assert copied <= copies
+            assert passes(program) <= passes(yardstick) + more_passes
+
+
+@functools.cache
+def yardstick_program():
+    return compiled(by_hand, BASE.init(PARAMS))
+
+
+@pytest.mark.parametrize("leaves", [100])
+def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
+    """Tracing and compile time follow the number of equations."""
+    params = [jnp.ones(3)] * leaves
+    tx = fsam_optax.sam(BASE)
+
+    def grads(params):
+        return jax.tree.map(jnp.sin, params)
+
+    def step(params, state):
+        return tx.update(grads(params), state, params, grad_fn=grads)
+
+    def hand(params, state):
+        g = grads(params)
+        norm = optax.tree.norm(g)
+        point = jax.tree.map(lambda w, g: w + 0.05 * g / norm, params, g)
+        return BASE.update(grads(point), state, params)
+
+    ours = equations(jax.make_jaxpr(step)(params, tx.init(params)).jaxpr)
+    theirs = equations(jax.make_jaxpr(hand)(params, BASE.init(params)).jaxpr)
+    assert ours < 4 * theirs
+
+
+def test_metrics_can_be_left_out():
+    ball = euclidean_ball(0.05)
+    step, state = with_optimizer(ball, every=2)
+    bare, bare_state = with_optimizer(ball, every=2, metrics=False)
+    params, state = step(PARAMS, state)
+    bare_params, bare_state = bare(PARAMS, bare_state)
+    jax.tree.map(np.testing.assert_array_equal, params, bare_params)
+    assert bare_state.metrics is None and state.metrics.grad_norm > 0
+    assert optax.tree.get(bare_state, "rho") == jnp.float32(0.05)
+    f = value_and_grad(loss, euclidean_ball(0.05), metrics=False, micro_batches=2)
+    _, _, state = f(PARAMS, f.init(PARAMS), BATCH)
+    assert state.metrics is None and state.sharpness > 0
