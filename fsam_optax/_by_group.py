@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from fsam_optax._checks import check_transformation
+
 
 def by_group(
     labels: Any | Callable[[Any], Any],
@@ -28,6 +30,7 @@ def by_group(
         An estimator of the whole. Its state is a dict with one state for each label.
 
     Raises:
+        TypeError: If estimators is no dict of transformations.
         ValueError: In `init` or `update`, if a label has no estimator, or `labels` is
             no prefix of the parameters.
 
@@ -48,6 +51,10 @@ def by_group(
         >>> print(fisher["head"].ravel() - jnp.tanh(2.0) ** 2)
         [0. 0. 0.]
     """
+    if not isinstance(estimators, Mapping):
+        raise TypeError(f"`estimators` must be a dict, got {estimators!r}.")
+    for label, estimator in estimators.items():
+        check_transformation(f"estimators[{label!r}]", estimator, "squared_gradient()")
     estimators = {
         label: optax.with_extra_args_support(estimator)
         for label, estimator in estimators.items()
@@ -81,9 +88,10 @@ def by_group(
         )
 
     def init_fn(params):
-        tree = label_leaves(params)
+        # `optax.tree.map_params` initialises with a node that stands for any tree.
+        tree = label_leaves(params) if jax.tree.leaves(params) else None
         return {
-            label: estimator.init(only(label, tree, params))
+            label: estimator.init(params if tree is None else only(label, tree, params))
             for label, estimator in estimators.items()
         }
 

@@ -10,6 +10,14 @@ import numpy as np
 import optax
 
 
+def _scalar(name: str, value: Any, what: str) -> Any:
+    """Returns a number or scalar array; raises TypeError for anything else."""
+    is_array = hasattr(value, "dtype")
+    if value.shape if is_array else not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be {what}, got {value!r}.")
+    return value.item() if isinstance(value, np.ndarray) else value
+
+
 def check_number(
     name: str,
     value: Any,
@@ -19,13 +27,10 @@ def check_number(
 ) -> None:
     """Raises ValueError unless a Python number is in [low, high], or (low, high].
 
-    Arrays, traced values and schedules pass: nothing is known of them here.
+    Scalar arrays and traced values pass: nothing is known of them here.
     """
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
+    value = _scalar(name, value, "a number")
     if not isinstance(value, numbers.Real):
-        if not hasattr(value, "dtype"):
-            raise TypeError(f"`{name}` must be a number, got {value!r}.")
         return
     number = float(value)
     if not low <= number <= high or (open and number == low):
@@ -37,11 +42,43 @@ def check_number(
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless a Python number is an integer of at least 1."""
+    """Raises ValueError unless a Python number is an integer of at least 1.
+
+    Scalar arrays and traced values pass: nothing is known of them here.
+    """
+    value = _scalar(name, value, "an integer of at least 1")
     if isinstance(value, numbers.Real) and not (
         isinstance(value, numbers.Integral) and int(value) >= 1
     ):
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, *choices: str) -> None:
+    """Raises ValueError unless `value` is one of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        *some, last = (f'"{choice}"' for choice in choices)
+        raise ValueError(
+            f"`{name}` must be {', '.join(some)} or {last}, got {value!r}."
+        )
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is None or a real floating-point dtype."""
+    try:
+        floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(
+            f"`{name}` must be a floating-point dtype such as jnp.float32, or None, "
+            f"got {value!r}."
+        )
 
 
 def check_transformation(name: str, value: Any, example: str) -> None:
@@ -69,6 +106,11 @@ def leaf_shape(leaf: Any) -> tuple[int, ...] | None:
     if isinstance(leaf, bool | numbers.Number):
         return ()
     return getattr(leaf, "shape", None)
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """Returns the shape of a leaf that is known to be an array or a number."""
+    return leaf_shape(leaf) or ()
 
 
 def is_real(leaf: Any) -> bool:

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_params, is_real
+from fsam_optax._checks import (
+    check_leaves,
+    check_params,
+    is_real,
+    leaf_shape,
+    shape_of,
+)
 from fsam_optax._engine import power_sums
 from fsam_optax._mapped_axes import is_key
 from fsam_optax._norms import divisor, widen
@@ -52,31 +58,50 @@ def _is_masked(x):
     return isinstance(x, optax.MaskedNode)
 
 
-def _problem(name, apply_fn, params, batch, example_weights, full_params):
-    check_params(name, params)
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """Returns the two parts of a batch, after checking that there are two of arrays."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(
-            f"`{name}` needs a batch, `update(grads, state, params, batch=(inputs, "
-            f"targets))`, where `inputs` goes to `apply_fn`; got `batch={batch!r}`."
+            "`batch` must be a pair, `batch=(inputs, targets)`, got "
+            f"{type(batch).__name__}."
         )
-    params, full_params, batch, example_weights = jax.lax.stop_gradient(
-        (params, params if full_params is None else full_params, batch, example_weights)
-    )
-    inputs, targets = batch
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(inputs)]
-    if not shapes or () in shapes:
+    check_leaves(batch, "batch")
+    shapes = [shape_of(x) for x in jax.tree.leaves(batch[0])]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             "The inputs in `batch` must be arrays whose leading axes count the "
             f"examples, got shapes {shapes}."
         )
-    size = shapes[0][0]
-    if example_weights is None:
-        example_weights = jnp.ones(size, widen())
-    if jnp.shape(example_weights) != (size,):
+    return batch[0], batch[1]
+
+
+def _problem(name, apply_fn, params, batch, example_weights, full_params):
+    check_params(name, params)
+    check_leaves(params, "params")
+    if batch is None:
+        raise TypeError(
+            f"`{name}` needs the batch as an extra argument: `update(grads, state, "
+            "params, batch=(inputs, targets))`, where `inputs` goes to `apply_fn`."
+        )
+    inputs, targets = inputs_and_targets(batch)
+    size = len(jax.tree.leaves(inputs)[0])
+    check_leaves(example_weights, "example_weights")
+    if example_weights is not None and leaf_shape(example_weights) != (size,):
         raise ValueError(
             f"`example_weights` must have shape ({size},), one for each example, got "
-            f"{jnp.shape(example_weights)}."
+            f"{jax.tree.map(leaf_shape, example_weights)}."
         )
+    params, full_params, inputs, targets, example_weights = jax.lax.stop_gradient(
+        (
+            params,
+            params if full_params is None else full_params,
+            inputs,
+            targets,
+            example_weights,
+        )
+    )
+    if example_weights is None:
+        example_weights = jnp.ones(size, widen())
 
     def model(variables, inputs):
         complete = jax.tree.map(

@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_count
-from fsam_optax._engine import depends, entries, sum_of_products
+from fsam_optax._checks import check_choice, check_count
+from fsam_optax._engine import (
+    depends,
+    entries,
+    sum_of_products,
+    without_explicit_axes,
+)
 from fsam_optax._estimation import ApplyFn, mean_powers, Problem, sampled
 from fsam_optax._fisher import exact_cotangents
-from fsam_optax._likelihoods import Likelihood
+from fsam_optax._likelihoods import check_model, Likelihood
 from fsam_optax._mapped_axes import vary_like
 from fsam_optax._norms import divisor, widen
 
@@ -84,10 +89,11 @@ def _curvature(
                 jax.random.split(key, num_probes),
             )
         # The unit vectors, each for all examples at once.
-        size = math.prod(spot.shape)
+        shape = here.shape[1:]
+        size = math.prod(shape)
 
         def unit(k):
-            v = jnp.zeros(size, here.dtype).at[k].set(1).reshape(spot.shape)
+            v = jnp.zeros(size, here.dtype).at[k].set(1).reshape(shape)
             return jnp.broadcast_to(v, here.shape)
 
         return size * _mean_over(lambda k: seen_along(unit(k)), jnp.arange(size))
@@ -174,10 +180,21 @@ def fisher_i2(
         it does, and with that one I2 is exact.
     """
     check_count("num_samples", num_samples)
-    if hessian not in ("exact", "hutchinson"):
-        raise ValueError(f"`hessian` must be 'exact' or 'hutchinson', got {hessian!r}.")
+    check_choice("hessian", hessian, "exact", "hutchinson")
+    check_model(apply_fn, likelihood)
 
     def estimate(problem, key):
+        # The model meets single examples and whole batches here, which no one
+        # placement of explicitly sharded axes would suit.
+        return without_explicit_axes(
+            lambda params, inputs, weights, key: estimate_unplaced(
+                problem._replace(params=params, inputs=inputs, weights=weights), key
+            ),
+            (problem.params, problem.inputs, problem.weights, key),
+            (problem.params, problem.params if standard_error else None),
+        )
+
+    def estimate_unplaced(problem, key):
         h = problem.model(problem.params, problem.inputs)
         weights = problem.weights / divisor(jnp.sum(problem.weights))
         weights = jnp.expand_dims(weights, range(1, h.ndim))

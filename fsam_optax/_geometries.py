@@ -7,7 +7,7 @@ import jax
 import optax
 
 from fsam_optax import _operators
-from fsam_optax._checks import check_number, check_transformation
+from fsam_optax._checks import check_choice, check_number, check_transformation
 from fsam_optax._mapped_axes import AxisName
 from fsam_optax._perturbation import perturbation
 
@@ -123,10 +123,7 @@ def adaptive_ellipsoid(
         the authors' code.
     """
     check_number("eta", eta, 0)
-    if scope not in ("element", "filter", "layer"):
-        raise ValueError(
-            f'`scope` must be "element", "filter" or "layer", got {scope!r}.'
-        )
+    check_choice("scope", scope, "element", "filter", "layer")
     if scope == "filter" and axis_name is not None:
         raise ValueError(
             '`scope="filter"` cannot be combined with `axis_name`: a filter may be cut '

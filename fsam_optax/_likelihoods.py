@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._checks import check_number
+from fsam_optax._checks import check_function, check_number
 from fsam_optax._norms import widen
 
 
@@ -78,6 +78,16 @@ class Likelihood(NamedTuple):
     factor_product: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     fourth_moment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     bounds: Callable[[jax.Array], MomentBounds] | None = None
+
+
+def check_model(apply_fn: Any, likelihood: Any) -> None:
+    """Raises TypeError unless given a function and a `Likelihood`."""
+    check_function("apply_fn", apply_fn)
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "`likelihood` must be a Likelihood, such as `categorical` or `gaussian()`, "
+            f"got {likelihood!r}."
+        )
 
 
 def _float(x):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._engine import loss_power_sums
-from fsam_optax._likelihoods import Likelihood
+from fsam_optax._likelihoods import check_model, Likelihood
 from fsam_optax._norms import widen
 
 
@@ -57,6 +57,7 @@ def negative_log_likelihood(
         >>> print(loss(jnp.zeros((2, 1)), (x, y)))  # log 2
         0.6931472
     """
+    check_model(apply_fn, likelihood)
     return NegativeLogLikelihood(apply_fn, likelihood)
 
 

@@ -120,8 +120,8 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
 
     def rescaled():
         unit = _unit(_largest(leaves, axis_name))
-        factor = 1 / unit
-        powers = total([jnp.sum(_power(x * factor, ord)) for x in leaves], axis_name)
+        scaled = _times(leaves, 1 / unit)
+        powers = total([jnp.sum(_power(x, ord)) for x in scaled], axis_name)
         return unit * _root(powers, ord)
 
     return jax.lax.cond(_in_range(powers), lambda: _root(powers, ord), rescaled)
@@ -129,6 +129,14 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
 
 # As a unit: on its own, `lax.cond` compiles anew at every call outside of jit.
 _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=True)
+
+
+def _times(leaves: list[jax.Array], factor: jax.Array) -> list[jax.Array]:
+    """Multiplies by a factor, so that the square is taken of the product.
+
+    Of a constant, compilers would square the factors, which may leave their range.
+    """
+    return jax.lax.optimization_barrier([x * factor for x in leaves])
 
 
 def _largest(leaves: list[jax.Array], axis_name: AxisName) -> jax.Array:
@@ -173,10 +181,12 @@ def _norm_and_cosine(
 
     def rescaled():
         unit = _unit(_largest([x for x, _ in pairs], axis_name))
-        factor, (first, second) = 1 / unit, Reciprocal.of(y_length)
-        scaled = [(x * factor, y * first * second) for x, y in pairs]
-        x_norm = jnp.sqrt(total([jnp.sum(x * x) for x, _ in scaled], axis_name))
-        products = total([jnp.sum(x * y) for x, y in scaled], axis_name)
+        first, second = Reciprocal.of(y_length)
+        xs = _times([x for x, _ in pairs], 1 / unit)
+        ys = _times(_times([y for _, y in pairs], first), second)
+        x_norm = jnp.sqrt(total([jnp.sum(x * x) for x in xs], axis_name))
+        terms = [jnp.sum(x * y) for x, y in zip(xs, ys, strict=True)]
+        products = total(terms, axis_name)
         return unit * x_norm, products / divisor(x_norm)
 
     in_range = _in_range(squares) & _in_range(y_length * y_length)

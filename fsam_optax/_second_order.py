@@ -9,14 +9,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fsam_optax._checks import (
+    check_leaves,
     check_like,
     check_number,
     check_params,
     check_transformation,
 )
-from fsam_optax._estimation import ApplyFn
+from fsam_optax._estimation import ApplyFn, inputs_and_targets
 from fsam_optax._fisher import exact_cotangents
-from fsam_optax._likelihoods import Likelihood
+from fsam_optax._likelihoods import check_model, Likelihood
 from fsam_optax._norms import divisor, widen
 
 
@@ -86,7 +87,8 @@ def _mean_of_products(apply_fn, params, batch, factors):
     `factors(h, pull, y)` returns the rows of A and of B for one example with outputs h
     and label y, where `pull` maps a cotangent on h to one on the flat parameters.
     """
-    inputs, targets = jax.tree.map(jnp.asarray, batch)
+    check_leaves(params, "params", real=True)
+    inputs, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
     flat, unravel = ravel_pytree(params)
 
     def rows(x, y):
@@ -97,7 +99,7 @@ def _mean_of_products(apply_fn, params, batch, factors):
         return factors(h, lambda c: pull(c.astype(h.dtype))[0].astype(widen(flat)), y)
 
     a, b = jax.vmap(rows)(inputs, targets)
-    return jnp.einsum("nkp,nkq->pq", a, b, precision="highest") / len(a)
+    return jnp.einsum("nkp,nkq->pq", a, b, precision="highest") / max(len(a), 1)
 
 
 def dense_fisher(
@@ -132,6 +134,7 @@ def dense_fisher(
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 2),
         where it is a sum over examples.
     """
+    check_model(apply_fn, likelihood)
     cotangents = exact_cotangents(likelihood)
 
     def factors(h, pull, y):
@@ -177,6 +180,7 @@ def dense_empirical_fisher(
         Kunstner, Balles, Hennig, Limitations of the Empirical Fisher Approximation
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 3).
     """
+    check_model(apply_fn, likelihood)
 
     def factors(h, pull, y):
         row = pull(likelihood.score(h, y))[None]
@@ -220,6 +224,7 @@ def dense_ggn(
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558
         (proposition 1).
     """
+    check_model(apply_fn, likelihood)
 
     def factors(h, pull, y):
         def loss(flat):

@@ -11,16 +11,17 @@ from fsam_optax._ascent import (
     displace,
     every_kth,
     measure,
-    Metrics,
     no_metrics,
     took_part,
 )
 from fsam_optax._checks import (
     check_count,
+    check_dtype,
     check_leaves,
     check_like,
     check_params,
     check_transformation,
+    is_real,
 )
 from fsam_optax._mapped_axes import AxisName, merge, replica_index, vary
 
@@ -38,7 +39,7 @@ class SharpnessAwareState(NamedTuple):
     step: jax.Array
     perturbation: optax.OptState
     base: optax.OptState
-    metrics: Metrics | None
+    metrics: Any
 
 
 def sharpness_aware(
@@ -91,8 +92,9 @@ def sharpness_aware(
     Raises:
         ValueError: If every < 1; in `update`, if `params` is missing, differs from the
             gradient in structure or shape, or holds `optax.MaskedNode`.
-        TypeError: If base or perturbation is no transformation; in `update`, if
-            `grad_fn` is missing or returns anything but gradients.
+        TypeError: If base or perturbation is no transformation, or perturb_dtype no
+            floating-point dtype; in `update`, if `grad_fn` is missing or returns
+            anything but gradients.
 
     Examples:
         >>> import jax
@@ -114,6 +116,7 @@ def sharpness_aware(
     check_transformation("base", base, "optax.sgd(0.1)")
     check_transformation("perturbation", perturbation, "euclidean_ball(0.05)")
     check_count("every", every)
+    check_dtype("perturb_dtype", perturb_dtype)
     base = optax.with_extra_args_support(base)
     ascend = optax.with_extra_args_support(perturbation)
 
@@ -199,6 +202,18 @@ def _check_gradient(grads: Any, params: Any) -> None:
 
     error = mismatch(grads)
     if error is None:
+        check_leaves(grads, "grad_fn(params)")
+        for (path, g), w in zip(
+            jax.tree_util.tree_leaves_with_path(grads),
+            jax.tree.leaves(params),
+            strict=True,
+        ):
+            if is_real(w) and not is_real(g):
+                raise TypeError(
+                    f"leaf {jax.tree_util.keystr(path) or 'at the root'} of "
+                    f"`grad_fn(params)` has dtype {jnp.asarray(g).dtype}: it must be "
+                    "the gradient of a real parameter."
+                )
         return
     if isinstance(grads, tuple) and len(grads) == 2:
         first, second = grads

@@ -20,6 +20,7 @@ from fsam_optax._ascent import (
 )
 from fsam_optax._checks import (
     check_count,
+    check_dtype,
     check_leaves,
     check_params,
     check_transformation,
@@ -142,7 +143,8 @@ def value_and_grad(
     Raises:
         ValueError: If every or micro_batches < 1; in a call, if a leaf of the batch
             cannot be cut into `micro_batches` parts.
-        TypeError: If `perturbation` is no transformation; in a call, if `loss_fn`
+        TypeError: If `perturbation` is no transformation, or perturb_dtype no
+            floating-point dtype; in a call, if `loss_fn`
             does not return what `has_aux` says.
 
     Examples:
@@ -167,6 +169,7 @@ def value_and_grad(
         raise TypeError(f"`loss_fn` must be a function, got {loss_fn!r}.")
     check_transformation("perturbation", perturbation, "euclidean_ball(0.05)")
     check_count("every", every)
+    check_dtype("perturb_dtype", perturb_dtype)
     if micro_batches is not None:
         check_count("micro_batches", micro_batches)
     ascend = optax.with_extra_args_support(perturbation)

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._estimation import ApplyFn
-from fsam_optax._likelihoods import Likelihood, MomentBounds
+from fsam_optax._checks import check_count, check_leaves, check_like, check_number
+from fsam_optax._estimation import ApplyFn, key_data
+from fsam_optax._likelihoods import check_model, Likelihood, MomentBounds
 from fsam_optax._norms import widen
 
 
@@ -56,6 +57,19 @@ def _outputs(apply_fn, params, x):
     return h.reshape(-1, h.shape[-1]).astype(widen(h))
 
 
+def _examples(inputs):
+    """Returns the inputs as arrays, after checking that they hold examples."""
+    check_leaves(inputs, "inputs")
+    leaves, structure = jax.tree.flatten(inputs)
+    sizes = {jnp.shape(x)[:1] for x in leaves}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(
+            "`inputs` must be arrays whose leading axes count the examples, one or "
+            f"more, got shapes {[jnp.shape(x) for x in leaves]}."
+        )
+    return structure.unflatten([jnp.asarray(x) for x in leaves])
+
+
 def _mean_over_jacobians(form, apply_fn, params, inputs, *extra):
     """Returns the mean over examples of `form(h, dh/dtheta_i, *extra)` for every i.
 
@@ -70,7 +84,7 @@ def _mean_over_jacobians(form, apply_fn, params, inputs, *extra):
     Returns:
         A tuple of trees with the structure of params.
     """
-    inputs = jax.tree.map(jnp.asarray, inputs)
+    inputs = _examples(inputs)
 
     def share(example):
         x, *rest = example
@@ -99,7 +113,7 @@ def _mean_over_jacobians(form, apply_fn, params, inputs, *extra):
 
 def _mean_over_second_derivatives(form, apply_fn, params, inputs, *extra):
     """Returns the mean of `form(h, d^2h/dtheta_i^2, *extra)`; otherwise as above."""
-    inputs = jax.tree.map(jnp.asarray, inputs)
+    inputs = _examples(inputs)
     leaves, structure = jax.tree.flatten(params)
     all_outputs = jax.vmap(lambda p, x: _outputs(apply_fn, p, x), (None, 0))
     h = all_outputs(params, inputs)
@@ -201,6 +215,8 @@ def fisher_variance_i1(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (lemma 3.1).
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
     fourth_moment = _fourth_moment(likelihood)
 
     def form(h, u):
@@ -244,6 +260,8 @@ def fisher_variance_i2(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (lemma 3.1).
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
 
     def form(h, u):
         return (jnp.sum(_moment(likelihood, h, u)),)
@@ -281,6 +299,8 @@ def fisher_bounds(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.1).
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
     return Bounds(
         *_mean_over_jacobians(_second_bounds(likelihood), apply_fn, params, inputs)
     )
@@ -328,6 +348,8 @@ def fisher_variance_i1_bounds(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.1, corollary 4.2, theorem 5.2).
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
     bounds = _bounds(likelihood)
 
     def form(h, u):
@@ -372,6 +394,8 @@ def fisher_variance_i2_bounds(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.1).
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
     form = _second_bounds(likelihood)
     return Bounds(*_mean_over_second_derivatives(form, apply_fn, params, inputs))
 
@@ -418,7 +442,8 @@ def fisher_variance_trace_bounds(
 
 def _draw_scores(apply_fn, likelihood, params, inputs, num_draws, key):
     """Returns scores of labels drawn from the model, of shape (N, num_draws, T, C)."""
-    inputs = jax.tree.map(jnp.asarray, inputs)
+    inputs = _examples(inputs)
+    check_count("num_draws", num_draws)
     if num_draws < 2:
         raise ValueError(f"`num_draws` must be at least 2, got {num_draws}.")
 
@@ -426,6 +451,8 @@ def _draw_scores(apply_fn, likelihood, params, inputs, num_draws, key):
         h = _outputs(apply_fn, params, x)
         keys = jax.random.split(key, num_draws)
         return jax.vmap(lambda k: likelihood.score(h, likelihood.sample(k, h)))(keys)
+
+    key_data(key)  # Raises on anything but a key.
 
     size = len(jax.tree.leaves(inputs)[0])
     return jax.vmap(draw)(inputs, jax.random.split(key, size))
@@ -490,6 +517,8 @@ def fisher_variance_i1_sampled(
         >>> bool(abs(sampled.variance - 2.0) < 4 * sampled.standard_error)
         True
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
     scores = _draw_scores(apply_fn, likelihood, params, inputs, num_draws, key)
     moments = _mean_over_jacobians(
         _sample_variance(2), apply_fn, params, inputs, scores
@@ -537,6 +566,8 @@ def fisher_variance_i2_sampled(
         >>> bool(abs(sampled.variance[0] - 4.0) < 4 * sampled.standard_error[0])
         True
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
     scores = _draw_scores(apply_fn, likelihood, params, inputs, num_draws, key)
     moments = _mean_over_second_derivatives(
         _sample_variance(1), apply_fn, params, inputs, scores
@@ -573,6 +604,8 @@ def fisher_variance_between_inputs(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.7).
     """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
 
     def form(h, u):
         fisher = jnp.sum(_moment(likelihood, h, u))
@@ -611,6 +644,10 @@ def fisher_variance_joint(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.7).
     """
+    check_like("between_inputs", between_inputs, "conditional", conditional)
+    for name, count in (("num_inputs", num_inputs), ("num_samples", num_samples)):
+        if not hasattr(count, "dtype"):
+            check_number(name, count, 0, open=True)
     return jax.tree.map(
         lambda v, b: (b + v / num_samples) / num_inputs, conditional, between_inputs
     )
@@ -656,6 +693,7 @@ def prefer(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (section 4).
     """
+    check_like("variance_i2", variance_i2, "variance_i1", variance_i1)
     labels = labels(variance_i1) if callable(labels) else labels
     excess: dict[Hashable, float] = {}  # Of I1 over I2.
 
@@ -665,5 +703,11 @@ def prefer(
         )
         excess[label] = excess.get(label, 0.0) + i1 - i2
 
-    jax.tree.map(add, labels, variance_i1, variance_i2)
+    try:
+        jax.tree.map(add, labels, variance_i1, variance_i2)
+    except ValueError as error:
+        raise ValueError(
+            "`labels` must have the structure of the parameters, or of their upper "
+            f"levels: {error}"
+        ) from error
     return {label: "i1" if value < 0 else "i2" for label, value in excess.items()}

@@ -3,7 +3,9 @@
 import collections
 import functools
 import inspect
+import logging
 import pickle
+import re
 
 import flax.serialization
 import jax
@@ -37,12 +39,8 @@ def oracle(**kwargs):
     return optax.GradientTransformationExtraArgs(f.init, update)
 
 
-def compiled(factory, **kwargs):
-    """The transformation, jitted: where there is control flow, eager calls compile."""
-    tx = factory(**kwargs)
-    return optax.GradientTransformationExtraArgs(
-        tx.init, jax.jit(tx.update, static_argnames="grad_fn")
-    )
+def model(params, x):
+    return jnp.tanh(x @ params["k"] + params["b"][None])
 
 
 Case = collections.namedtuple("Case", ["factory", "kwargs", "kind"])
@@ -52,7 +50,14 @@ SGD = {"base": optax.sgd(0.1, momentum=0.9)}
 BALL = {"perturbation": fsam_optax.euclidean_ball(0.1)}
 DIAGONAL = {"estimator": fsam_optax.given()}
 AVERAGE = {"estimator": optax.chain(fsam_optax.squared_gradient(), optax.ema(0.9))}
+MODEL = {"apply_fn": model, "likelihood": fsam_optax.categorical}
+SAMPLED = {**MODEL, "key": jax.random.key(7)}
+ERROR = {**SAMPLED, "num_samples": 2, "standard_error": True}
+EXACT = {"estimator": fsam_optax.fisher_exact(**MODEL)}
+DRAWN = {"estimator": fsam_optax.fisher_i1(**SAMPLED)}
+GROUPS = {"a": fsam_optax.fisher_i1(**ERROR), "b": fsam_optax.fisher_exact(**MODEL)}
 
+# What each makes of a gradient: a perturbation, a diagonal F, a gradient or a step.
 CASES = {
     "perturbation": Case(fsam_optax.perturbation, {"rho": 0.1}, "eps"),
     "euclidean_ball": Case(fsam_optax.euclidean_ball, {"rho": 0.1}, "eps"),
@@ -69,6 +74,29 @@ CASES = {
     ),
     "squared_gradient": Case(fsam_optax.squared_gradient, {}, "diagonal"),
     "given": Case(fsam_optax.given, {}, "diagonal"),
+    "fisher_exact": Case(fsam_optax.fisher_exact, MODEL, "diagonal"),
+    "fisher_empirical": Case(fsam_optax.fisher_empirical, MODEL, "diagonal"),
+    "fisher_i1": Case(fsam_optax.fisher_i1, ERROR, "diagonal"),
+    "fisher_hutchinson": Case(fsam_optax.fisher_hutchinson, SAMPLED, "diagonal"),
+    "fisher_gnb": Case(fsam_optax.fisher_gnb, SAMPLED, "diagonal"),
+    "fisher_i2": Case(fsam_optax.fisher_i2, SAMPLED, "diagonal"),
+    "by_group": Case(
+        fsam_optax.by_group,
+        {"labels": {"k": "a", "b": "b"}, "estimators": GROUPS},
+        "diagonal",
+    ),
+    "refresh_every": Case(fsam_optax.refresh_every, {"k": 2, **EXACT}, "diagonal"),
+    "scale_by_inverse_fisher": Case(
+        fsam_optax.scale_by_inverse_fisher, {**EXACT, "damping": 1.0}, "gradient"
+    ),
+    "scale_by_inverse_dense": Case(
+        fsam_optax.scale_by_inverse_dense,
+        {
+            "matrix_fn": functools.partial(fsam_optax.dense_fisher, *MODEL.values()),
+            "damping": 1.0,
+        },
+        "gradient",
+    ),
     "sharpness_aware": Case(fsam_optax.sharpness_aware, {**SGD, **BALL}, "step"),
     "sharpness_aware_every": Case(
         fsam_optax.sharpness_aware, {**SGD, **BALL, "every": 2}, "step"
@@ -76,13 +104,22 @@ CASES = {
     "sam": Case(fsam_optax.sam, {**SGD, "rho": 0.1}, "step"),
     "asam": Case(fsam_optax.asam, {**SGD, "rho": 0.1}, "step"),
     "fisher_sam": Case(fsam_optax.fisher_sam, {**ADAM, "rho": 0.1}, "step"),
-    "value_and_grad": Case(oracle, {}, "step"),
-    "value_and_grad_micro": Case(oracle, {"micro_batches": 2, "every": 2}, "step"),
+    "fisher_sam_drawn": Case(
+        fsam_optax.fisher_sam, {**ADAM, "rho": 0.1, **DRAWN}, "step"
+    ),
+    "value_and_grad": Case(oracle, {}, "gradient"),
+    "value_and_grad_micro": Case(oracle, {"micro_batches": 2, "every": 2}, "gradient"),
 }
 
 PARAMS = {"k": jnp.array([[1.0, -2.0], [0.5, 1.5]]), "b": jnp.array([0.3, -0.7])}
 GRADS = cubic(PARAMS)
 FISHER = {"k": jnp.array([[1.0, 2.0], [0.5, 0.0]]), "b": jnp.array([0.1, 0.7])}
+BATCH = (
+    jnp.array([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8], [0.1, 0.4]]),
+    jnp.array([0, 1, 1, 0]),
+)
+# All that any of them may ask for.
+EXTRA = {"grad_fn": cubic, "fisher": FISHER, "batch": BATCH}
 
 
 @pytest.fixture(params=CASES)
@@ -93,9 +130,14 @@ def case(request):
 @functools.cache
 def transformation(name):
     factory, kwargs, _ = CASES[name]
-    has_control_flow = {"every", "micro_batches"} & kwargs.keys()
-    return (compiled if has_control_flow else lambda f, **kw: f(**kw))(
-        factory, **kwargs
+    tx = factory(**kwargs)
+    asks = {"every", "micro_batches", "apply_fn", "estimators", "matrix_fn"}
+    models = [EXACT["estimator"], DRAWN["estimator"]]
+    if not asks & kwargs.keys() and kwargs.get("estimator") not in models:
+        return tx
+    # Jitted: where there is control flow or a model, eager calls compile a lot.
+    return optax.GradientTransformationExtraArgs(
+        tx.init, jax.jit(tx.update, static_argnames="grad_fn")
     )
 
 
@@ -106,8 +148,8 @@ def tx(request, case):
 
 def update(tx, state=None, params=PARAMS, grads=GRADS, **extra):
     state = tx.init(params) if state is None else state
-    extra = {"grad_fn": cubic, "fisher": FISHER, **extra}
-    return optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+    tx = optax.with_extra_args_support(tx)
+    return tx.update(grads, state, params, **{**EXTRA, **extra})
 
 
 def assert_equal(tree, expected):
@@ -125,52 +167,82 @@ def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
 
 
+def returned(name, value):
+    """Returns what a public function is annotated to return."""
+    annotation = inspect.signature(value).return_annotation
+    assert annotation is not inspect.Signature.empty, name
+    return annotation if isinstance(annotation, type) else object
+
+
 def test_every_public_transformation_is_listed():
-    listed = {case.factory for case in CASES.values()}
-    for name, value in vars(fsam_optax).items():
-        module = getattr(value, "__module__", "")
-        if not inspect.isfunction(value) or module not in CORE:
-            continue
-        if value is not fsam_optax.value_and_grad:
-            assert value in listed, name
+    listed = {case.factory for case in CASES.values()} - {oracle}
+    listed.add(fsam_optax.value_and_grad)
+    made = (optax.GradientTransformation, fsam_optax.ValueAndGrad)
+    public = {
+        name: value
+        for name, value in vars(fsam_optax).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    found = {n for n, value in public.items() if issubclass(returned(n, value), made)}
+    assert found == {value.__name__ for value in listed}
+    # Nothing else can be called, but data types.
+    others = {
+        name
+        for name, value in vars(fsam_optax).items()
+        if callable(value) and not name.startswith("_") and not inspect.isclass(value)
+    }
+    assert others == public.keys()
 
 
-CORE = {
-    f"fsam_optax.{module}"
-    for module in (
-        "_aliases",
-        "_estimators",
-        "_geometries",
-        "_perturbation",
-        "_sharpness_aware",
-        "_value_and_grad",
-    )
-}
+def test_unknown_extra_args_change_nothing(tx):
+    def program(**extra):
+        jaxpr = jax.make_jaxpr(lambda state: update(tx, state, **extra))
+        return re.sub("0x[0-9a-f]+", "", str(jaxpr(tx.init(PARAMS)).jaxpr))
+
+    assert program(value=None, nonsense={}) == program()
 
 
-def test_unknown_extra_args_are_accepted(tx):
-    assert_equal(update(tx, value=1.0, nonsense=2), update(tx))
-
-
-def test_one_trace_and_the_state_can_be_donated_right_after_init(tx):
+def test_100_donated_steps_are_one_trace(tx, caplog):
     traces = []
 
+    @functools.partial(jax.jit, donate_argnums=(0, 2))
     def step(params, grads, state):
         traces.append(None)
-        return update(tx, state, params, grads)
+        result, state = update(tx, state, params, grads)
+        moved = jax.tree.map(lambda w, x: w - 1e-3 * x.astype(w.dtype), params, result)
+        return moved, result, state
 
-    step = jax.jit(step, donate_argnums=2)
-    state, expected_state = tx.init(PARAMS), tx.init(PARAMS)
+    params, state = jax.tree.map(jnp.array, PARAMS), tx.init(PARAMS)
+    expected_params, expected_state = PARAMS, tx.init(PARAMS)
     leaves = jax.tree.leaves(jax.tree.map(jnp.asarray, state))
     addresses = {x.unsafe_buffer_pointer() for x in leaves}
     assert len(addresses) == len(leaves)
-    for _ in range(3):
-        result, state = step(PARAMS, GRADS, state)
-        expected, expected_state = update(tx, expected_state)
-        assert_close((result, state), (expected, expected_state))
+    for i in range(100):
+        donated = params
+        # Every step's messages on tracing and compilation, by any function.
+        with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+            caplog.clear()
+            params, result, state = step(params, GRADS, state)
+        assert bool(caplog.records) == (i == 0), caplog.text
+        assert all(x.is_deleted() for x in donated.values())
+        if i < 3:
+            expected, expected_state = update(tx, expected_state, expected_params)
+            expected_params = jax.tree.map(
+                lambda w, x: w - 1e-3 * x, expected_params, expected
+            )
+            assert_close((result, state), (expected, expected_state), rtol=2e-6)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, result)))
     # NumPy arrays of the same type and shape are no reason to trace again.
     step(*jax.tree.map(np.asarray, (PARAMS, GRADS)), state)
     assert len(traces) == 1
+
+
+def test_a_state_from_jit_can_be_donated(tx):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return jax.tree.map(jnp.zeros_like, state)
+
+    assert_equal(step(jax.jit(tx.init)(PARAMS)), step(tx.init(PARAMS)))
 
 
 def test_ensembles_of_scans_of_conds_agree_with_loops(tx):
@@ -207,12 +279,17 @@ def test_ensembles_of_scans_of_conds_agree_with_loops(tx):
 def test_tree_map_params(tx):
     state = tx.init(PARAMS)
     assert_equal(optax.tree.map_params(tx, lambda x: x, state), state)
-    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
-    with_momentum = [
-        x.shape for x in jax.tree.leaves(mapped) if np.shape(x) and np.all(x == 1)
+    mapped = optax.tree.map_params(tx, lambda x: jnp.full_like(x, 7), state)
+    sevens = [
+        x.shape for x in jax.tree.leaves(mapped) if np.shape(x) and np.all(x == 7)
     ]
-    has_params = [x.shape for x in jax.tree.leaves(state) if np.shape(x)]
-    assert with_momentum == has_params
+    # All but keys, whose data are unsigned integers.
+    like_params = [
+        x.shape
+        for x in jax.tree.leaves(state)
+        if np.shape(x) and not jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+    ]
+    assert sevens == like_params
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
@@ -226,7 +303,7 @@ def test_dtypes_are_kept_and_strong(x64, case, dtype):
     result, new_state = jax.eval_shape(
         lambda state: update(tx, state, params, grads, fisher=fisher), state
     )
-    same = case.kind == "step" or case.factory is fsam_optax.given
+    same = case.kind in ("step", "gradient") or case.factory is fsam_optax.given
     kept = jnp.dtype(dtype) if same else jnp.promote_types(dtype, jnp.float32)
     assert types(result) == {n: (w.shape, kept, False) for n, w in PARAMS.items()}
     # `optax.ema` takes the dtype of the parameters at first, then that of F.
@@ -236,7 +313,8 @@ def test_dtypes_are_kept_and_strong(x64, case, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, case in CASES.items() if "rho" in case.kwargs]
+    "name",
+    [n for n, c in CASES.items() if "rho" in c.kwargs and n != "fisher_sam_drawn"],
 )
 def test_inject_hyperparams_with_a_schedule_of_rho(name):
     factory, kwargs, _ = CASES[name]
@@ -272,13 +350,13 @@ def test_multi_steps_hands_over_the_mean_gradient(case, tx):
     @jax.jit
     def step(state, scale):
         grads = jax.tree.map(lambda g: scale * g, GRADS)
-        return multi.update(grads, state, PARAMS, grad_fn=cubic, fisher=FISHER)
+        return multi.update(grads, state, PARAMS, **EXTRA)
 
     state = multi.init(PARAMS)
     for scale in (1.0, 3.0):
         result, state = step(state, scale)
     expected, _ = update(tx, grads=jax.tree.map(lambda g: 2 * g, GRADS))
-    assert_close(result, expected)
+    assert_close(result, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("front_end", ["sharpness_aware", "value_and_grad"])
@@ -313,7 +391,7 @@ def test_chain_on_either_side(tx):
     assert_equal(update(inside)[0], update(tx, grads=doubled)[0])
 
 
-STEPS = [name for name, case in CASES.items() if case.kind == "step"]
+STEPS = [name for name, case in CASES.items() if case.kind in ("step", "gradient")]
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -352,7 +430,7 @@ def test_serialised_state_resumes_bit_for_bit(tx, how):
 @pytest.mark.parametrize("name", STEPS)
 def test_descends(name):
     tx = transformation(name)
-    if CASES[name].factory is oracle:
+    if CASES[name].kind == "gradient":
         tx = optax.chain(tx, optax.sgd(0.1))
 
     @jax.jit

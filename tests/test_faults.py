@@ -10,11 +10,27 @@ import oracles
 import pytest
 from test_incumbent import cubic, length, PARAMS, step
 
+import fsam_optax
 from fsam_optax import (
     adaptive_ellipsoid,
+    bernoulli,
+    by_group,
+    categorical,
     euclidean_ball,
     fisher_ellipsoid,
+    fisher_empirical,
+    fisher_exact,
+    fisher_gnb,
+    fisher_hutchinson,
+    fisher_i1,
+    fisher_i2,
+    gaussian,
     given,
+    loss_power_sums,
+    negative_log_likelihood,
+    poisson,
+    power_sums,
+    refresh_every,
     sam,
     sharpness_aware,
     squared_gradient,
@@ -48,6 +64,76 @@ def geometry(request):
 SOME = pytest.mark.parametrize(
     "geometry", ["euclidean", "element", "average"], indirect=True
 )
+
+
+KEY = jax.random.key(0)
+X = jnp.array([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8], [0.1, 0.4]])
+Y = jnp.array([0, 1, 1, 0])
+
+
+def logits(params, x):
+    return jnp.tanh(x @ params["k"]) + params["b"][None]
+
+
+def drawn_and_exact(model, likelihood):
+    drawn, exact = (
+        fisher_i1(model, likelihood, key=KEY),
+        fisher_exact(model, likelihood),
+    )
+    return by_group({"k": "drawn", "b": "exact"}, {"drawn": drawn, "exact": exact})
+
+
+ESTIMATORS = {
+    "empirical": fisher_empirical,
+    "exact": fisher_exact,
+    "i1": functools.partial(fisher_i1, key=KEY, num_samples=2, standard_error=True),
+    "hutchinson": functools.partial(fisher_hutchinson, key=KEY, standard_error=True),
+    "gnb": functools.partial(fisher_gnb, key=KEY),
+    "i2": functools.partial(fisher_i2, key=KEY),
+    "i2, probed": functools.partial(fisher_i2, key=KEY, hessian="hutchinson"),
+    "by_group": drawn_and_exact,
+    "refresh_every": lambda *args: refresh_every(2, fisher_exact(*args)),
+}
+SAMPLED = ["i1", "hutchinson", "gnb", "i2", "i2, probed"]
+
+
+@functools.cache
+def all_estimates(model, likelihood, names=tuple(ESTIMATORS)):
+    """Returns `run(params, batch, weights)`: every diagonal, and every new state."""
+
+    @jax.jit
+    def run(params, batch, weights):
+        diagonals, states = {}, {}
+        for name in names:
+            estimator = ESTIMATORS[name](model, likelihood)
+            state = estimator.init(params)
+            diagonals[name], states[name] = estimator.update(
+                None, state, params, batch=batch, example_weights=weights
+            )
+        return diagonals, states
+
+    return run
+
+
+def exact_and_empirical(model, params, x, y, weights):
+    """Returns the two diagonals of a classifier, in float64, from its Jacobian."""
+    p = np.asarray(jax.nn.softmax(model(params, x)), np.float64)
+    score = np.eye(p.shape[-1])[y] - p
+    information = np.einsum("nc,cd->ncd", p, np.eye(p.shape[-1]))
+    information -= np.einsum("nc,nd->ncd", p, p)
+    jacobian = jax.tree.map(
+        lambda j: np.asarray(j, np.float64), jax.jacrev(model)(params, x)
+    )
+    w = np.asarray(weights, np.float64) / np.sum(weights)
+    exact = {
+        n: np.einsum("n,nc...,ncd,nd...->...", w, j, information, j)
+        for n, j in jacobian.items()
+    }
+    empirical = {
+        n: np.einsum("n,n...->...", w, np.einsum("nc,nc...->n...", score, j) ** 2)
+        for n, j in jacobian.items()
+    }
+    return {"exact": exact, "empirical": empirical, "refresh_every": exact}
 
 
 def ascend(tx, grads=GRADS, params=PARAMS, state=None, **extra):
@@ -159,6 +245,23 @@ def test_fault_05_huge_and_tiny_gradients(name, factor):
     if name == "euclidean":
         np.testing.assert_allclose(length(eps), 0.5, rtol=1e-5)
         np.testing.assert_allclose(state.dual_norm, factor * length(GRADS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30, 0.0])
+@pytest.mark.parametrize("constant", [0.0, 1.0])
+def test_fault_05_a_constant_leaf_beside_huge_and_tiny_gradients(factor, constant):
+    # Known when compiling, as is the gradient of a parameter that the loss ignores.
+    def ascent(grads):
+        whole = {**grads, "c": jnp.full(3, constant * factor)}
+        return ascend(euclidean_ball(0.5), whole, {**PARAMS, "c": jnp.ones(3)})
+
+    grads = jax.tree.map(lambda g: factor * g, GRADS)
+    eps, state = jax.jit(ascent)(grads)
+    expected, expected_state = ascent(grads)
+    assert state.skipped == (factor == 0)
+    np.testing.assert_allclose(state.dual_norm, expected_state.dual_norm, rtol=1e-5)
+    for leaf in eps:
+        np.testing.assert_allclose(eps[leaf], expected[leaf], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("factor", [1e15, 1e-15])
@@ -463,6 +566,200 @@ def test_fault_19_masked_leaves(geometry, value):
     assert state.skipped == 0
 
 
+def test_fault_20_batch_of_1_and_of_0_and_no_weight_for_the_estimators():
+    run = all_estimates(logits, categorical)
+    with jax.debug_nans(True):
+        one, states = run(PARAMS, (X[:1], Y[:1]), jnp.ones(1))
+        weightless, _ = run(PARAMS, (X[:1], Y[:1]), jnp.zeros(1))
+        empty, _ = run(PARAMS, (X[:0], Y[:0]), jnp.ones(0))
+    assert_zero((weightless, empty))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(one))
+    expected = exact_and_empirical(logits, PARAMS, X[:1], Y[:1], np.ones(1))
+    for name, diagonal in expected.items():
+        for leaf in PARAMS:
+            np.testing.assert_allclose(one[name][leaf], diagonal[leaf], rtol=1e-5)
+    # Of a single draw there is no standard error, of two there is.
+    error = {name: states[name].standard_error["k"] for name in ("hutchinson", "i1")}
+    assert np.all(error["hutchinson"] == np.inf)
+    assert np.all(np.isfinite(error["i1"]))
+
+
+def test_fault_20_batch_of_0_and_no_weight_for_the_engine():
+    def loss(params, example):
+        x, y = example
+        return -categorical.log_prob(logits(params, x[None])[0], y)
+
+    def cotangents(h, y):
+        return categorical.score(h, y)[None]
+
+    nothing = [(X[:0], Y[:0], None), (X[:0], Y[:0], jnp.ones(0))]
+    for x, y, weights in [*nothing, (X, Y, jnp.zeros(4))]:
+        sums = power_sums(
+            logits, PARAMS, x, cotangents, y, powers=(1, 2, 4), weights=weights
+        )
+        value, loss_sums = loss_power_sums(
+            loss, PARAMS, (x, y), powers=(1, 2), weights=weights, has_value=True
+        )
+        assert value == 0
+        assert_zero((sums, loss_sums))
+        for tree in (*sums, *loss_sums):
+            assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, PARAMS)
+
+
+@pytest.mark.parametrize("micro_batches", [None, 2])
+@pytest.mark.parametrize("name", ["empirical", "i1"])
+def test_fault_20_batch_of_1_and_of_0_in_a_step(name, micro_batches):
+    ellipsoid = fisher_ellipsoid(0.5, ESTIMATORS[name](logits, categorical))
+    loss = negative_log_likelihood(logits, categorical)
+    f = value_and_grad(loss, ellipsoid, micro_batches=micro_batches)
+    state = f.init(PARAMS)
+    with jax.debug_nans(True):
+        value, grads, empty = jax.jit(f)(PARAMS, state, (X[:0], Y[:0]))
+    assert value == 0
+    assert_zero((grads, empty.metrics, empty.sharpness))
+    assert empty.perturbation.skipped == 1
+    few = (X[: micro_batches or 1], Y[: micro_batches or 1])
+    with jax.debug_nans(True):
+        value, grads, state = jax.jit(f)(PARAMS, state, few)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((value, grads)))
+    assert state.perturbation.skipped == 0
+    assert 0 < state.metrics.perturbation_norm <= 0.5
+
+
+def test_fault_20_fisher_sam_without_weights_is_sam():
+    def one_step(ellipsoid, **extra_args):
+        loss = negative_log_likelihood(logits, categorical)
+        f = value_and_grad(loss, ellipsoid)
+        run = jax.jit(functools.partial(f, extra_args=extra_args))
+        return run(PARAMS, f.init(PARAMS), (X, Y))[1]
+
+    weightless = one_step(
+        fisher_ellipsoid(0.5, fisher_empirical(logits, categorical)),
+        example_weights=jnp.zeros(4),
+    )
+    expected = one_step(euclidean_ball(0.5))
+    for leaf in PARAMS:
+        np.testing.assert_allclose(weightless[leaf], expected[leaf], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "matrix", ["dense_fisher", "dense_ggn", "dense_empirical_fisher"]
+)
+def test_fault_20_batch_of_0_for_the_matrices(matrix):
+    dense = getattr(fsam_optax, matrix)
+    assert_zero(dense(logits, categorical, PARAMS, (X[:0], Y[:0])))
+    tx = fsam_optax.scale_by_inverse_dense(
+        functools.partial(dense, logits, categorical), damping=2.0
+    )
+    update, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=(X[:0], Y[:0]))
+    for leaf in PARAMS:
+        np.testing.assert_allclose(update[leaf], GRADS[leaf] / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fisher_bounds",
+        "fisher_variance_i1",
+        "fisher_variance_i1_bounds",
+        "fisher_variance_i2",
+        "fisher_variance_i2_bounds",
+        "fisher_variance_between_inputs",
+    ],
+)
+def test_fault_20_batch_of_0_for_the_variances(name):
+    def no_examples():
+        return getattr(fsam_optax, name)(logits, categorical, PARAMS, X[:0])
+
+    with pytest.raises(ValueError, match="`inputs`"):
+        no_examples()
+
+
+# Logits of about 1e4, with derivatives as large, which float32 holds without rounding.
+SURE = {**PARAMS, "b": jnp.array([0.25, -0.75])}
+SURE_X = jnp.array([[0.5, -1.0], [1.5, 0.25], [-0.5, 1.0], [1.0, 0.5]])
+SURE_Y = jnp.array([0, 0, 1, 0])
+
+
+def sure(params, x):
+    return 1e4 * (x @ params["k"] + params["b"][None])
+
+
+def test_fault_21_degenerate_softmax():
+    run = all_estimates(sure, categorical)
+    with jax.debug_nans(True):
+        diagonals, states = run(SURE, (SURE_X, SURE_Y), jnp.ones(4))
+        wrong, _ = run(SURE, (SURE_X, 1 - SURE_Y), jnp.ones(4))
+    assert_zero(diagonals)
+    assert_zero([states[name].standard_error for name in ("i1", "hutchinson")])
+    # At a label of probability 0 the score is (1, -1), and 1e4 times that.
+    np.testing.assert_allclose(wrong.pop("empirical")["b"], 1e8, rtol=1e-6)
+    assert_zero(wrong)
+
+
+def test_fault_21_degenerate_bernoulli_and_poisson():
+    def rare(params, x):
+        return -1e4 - (x @ params["k"] + params["b"][None]) ** 2
+
+    labels = (sure(SURE, SURE_X) > 0).astype(int)
+    with jax.debug_nans(True):
+        yes_or_no, _ = all_estimates(sure, bernoulli, ("i2", "i2, probed"))(
+            SURE, (SURE_X, labels), jnp.ones(4)
+        )
+        counts, _ = all_estimates(rare, poisson, ("i1", "exact", "hutchinson"))(
+            SURE, (SURE_X, None), jnp.ones(4)
+        )
+    assert_zero((yes_or_no, counts))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("likelihood", [categorical, bernoulli])
+def test_fault_21_likelihoods_at_extreme_logits(likelihood, dtype):
+    h = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4]], dtype)
+    y = jnp.array([0, 2]) if likelihood is categorical else (h > 0).astype(int)
+    with jax.debug_nans(True):
+        values = (
+            likelihood.log_prob(h, y),
+            likelihood.score(h, y),
+            likelihood.factor(h),
+            likelihood.factor_product(h, jnp.ones(likelihood.factor(h).shape[::2])),
+            likelihood.fourth_moment(h, jnp.ones(h.shape)),
+            likelihood.bounds(h),
+        )
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(values))
+    if likelihood is categorical:
+        assert_zero(values)
+        np.testing.assert_array_equal(likelihood.sample(KEY, h), y)
+
+
+def test_fault_21_matrices_and_variances_at_extreme_logits():
+    @jax.jit
+    def everything(params, x):
+        batch = (x, SURE_Y)
+        matrices = ("dense_fisher", "dense_ggn", "dense_empirical_fisher")
+        diagonals = ("variance_i1", "bounds", "variance_between_inputs")
+        model = (sure, categorical, params)
+        return (
+            [getattr(fsam_optax, name)(*model, batch) for name in matrices],
+            [getattr(fsam_optax, f"fisher_{name}")(*model, x) for name in diagonals],
+        )
+
+    with jax.debug_nans(True):
+        assert_zero(everything(SURE, SURE_X))
+
+
+def test_fault_21_a_step_where_the_model_is_sure():
+    f = value_and_grad(
+        negative_log_likelihood(sure, categorical),
+        fisher_ellipsoid(0.5, fisher_empirical(sure, categorical)),
+    )
+    with jax.debug_nans(True):
+        value, grads, state = jax.jit(f)(SURE, f.init(SURE), (SURE_X, SURE_Y))
+    assert value == 0
+    assert_zero((grads, state.metrics, state.sharpness))
+    assert state.perturbation.skipped == 1
+
+
 def test_fault_22_batch_norm_and_dropout_see_each_batch_once():
     def loss(params, batch, statistics, key):
         noise = jax.random.normal(key, batch.shape)
@@ -530,6 +827,94 @@ def test_fault_24_counters_saturate(geometry):
     assert state.step == top
 
 
+def mean_quartic(params, batch):
+    return jnp.mean((batch @ params["k"] + params["b"][None]) ** 4)
+
+
+@SOME
+def test_fault_25_micro_batches_are_the_big_batch_where_they_should_be(geometry):
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(rho, batch, micro_batches=None):
+        f = value_and_grad(mean_quartic, geometry(rho), micro_batches=micro_batches)
+        return f(PARAMS, f.init(PARAMS), batch)
+
+    # Without a perturbation; or if all micro-batches are alike.
+    for rho, batch in ((0.0, X), (0.5, jnp.concatenate([X[:2], X[:2]]))):
+        value, grads, state = run(rho, batch, 2)
+        expected_value, expected, expected_state = run(rho, batch)
+        np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+        for leaf in PARAMS:
+            np.testing.assert_allclose(grads[leaf], expected[leaf], rtol=2e-6)
+        assert state.step == expected_state.step == 1
+        assert state.perturbation.count == expected_state.perturbation.count == 1
+    # Else each has a perturbation of its own, and the gradients are averaged.
+    _, grads, _ = run(0.5, X, 2)
+    halves = [run(0.5, half)[1] for half in (X[:2], X[2:])]
+    _, big, _ = run(0.5, X)
+    for leaf in PARAMS:
+        mean = (halves[0][leaf] + halves[1][leaf]) / 2
+        np.testing.assert_allclose(grads[leaf], mean, rtol=2e-6)
+        assert not np.allclose(grads[leaf], big[leaf], rtol=1e-2)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_fault_25_multi_steps_of_the_oracle_is_micro_batches(rho):
+    f = value_and_grad(mean_quartic, euclidean_ball(rho))
+    multi = optax.MultiSteps(optax.sgd(1.0), 2)
+
+    @jax.jit
+    def accumulate(state, multi_state, half):
+        _, grads, state = f(PARAMS, state, half)
+        update, multi_state = multi.update(grads, multi_state, PARAMS)
+        return update, state, multi_state
+
+    state, multi_state = f.init(PARAMS), multi.init(PARAMS)
+    nothing, state, multi_state = accumulate(state, multi_state, X[:2])
+    assert_zero(nothing)
+    update, state, multi_state = accumulate(state, multi_state, X[2:])
+    assert state.step == 2
+    f = value_and_grad(mean_quartic, euclidean_ball(rho), micro_batches=2)
+    _, expected, _ = jax.jit(f)(PARAMS, f.init(PARAMS), X)
+    for leaf in PARAMS:
+        np.testing.assert_allclose(update[leaf], -expected[leaf], rtol=1e-5)
+
+
+def test_fault_25_which_diagonals_are_means_over_micro_batches():
+    average = {
+        name: optax.chain(estimator, optax.ema(0.5))
+        for name, estimator in (
+            ("empirical", fisher_empirical(logits, categorical)),
+            ("exact", fisher_exact(logits, categorical)),
+            ("squared", squared_gradient()),
+        )
+    }
+
+    def update(grads, state, params, **extra):
+        for name, tx in average.items():
+            diagonal, new = tx.update(grads, state[name], params, **extra)
+            state = state | {name: new}
+        return diagonal, state
+
+    def init(params):
+        return {name: tx.init(params) for name, tx in average.items()}
+
+    ellipsoid = fisher_ellipsoid(
+        0.5, optax.GradientTransformationExtraArgs(init, update)
+    )
+    loss = negative_log_likelihood(logits, categorical)
+
+    def averages(micro_batches):
+        f = value_and_grad(loss, ellipsoid, micro_batches=micro_batches)
+        _, _, state = jax.jit(f)(PARAMS, f.init(PARAMS), (X, Y))
+        return {
+            n: oracles.flat(s[1].ema) for n, s in state.perturbation.operator.items()
+        }
+
+    small, big = averages(2), averages(None)
+    agree = [name for name in big if np.allclose(small[name], big[name], rtol=1e-5)]
+    assert agree == ["empirical", "exact"]
+
+
 def test_fault_29_exception_between_the_passes():
     tx = sam(optax.sgd(0.1), 0.5)
     state = tx.init(PARAMS)
@@ -543,6 +928,47 @@ def test_fault_29_exception_between_the_passes():
     assert_equal((PARAMS, state), before)
     # And the next step is as if nothing had happened.
     assert_equal(step(tx, state), step(tx))
+
+
+def draws(name, key, steps=40, examples=32):
+    """Returns the diagonals of many updates, (steps, examples), and all keys.
+
+    The output for an example depends on a parameter of its own, to the second order:
+    what was drawn for an example can be read off its entry of the diagonal.
+    """
+
+    def model(w, x):
+        h = (x @ w)[:, None] ** 2
+        return jnp.concatenate([h, h / 2], axis=1)
+
+    options = ESTIMATORS[name].keywords | {"key": key}
+    estimator = ESTIMATORS[name].func(model, gaussian(), **options)
+    w, batch = jnp.full(examples, 0.5), (jnp.eye(examples), None)
+
+    @jax.jit
+    def run(state):
+        def body(state, _):
+            diagonal, new = estimator.update(None, state, w, batch=batch)
+            return new, (diagonal, state.key)
+
+        return jax.lax.scan(body, state, length=steps)[1]
+
+    return run(estimator.init(w))
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_fault_30_seeds_repeat_and_keys_are_never_reused(name):
+    diagonals, keys = draws(name, jax.random.key(3))
+    assert_equal((diagonals, keys), draws(name, jax.random.key(3)))
+    assert not np.array_equal(diagonals, draws(name, jax.random.key(4))[0])
+    assert len(np.unique(keys, axis=0)) == len(keys)
+    if name == "hutchinson":
+        # Two signs an example tell two values apart, but 32 of them not by chance.
+        assert len(np.unique(diagonals, axis=0)) == len(diagonals)
+        assert np.all(np.std(diagonals, axis=1) > 0)
+    else:
+        # Normal noise: no value comes twice, within a batch or between updates.
+        assert len(np.unique(diagonals)) == diagonals.size
 
 
 @SOME
@@ -601,3 +1027,40 @@ def test_fault_32_debug_nans(geometry, factor):
         eps, _ = ascend(geometry(0.5), grads)
         step(sharpness_aware(optax.sgd(0.1), geometry(0.5)), grads=grads)
     assert np.all(np.isfinite(eps["k"]))
+
+
+def test_fault_32_estimators_in_float64(x64):
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (PARAMS, X))
+    params, x = jax.tree.map(jnp.asarray, wide)
+    weights = jnp.array([1.0, 0.5, 0.0, 2.0])
+    with jax.debug_nans(True):
+        diagonals, states = all_estimates(logits, categorical)(params, (x, Y), weights)
+    assert {d.dtype for d in jax.tree.leaves(diagonals)} == {jnp.dtype("float64")}
+    assert states["i1"].standard_error["k"].dtype == jnp.float64
+    for name, expected in exact_and_empirical(logits, params, x, Y, weights).items():
+        for leaf in PARAMS:
+            np.testing.assert_allclose(
+                diagonals[name][leaf], expected[leaf], rtol=1e-12
+            )
+
+
+def test_fault_32_float32_leaves_stay_float32_in_x64(x64):
+    params = {**PARAMS, "b": PARAMS["b"].astype(jnp.float64)}
+    estimates = jax.eval_shape(
+        all_estimates(logits, categorical), params, (X, Y), jnp.ones(4)
+    )
+    for name, diagonal in estimates[0].items():
+        dtypes = {leaf: str(d.dtype) for leaf, d in diagonal.items()}
+        assert dtypes == {"k": "float32", "b": "float64"}, name
+    error = estimates[1]["i1"].standard_error
+    assert (error["k"].dtype, error["b"].dtype) == (jnp.float32, jnp.float64)
+
+
+def test_fault_32_engine_under_debug_nans():
+    # Op by op: no intermediate value may be NaN, even where it would be left out.
+    def loss(params, x):
+        return jnp.sum(logits(params, x[None]) ** 2)
+
+    with jax.debug_nans(True):
+        for weights in (None, jnp.zeros(4), jnp.array([0.0, 1.0, 2.0, 0.0])):
+            loss_power_sums(loss, PARAMS, X, powers=(1, 2, 4), weights=weights)

@@ -14,4 +14,5 @@ from fsam_optax._engine._power_sums import (
     Leaf as Leaf,
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
+    without_explicit_axes as without_explicit_axes,
 )

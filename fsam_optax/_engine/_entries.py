@@ -54,7 +54,7 @@ def entries(
         None for an array that enters in another way, or more than once.
     """
     leaves, tree = jax.tree.flatten(params)
-    example = jax.tree.map(lambda x: x[0], inputs)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
     flat_example, example_tree = jax.tree.flatten(example)
 
     def model(leaves, flat_example):

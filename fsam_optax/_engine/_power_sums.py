@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fsam_optax._checks import check_function, check_leaves, shape_of
 from fsam_optax._engine._example import sums_of_example
 from fsam_optax._engine._sums import widened
 from fsam_optax._mapped_axes import vary_like
@@ -93,6 +94,8 @@ def power_sums(
         and Hennig, BackPACK, 2020, https://arxiv.org/abs/1912.10985 (sec. 2), for what
         a backward pass can yield besides the gradient.
     """
+    _check_model(apply_fn, inputs)
+    check_function("cotangents", cotangents)
     sums, _ = _sums(
         one_of_batch(apply_fn),
         params,
@@ -149,6 +152,7 @@ def loss_power_sums(
         >>> print(loss, grad, squares)
         2.0 6.0 20.0
     """
+    check_function("loss_fn", loss_fn)
     sums, losses = _sums(
         loss_fn, params, (batch, None), None, powers, weights, chunk_bytes
     )
@@ -221,6 +225,8 @@ def explain(
         ['bias']    (2,)    reduction      1.00
         ['kernel']  (3, 2)  outer product  1.00
     """
+    _check_model(apply_fn, inputs)
+    check_function("cotangents", cotangents)
     return _explain(one_of_batch(apply_fn), params, (inputs, targets), cotangents)
 
 
@@ -237,6 +243,7 @@ def explain_loss(
     Returns:
         One `Leaf` per parameter.
     """
+    check_function("loss_fn", loss_fn)
     return _explain(loss_fn, params, (batch, None), None)
 
 
@@ -263,6 +270,8 @@ def check_separable(
     Raises:
         ValueError: If an output differs by more. Not for use under `jax.jit`.
     """
+    _check_model(apply_fn, inputs)
+    check_leaves(params, "params")
     together = apply_fn(params, inputs)
     alone = lax.map(lambda x: one_of_batch(apply_fn)(params, x), inputs)
     for (path, a), b in zip(
@@ -291,7 +300,15 @@ def one_of_batch(apply_fn: Callable) -> Callable:
     return output
 
 
+def _check_model(apply_fn, inputs):
+    check_function("apply_fn", apply_fn)
+    check_leaves(inputs, "inputs")
+    _count(inputs)
+
+
 def _explain(fn, params, examples, cotangents):
+    check_leaves(params, "params")
+    check_leaves(examples, "(inputs, targets)")
     report = []
 
     def record(params, examples):
@@ -323,9 +340,12 @@ def sums_of_powers(
 
 def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report=None):
     """Returns the sums of powers; for a loss (no cotangents) all losses as well."""
+    if not isinstance(powers, Sequence) or not powers or {*powers} - {1, 2, 4}:
+        raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers!r}.")
     powers = tuple(powers)
-    if not powers or not set(powers) <= {1, 2, 4}:
-        raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers}.")
+    check_leaves(params, "params")
+    check_leaves(examples, "(inputs, targets)")
+    check_leaves(weights, "weights")
     params, examples = jax.tree.map(jnp.asarray, (params, examples))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -359,7 +379,9 @@ def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), operands[0])
         sums, h = [[z] * len(powers) for z in jax.tree.leaves(zeros)], weights
     else:
-        sums, h = _without_explicit_axes(mapped, operands)
+        sums, h = without_explicit_axes(
+            mapped, operands, (jax.tree.leaves(operands[0]), None)
+        )
     leaves, tree = jax.tree.flatten(params)
     sums = tuple(
         tree.unflatten(
@@ -374,21 +396,24 @@ def _count(examples):
     """Returns the number of examples, after checking that all leaves agree on it."""
     leaves = jax.tree_util.tree_leaves_with_path(examples)
     if not leaves:
-        raise ValueError("The inputs hold no arrays, so there are no examples.")
-    n = leaves[0][1].shape[:1]
-    for path, x in leaves:
-        if x.shape[:1] != n or not n:
+        raise ValueError("`inputs` holds no arrays, so there are no examples.")
+    shapes = [(path, shape_of(x)) for path, x in leaves]
+    n = shapes[0][1][:1]
+    for path, shape in shapes:
+        if shape[:1] != n or not n:
             raise ValueError(
-                f"(inputs, targets){jax.tree_util.keystr(path)} has shape {x.shape}; "
+                f"leaf {jax.tree_util.keystr(path) or 'at the root'} of `inputs` or "
+                f"`targets` has shape {shape}; "
                 f"expected a leading axis of {n[0] if n else 'B'} examples."
             )
     return n[0]
 
 
-def _without_explicit_axes(fn, operands) -> Any:
+def without_explicit_axes(fn: Callable, operands: tuple, like: tuple) -> Any:
     """Calls `fn`, leaving to the compiler how values are sharded over devices.
 
-    Operands that are mapped together may be sharded differently then.
+    Operands that are mapped together may be sharded differently then. The outputs are
+    sharded as the arrays in `like` are, of which it is a prefix; None is replicated.
     """
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(operands)]
     explicit = jax.sharding.AxisType.Explicit
@@ -402,7 +427,11 @@ def _without_explicit_axes(fn, operands) -> Any:
         return jax.sharding.NamedSharding(mesh, spec)
 
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    out = ([sharding(x) for x in jax.tree.leaves(operands[0])], replicated)
+    out = jax.tree.map(
+        lambda x: replicated if x is None else sharding(x),
+        like,
+        is_leaf=lambda x: x is None,
+    )
     axes = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
