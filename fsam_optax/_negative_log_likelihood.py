@@ -112,7 +112,9 @@ def takes_scores(
         scores.diagonal = jax.tree.map(
             lambda w: jnp.zeros(jnp.shape(w), widen(w)), params
         )
-        return update(params, squared_scores=scores)
+        result = update(params, squared_scores=scores)
+        scores.diagonal = None  # No tracer may outlive the trace.
+        return result
 
     jax.eval_shape(probe, params)
     return scores.taken

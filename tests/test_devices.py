@@ -1,21 +1,32 @@
 """Eight devices: jit with sharded arrays, shard_map and pmap."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from test_sharpness_aware import assert_close, assert_equal
 from test_value_and_grad import by_replica
 
 from fsam_optax import (
     adaptive_ellipsoid,
+    categorical,
+    diagonal,
     euclidean_ball,
     fisher_ellipsoid,
+    fisher_empirical,
+    fisher_exact,
+    fisher_gnb,
+    fisher_hutchinson,
+    fisher_i1,
+    fisher_i2,
     given,
+    negative_log_likelihood,
     sharpness_aware,
     squared_gradient,
     value_and_grad,
@@ -265,10 +276,12 @@ def test_devices_and_their_micro_batches_are_numbered(micro_batches):
     assert grads == 2 + np.mean(np.arange(replicas))
 
 
-@pytest.mark.parametrize("how", ["typed", "pmap"])
-def test_nan_on_one_replica(how):
-    # m-sharp: that replica goes without a perturbation; the mean is not a number,
-    # on every replica alike, and the guard of the base sees it.
+@pytest.mark.parametrize("synchronised", [False, True], ids=["m-sharp", "sam"])
+@pytest.mark.parametrize("how", ["typed", "untyped", "pmap"])
+def test_fault_26_nan_on_one_replica(how, synchronised):
+    # m-sharp: that replica goes without a perturbation. Synchronised: all do. Either
+    # way the mean gradient is not a number, on every replica alike, and the guard of
+    # the base sees it.
     batch = (BATCH[0].at[0, 0].set(jnp.nan), BATCH[1])
     tx = sharpness_aware(
         optax.apply_if_finite(optax.sgd(1.0), 3), PERTURBATIONS["fisher"], axis_name="d"
@@ -279,12 +292,30 @@ def test_nan_on_one_replica(how):
             return gradient(p, batch)
 
         grads = grad_fn(varying(params) if how == "typed" else params)
+        if synchronised:
+            grads = jax.lax.pmean(grads, "d")
         return tx.update(grads, state, params, grad_fn=grad_fn)
 
-    updates, state = spread(how, step)(PARAMS, tx.init(PARAMS), batch)
+    init = tx.init(PARAMS)
+    updates, state = spread(how, step)(PARAMS, init, batch)
     assert_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
     assert state.perturbation.skipped == 1
     assert state.base.total_notfinite == 1
+    average = state.perturbation.operator[1].ema
+    if synchronised:
+        assert_equal(average, init.perturbation.operator[1].ema)
+    else:
+        assert np.all(np.isfinite(average["k"])) and np.any(average["k"])
+
+
+@pytest.mark.parametrize("how", ["typed", "untyped", "pmap"])
+def test_fault_26_nan_on_one_replica_of_the_oracle(how):
+    batch = (BATCH[0].at[-1, 0].set(jnp.nan), BATCH[1])
+    init, step = by_oracle("fisher")
+    state = init(PARAMS)
+    grads, state = spread(how, step)(PARAMS, state, batch)
+    assert not np.any(np.isfinite(grads["b"]))
+    assert state.perturbation.skipped == 1
     assert np.all(np.isfinite(state.perturbation.operator[1].ema["k"]))
 
 
@@ -342,19 +373,19 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_sharded_and_replicated_leaves_mixed(name):
+def test_fault_27_sharded_and_replicated_leaves_mixed(name):
     assert_close(by_hand(name)(SHARDED_GRADS, SHARDED), alone(name), 2e-6)
 
 
 @pytest.mark.parametrize("name", ["layer", "fisher"])
-def test_sharded_leaves_without_types(name):
+def test_fault_27_sharded_leaves_without_types(name):
     grads, params = ({n: t[n] for n in "kw"} for t in (SHARDED_GRADS, SHARDED))
     result = by_hand(name, "kw", check_vma=False)(grads, params)
     assert_close(result, alone(name, grads, params), 2e-6)
 
 
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 0.0, np.nan])
-def test_all_shards_take_the_same_decision(factor):
+def test_fault_26_all_shards_take_the_same_decision(factor):
     # One shard alone is out of range.
     grads = {**SHARDED_GRADS, "w": SHARDED_GRADS["w"].at[3].mul(factor)}
     eps, state = by_hand("2")(grads, SHARDED)
@@ -372,7 +403,7 @@ def test_all_shards_take_the_same_decision(factor):
         ("Explicit", "fisher"),
     ],
 )
-def test_jit_on_sharded_parameters_keeps_the_sharding(axes, name):
+def test_fault_27_jit_on_sharded_parameters_keeps_the_sharding(axes, name):
     types = (getattr(jax.sharding.AxisType, axes),)
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=types)
     shard = functools.partial(
@@ -391,3 +422,290 @@ def test_jit_on_sharded_parameters_keeps_the_sharding(axes, name):
         assert eps[leaf].sharding.is_equivalent_to(
             NamedSharding(mesh, spec), eps[leaf].ndim
         )
+
+
+# Whole steps under jit, whatever is sharded
+
+
+RESHARD = getattr(jax, "reshard", None) or jax.sharding.reshard
+NET = {
+    "w1": jnp.asarray(RNG.normal(size=(4, 16)), jnp.float32),
+    "b1": jnp.asarray(RNG.normal(size=16) / 8, jnp.float32),
+    "w2": jnp.asarray(RNG.normal(size=(16, 8)) / 4, jnp.float32),
+}
+LABELLED = (
+    jnp.asarray(RNG.normal(size=(16, 4)), jnp.float32),
+    jnp.asarray(RNG.integers(8, size=16), jnp.int32),
+)
+REPLICATED = {"w1": P(), "b1": P(), "w2": P()}
+
+
+class Layout(collections.namedtuple("Layout", "shape batch params computed out")):
+    """How arrays are sharded, and how a model says so under Explicit axes.
+
+    `computed` are the parameters as they are multiplied, `out` is the output.
+    """
+
+    def mesh(self, kind):
+        names = ("d", "m")[: len(self.shape)]
+        kinds = (kind,) * len(self.shape)
+        return jax.make_mesh(self.shape, names, axis_types=kinds)
+
+    def put(self, mesh):
+        params = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
+            NET,
+            self.params,
+        )
+        return params, jax.device_put(LABELLED, NamedSharding(mesh, self.batch))
+
+    def model(self, mesh):
+        if mesh.axis_types[0] != AxisType.Explicit:
+            return net
+
+        def apply_fn(params, x):
+            params = jax.tree.map(
+                lambda w, spec: RESHARD(w, NamedSharding(mesh, spec)),
+                params,
+                self.computed,
+            )
+            hidden = jnp.tanh(x @ params["w1"] + params["b1"][None])
+            out = NamedSharding(mesh, self.out)
+            return jnp.matmul(hidden, params["w2"], out_sharding=out)
+
+        return apply_fn
+
+
+TENSOR = {"w1": P(None, "d"), "b1": P("d"), "w2": P("d", None)}
+LAYOUTS = {
+    "data": Layout((8,), P("d"), REPLICATED, REPLICATED, P("d", None)),
+    "fsdp": Layout(
+        (8,),
+        P("d"),
+        {"w1": P(None, "d"), "b1": P("d"), "w2": P("d")},
+        REPLICATED,
+        P("d", None),
+    ),
+    "tensor": Layout((8,), P(), TENSOR, TENSOR, P(None, None)),
+    "mixed": Layout(
+        (2, 4),
+        P("d"),
+        {"w1": P("d", "m"), "b1": P("m"), "w2": P("m", "d")},
+        {"w1": P(None, "m"), "b1": P("m"), "w2": P("m", None)},
+        P("d", None),
+    ),
+    "uneven": Layout((2, 3), P("d"), REPLICATED, REPLICATED, P("d", None)),
+}
+
+
+def net(params, x):
+    return jnp.tanh(x @ params["w1"] + params["b1"][None]) @ params["w2"]
+
+
+def by_either(front_end, apply_fn, params, batch):
+    """Two steps of Fisher SAM; the estimator leaves shardings to the compiler."""
+    loss_fn = negative_log_likelihood(apply_fn, categorical)
+    estimator = optax.chain(fisher_empirical(net, categorical), optax.ema(0.9))
+    ellipsoid = fisher_ellipsoid(RHO, estimator)
+    f, adam = value_and_grad(loss_fn, ellipsoid), optax.adam(0.1)
+    tx = sharpness_aware(adam, ellipsoid)
+
+    def by_oracle(params, state, batch):
+        _, grads, fsam_state = f(params, state[0], batch)
+        updates, base = adam.update(grads, state[1], params)
+        return updates, (fsam_state, base)
+
+    def by_transformation(params, state, batch):
+        def grad_fn(p):
+            return jax.grad(loss_fn)(p, batch)
+
+        return tx.update(grad_fn(params), state, params, grad_fn=grad_fn, batch=batch)
+
+    pair = front_end == "value_and_grad"
+
+    @jax.jit
+    def run(params, batch):
+        def step(carry, _):
+            params, state = carry
+            updates, state = (by_oracle if pair else by_transformation)(
+                params, state, batch
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        state = (f.init(params), adam.init(params)) if pair else tx.init(params)
+        (params, state), _ = jax.lax.scan(step, (params, state), length=2)
+        moments = (state[1] if pair else state.base)[0]
+        averages = (state[0] if pair else state).perturbation.operator[1].ema
+        return params, moments.mu, moments.nu, averages
+
+    return run(params, batch)
+
+
+@functools.cache
+def trained_on_one_device():
+    return by_either("value_and_grad", net, NET, LABELLED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "front_end"), [("Auto", "value_and_grad"), ("Explicit", "sharpness_aware")]
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fault_27_training_is_that_of_one_device(name, kind, front_end):
+    layout = LAYOUTS[name]
+    mesh = layout.mesh(AxisType[kind])
+    params, batch = layout.put(mesh)
+    trees = by_either(front_end, layout.model(mesh), params, batch)
+    assert_close(trees, trained_on_one_device(), 1e-5)
+    for tree in trees:
+        for leaf, w in params.items():
+            assert tree[leaf].sharding.is_equivalent_to(w.sharding, w.ndim), leaf
+
+
+@pytest.mark.parametrize("name", ["2", "layer", "fisher"])
+def test_fault_27_axes_that_the_devices_do_not_divide(name):
+    mesh = jax.make_mesh((3,), ("d",), axis_types=(AxisType.Auto,))
+
+    @jax.jit
+    def update(grads, params):
+        # 8 rows and 16 weights over 3 devices.
+        grads, params = (
+            jax.tree.map(
+                lambda x, spec: jax.lax.with_sharding_constraint(
+                    x, NamedSharding(mesh, spec)
+                ),
+                tree,
+                SPECS,
+            )
+            for tree in (grads, params)
+        )
+        tx = GEOMETRIES[name]()
+        fisher = jax.tree.map(jnp.abs, params)
+        return tx.update(grads, tx.init(params), params, fisher=fisher)
+
+    assert_close(update(SHARDED_GRADS, SHARDED), alone(name), 2e-6)
+
+
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
+    r"(-start)?\("
+)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("tx", "number"),
+    [
+        (euclidean_ball(RHO), 1),
+        (adaptive_ellipsoid(RHO), 1),
+        (fisher_ellipsoid(RHO, squared_gradient(), relative=False), 1),
+        # One more for the mean of F.
+        (fisher_ellipsoid(RHO, squared_gradient()), 2),
+    ],
+    ids=["euclidean", "adaptive", "fisher", "relative fisher"],
+)
+def test_the_norm_is_one_all_reduce(tx, number, kind):
+    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType[kind],))
+    grads, params = (
+        jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, SPECS
+        )
+        for tree in (SHARDED_GRADS, SHARDED)
+    )
+    lowered = jax.jit(tx.update).lower(grads, tx.init(params), params)
+    # The branch for sums out of range of float32 is a computation of its own.
+    _, entry = lowered.compile().as_text().split("\nENTRY ")
+    names = [match[1] for match in COLLECTIVE.finditer(entry)]
+    assert names == ["all-reduce"] * number
+    assert " conditional(" in entry
+
+
+# Estimators
+
+
+KEY = jax.random.key(3)
+ESTIMATORS = {
+    "empirical": fisher_empirical(net, categorical),
+    "exact": fisher_exact(net, categorical),
+    "i1": fisher_i1(net, categorical, key=KEY),
+    "gnb": fisher_gnb(net, categorical, key=KEY),
+    "hutchinson": fisher_hutchinson(net, categorical, key=KEY),
+    "i2": fisher_i2(net, categorical, key=KEY),
+}
+
+
+@functools.cache
+def estimated_on_one_device(name):
+    return jax.jit(lambda p, b: diagonal(ESTIMATORS[name], p, b))(NET, LABELLED)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_fault_27_estimators_on_sharded_batch_and_parameters(name, kind):
+    # Under Explicit axes the engine wants a model that names no shardings; what
+    # differentiates the batched model wants one that does, where they are ambiguous.
+    # I2 does both: there, no parameter may be sharded that needs a name.
+    explicit = kind == "Explicit"
+    layout = LAYOUTS["data" if explicit and name == "i2" else "mixed"]
+    mesh = layout.mesh(AxisType[kind])
+    estimator = ESTIMATORS[name]
+    if explicit and name == "gnb":
+        estimator = fisher_gnb(layout.model(mesh), categorical, key=KEY)
+    params, batch = layout.put(mesh)
+    result = jax.jit(lambda p, b: diagonal(estimator, p, b))(params, batch)
+    assert_close(result, estimated_on_one_device(name), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "check_vma"), [("empirical", True), ("exact", True), ("exact", False)]
+)
+def test_estimators_in_shard_map_are_means_over_devices(name, check_vma):
+    def local(params, batch):
+        return jax.lax.pmean(diagonal(ESTIMATORS[name], params, batch), "d")
+
+    mapped = jax.shard_map(
+        local, mesh=MESH, in_specs=(P(), P("d")), out_specs=P(), check_vma=check_vma
+    )
+    result = jax.jit(mapped)(NET, LABELLED)
+    assert_close(result, estimated_on_one_device(name), 1e-5)
+
+
+@functools.cache
+def with_micro_batches(name):
+    loss_fn = negative_log_likelihood(net, categorical)
+    estimator = optax.chain(ESTIMATORS[name], optax.ema(0.9))
+    f = value_and_grad(loss_fn, fisher_ellipsoid(RHO, estimator), micro_batches=DEVICES)
+    return jax.jit(f)(NET, f.init(NET), LABELLED)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("empirical", "typed"), ("i1", "untyped"), ("i1", "pmap")]
+)
+def test_estimators_on_devices_are_those_on_micro_batches(name, how):
+    # The labels drawn on device i are those drawn for micro-batch i.
+    loss_fn = negative_log_likelihood(net, categorical)
+    estimator = optax.chain(ESTIMATORS[name], optax.ema(0.9))
+    f = value_and_grad(loss_fn, fisher_ellipsoid(RHO, estimator), axis_name="d")
+    result = spread(how, f.apply)(NET, f.init(NET), LABELLED)
+    assert_close(result, with_micro_batches(name), 1e-6)
+
+
+def test_fault_27_batch_over_one_axis_and_parameters_by_hand_over_another():
+    mesh = LAYOUTS["mixed"].mesh(AxisType.Auto)
+    specs = LAYOUTS["mixed"].computed
+
+    def local_net(params, x):
+        return jax.lax.psum(net(params, x), "m")
+
+    def oracle(apply_fn, **kwargs):
+        loss_fn = negative_log_likelihood(apply_fn, categorical)
+        ball = euclidean_ball(RHO, axis_name="m" if apply_fn is local_net else None)
+        return value_and_grad(loss_fn, ball, **kwargs)
+
+    whole = oracle(net, micro_batches=2)
+    expected = jax.jit(whole)(NET, whole.init(NET), LABELLED)
+    f = oracle(local_net, axis_name="d")
+    mapped = jax.shard_map(
+        f.apply, mesh=mesh, in_specs=(specs, P(), P("d")), out_specs=(P(), specs, P())
+    )
+    result = jax.jit(mapped)(NET, f.init(NET), LABELLED)
+    assert_close(result, expected, 1e-6)
