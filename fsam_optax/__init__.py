@@ -57,6 +57,13 @@ from fsam_optax._second_order import (
     scale_by_inverse_dense as scale_by_inverse_dense,
     scale_by_inverse_fisher as scale_by_inverse_fisher,
 )
+from fsam_optax._sharpness import (
+    kl_divergence as kl_divergence,
+    kl_divergence_quadratic as kl_divergence_quadratic,
+    loss_along as loss_along,
+    loss_over_plane as loss_over_plane,
+    sharpness as sharpness,
+)
 from fsam_optax._sharpness_aware import (
     sharpness_aware as sharpness_aware,
     SharpnessAwareState as SharpnessAwareState,
