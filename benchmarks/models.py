@@ -84,11 +84,12 @@ class ResNet(nn.Module):
 
     width: int = 16
     blocks: tuple[int, ...] = (2, 2, 2, 2)
+    conv: Any = Conv
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Maps images (batch, height, width, channels) to logits (batch, 10)."""
-        conv = partial(Conv, use_bias=False)
+        conv = partial(self.conv, use_bias=False)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = nn.relu(norm()(conv(self.width, (3, 3))(x)))
         for stage, blocks in enumerate(self.blocks):

@@ -4,59 +4,37 @@ Every row is one jitted, donated training step; all rows of a model run in one p
 interleaved, and are divided by the base step's time. The yardstick is the row "two
 gradients by hand": SAM written out in seven lines, with no metrics and no safeguards.
 
-    python benchmarks/step_time.py
-    python benchmarks/step_time.py --smoke      # a few seconds, to see that it runs
+    python benchmarks/step_time.py                        # all models, SGD
+    python benchmarks/step_time.py --models mlp --optimizer adamw
+    python benchmarks/step_time.py --leaves               # compile time, many leaves
+    python benchmarks/step_time.py --smoke                # to see that it runs
 """
 
 import argparse
-import json
 import pathlib
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from cost import compiled, print_table, Problem, PROBLEMS, ratios, save, SMOKE
 
-import fsam_optax
+import fsam_optax as fsam
 
 
-class MLP(nn.Module):
-    """784-512-512-10."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = x.reshape((len(x), -1))
-        for width in (512, 512):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
+RESULTS = pathlib.Path(__file__).parent / "results" / "step_time.json"
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.01, momentum=0.9),
+    "adamw": optax.adamw(1e-3),
+}
+# What `every` and `refresh_every` save shows over whole cycles of steps only.
+CYCLE = 10
 
 
-class CNN(nn.Module):
-    """Three convolutions and a dense layer."""
-
-    @nn.compact
-    def __call__(self, x):
-        for width in (32, 64, 64):
-            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
-        return nn.Dense(10)(x.reshape((len(x), -1)))
-
-
-MODELS = {"MLP": (MLP, (28, 28, 1)), "CNN": (CNN, (32, 32, 3))}
-
-
-def make_steps(
-    loss_fn: Callable, optimizer: Any
-) -> dict[str, tuple[Callable, Callable]]:
+def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]]:
     """Returns `init(params) -> state` and `step(params, state, batch)` by name."""
-    gradient = jax.grad(loss_fn)
+    loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
+    gradient = jax.grad(loss)
 
     def base(params, state, batch):
         updates, state = optimizer.update(gradient(params, batch), state, params)
@@ -79,8 +57,11 @@ def make_steps(
 
         return tx.init, step
 
+    def ours(perturbation, **options):
+        return wrapped(fsam.sharpness_aware(optimizer, perturbation, **options))
+
     def oracle(perturbation, **options):
-        f = fsam_optax.value_and_grad(loss_fn, perturbation, **options)
+        f = fsam.value_and_grad(loss, perturbation, **options)
 
         def init(params):
             return f.init(params), optimizer.init(params)
@@ -92,7 +73,31 @@ def make_steps(
 
         return init, step
 
-    ball = fsam_optax.euclidean_ball(0.05)
+    def fisher(make, **options):
+        estimator = make(model.apply, fsam.categorical, **options)
+        return fsam.fisher_ellipsoid(0.1, estimator)
+
+    def refreshed(make, **options):
+        estimator = make(model.apply, fsam.categorical, **options)
+        return fsam.fisher_ellipsoid(0.1, fsam.refresh_every(10, estimator))
+
+    def last_layer_i2():
+        last = [*model.params][-1]
+
+        def label(params):
+            return {k: "last" if k == last else "rest" for k in params}
+
+        return fsam.by_group(
+            label,
+            {
+                "last": fsam.fisher_i2(model.apply, fsam.categorical, key=key),
+                "rest": fsam.fisher_i1(model.apply, fsam.categorical, key=key),
+            },
+        )
+
+    key = jax.random.key(0)
+    ball = fsam.euclidean_ball(0.05)
+    squared = fsam.fisher_ellipsoid(0.1, fsam.squared_gradient())
     return {
         "base": (optimizer.init, base),
         "two gradients by hand": (optimizer.init, by_hand),
@@ -103,105 +108,126 @@ def make_steps(
                 opaque_mode=True,
             )
         ),
-        "sam": wrapped(fsam_optax.sam(optimizer)),
-        "asam": wrapped(fsam_optax.asam(optimizer)),
-        "asam, filters": wrapped(
-            fsam_optax.sharpness_aware(
-                optimizer, fsam_optax.adaptive_ellipsoid(0.5, scope="filter")
-            )
+        "SAM, no metrics": ours(ball, metrics=False),
+        "SAM": ours(ball),
+        "SAM, value_and_grad, no metrics": oracle(ball, metrics=False),
+        "SAM, value_and_grad": oracle(ball),
+        "ASAM, no metrics": ours(fsam.adaptive_ellipsoid(0.5), metrics=False),
+        "ASAM, filters, no metrics": ours(
+            fsam.adaptive_ellipsoid(0.5, scope="filter"), metrics=False
         ),
-        "fisher_sam, squared gradient": wrapped(fsam_optax.fisher_sam(optimizer)),
-        "value_and_grad, sam": oracle(ball),
-        "value_and_grad, sam, every=5": oracle(ball, every=5),
-        "value_and_grad, sam, micro_batches=4": oracle(ball, micro_batches=4),
+        "Fisher SAM, squared gradient, no metrics": ours(squared, metrics=False),
+        "Fisher SAM, squared gradient": ours(squared),
+        "Fisher SAM, empirical, fused, no metrics": oracle(
+            fisher(fsam.fisher_empirical), metrics=False
+        ),
+        "Fisher SAM, empirical, not fused, no metrics": oracle(
+            fisher(fsam.fisher_empirical), fused=False, metrics=False
+        ),
+        "Fisher SAM, I1, no metrics": oracle(
+            fisher(fsam.fisher_i1, key=key), metrics=False
+        ),
+        "Fisher SAM, GNB, no metrics": oracle(
+            fisher(fsam.fisher_gnb, key=key), metrics=False
+        ),
+        "Fisher SAM, exact, no metrics": oracle(
+            fisher(fsam.fisher_exact), metrics=False
+        ),
+        "Fisher SAM, I2 last layer and I1, no metrics": oracle(
+            fsam.fisher_ellipsoid(0.1, last_layer_i2()), metrics=False
+        ),
+        "Fisher SAM, I1 every 10th step, no metrics": oracle(
+            refreshed(fsam.fisher_i1, key=key), metrics=False
+        ),
+        "Fisher SAM, exact every 10th step, no metrics": oracle(
+            refreshed(fsam.fisher_exact), metrics=False
+        ),
+        "SAM, every=2, no metrics": oracle(ball, every=2, metrics=False),
+        "SAM, every=5, no metrics": oracle(ball, every=5, metrics=False),
+        "SAM, micro_batches=4, no metrics": oracle(
+            ball, micro_batches=4, metrics=False
+        ),
     }
 
 
-def measure(model: nn.Module, shape: tuple[int, ...], batch_size: int, repeats: int):
+def measure(name: str, model: Problem, optimizer, repeats: int, skip: Iterable[str]):
     """Returns, for each step, time ratios, compile seconds and temporary megabytes."""
-    x = jax.random.normal(jax.random.key(0), (batch_size, *shape))
-    y = jax.random.randint(jax.random.key(1), (batch_size,), 0, 10)
-    params = model.init(jax.random.key(2), x)
-
-    def loss_fn(params, batch):
-        x, y = batch
-        logits = jnp.asarray(model.apply(params, x))
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
-
-    compiled, carries, facts = {}, {}, {}
-    steps = make_steps(loss_fn, optax.sgd(0.01, momentum=0.9))
-    for name, (init, step) in steps.items():
-        carries[name] = jax.tree.map(jnp.array, (params, init(params)))
-        start = time.perf_counter()
-        compiled[name] = (
-            jax.jit(step, donate_argnums=(0, 1)).lower(*carries[name], (x, y)).compile()
-        )
-        memory = compiled[name].memory_analysis()
-        facts[name] = {
-            "compile_s": time.perf_counter() - start,
-            "temporary_mb": memory.temp_size_in_bytes / 1e6 if memory else None,
-        }
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    # every=5 costs differ from step to step: time whole cycles of five steps.
-    for repeat in track(range(repeats + 1), description=type(model).__name__):
-        for name, run in compiled.items():
-            start = time.perf_counter()
-            for _ in range(5):
-                carries[name] = run(*carries[name], (x, y))
-            jax.block_until_ready(carries[name])
-            if repeat:  # The first is a warm-up.
-                times[name].append(time.perf_counter() - start)
-    for name in compiled:
-        ratios = [t / b for t, b in zip(times[name], times["base"], strict=True)]
-        facts[name]["ratio"] = statistics.median(ratios)
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [0, 0, 0]
-        facts[name]["ratio_quartiles"] = [quartiles[0], quartiles[2]]
+    runs, facts = {}, {}
+    for row, (init, step) in make_steps(model, optimizer).items():
+        if any(part in row for part in skip):
+            continue
+        carry = jax.tree.map(jnp.array, (model.params, init(model.params)))
+        program, facts[row] = compiled(step, *carry, model.batch, donate_argnums=(0, 1))
+        runs[row] = _cycle(program, carry, model.batch)
+    for row, found in ratios(runs, repeats, name).items():
+        facts[row] |= found
     return facts
 
 
-def main() -> None:
+def _cycle(program, carry, batch):
+    """Returns a function that goes on training for a cycle of steps."""
+    carries = [carry]
+
+    def run():
+        for _ in range(CYCLE):
+            carries[0] = program(*carries[0], batch)
+        return carries[0]
+
+    return run
+
+
+def leaves(number: int, repeats: int):
+    """Returns the facts of a model of many leaves: what a step is apart from its model.
+
+    The model is a chain of as many scaled residual maps as there are leaves.
+    """
+
+    def apply(params, x):
+        for w in params:
+            x = x + jnp.tanh(x * w[None])
+        return x
+
+    x = jnp.ones((4, 8))
+    model = Problem(apply, [jnp.ones(8)] * number, (x, jnp.arange(4)))
+    kept = ("base", "by hand", "contrib", "SAM")
+    skip = [
+        row
+        for row in make_steps(model, OPTIMIZERS["sgd"])
+        if not any(part in row for part in kept)
+        or any(part in row for part in ("Fisher", "every", "micro", "filters"))
+    ]
+    return measure(f"{number} leaves", model, OPTIMIZERS["sgd"], repeats, skip)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes the figures and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--out", type=pathlib.Path, help="write the figures as JSON")
+    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--skip", nargs="+", default=[], help="parts of names of rows")
+    parser.add_argument("--leaves", action="store_true", help="with many leaves")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="two tiny repeats")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    problems = {name: PROBLEMS[name] for name in options.models}
     if options.smoke:
-        options.batch_size, options.repeats = 4, 2
-    results = {
-        name: measure(model(), shape, options.batch_size, options.repeats)
-        for name, (model, shape) in MODELS.items()
-    }
-    table = Table(title=f"Ratio to the base step, batch {options.batch_size}")
-    table.add_column("step")
-    for name in results:
-        table.add_column(name, justify="right")
-        table.add_column("compile", justify="right")
-        table.add_column("temporaries", justify="right")
-    for row in results["MLP"]:
-        cells = []
-        for facts in results.values():
-            base, this = facts["base"], facts[row]
-            cells.append(f"{this['ratio']:.2f}")
-            cells.append(f"{this['compile_s'] / base['compile_s']:.1f}")
-            cells.append(f"{this['temporary_mb'] / base['temporary_mb']:.1f}")
-        table.add_row(row, *cells)
-    Console().print(table)
-    if options.out:
-        record = {
-            "batch_size": options.batch_size,
-            "repeats": options.repeats,
-            "device": jax.devices()[0].device_kind,
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "fsam_optax": fsam_optax.__version__,
-            "results": results,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.repeats, problems = 2, SMOKE
+    results = {}
+    if options.leaves:
+        for number in (100, 1000):
+            results[f"{number} leaves"] = leaves(number, options.repeats)
+    else:
+        optimizer = OPTIMIZERS[options.optimizer]
+        for name, make in problems.items():
+            results[f"{name}, {options.optimizer}"] = measure(
+                name, make(), optimizer, options.repeats, options.skip
+            )
+    for name, facts in results.items():
+        save(options.out, name, facts, repeats=options.repeats)
+    print_table("Ratio to the base step", results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""What the cost benchmarks share: models, interleaved timing, tables, results.
+
+A figure is the median over rounds of a ratio to the first row in the same round, so
+that what else the machine does meanwhile falls on both.
+"""
+
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from models import ResNet
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import fsam_optax
+
+
+class MLP(nn.Module):
+    """Dense layers; 784-512-512-10 by default."""
+
+    widths: tuple[int, ...] = (512, 512)
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps (batch, features) to logits (batch, classes)."""
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.classes)(x)
+
+
+class CNN(nn.Module):
+    """Three convolutions and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps images (batch, height, width, channels) to logits (batch, 10)."""
+        for width in (32, 64, 64):
+            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
+        return nn.Dense(10)(x.reshape((len(x), -1)))
+
+
+class Transformer(nn.Module):
+    """Two pre-norm encoder blocks over tokens, and a linear layer on their mean."""
+
+    width: int = 128
+    heads: int = 4
+    vocabulary: int = 1000
+
+    @nn.compact
+    def __call__(self, tokens):
+        """Maps tokens (batch, length) to logits (batch, 10)."""
+        x = nn.Embed(self.vocabulary, self.width)(tokens)
+        x += self.param("positions", nn.initializers.normal(0.02), x.shape[1:])[None]
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            x += nn.MultiHeadDotProductAttention(self.heads)(y, y)
+            y = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
+            x += nn.Dense(self.width)(nn.gelu(y))
+        return nn.Dense(10)(jnp.mean(nn.LayerNorm()(x), axis=1))
+
+
+class Problem(NamedTuple):
+    """A model in evaluation mode, with parameters and a batch of random data."""
+
+    apply: Callable[[Any, Any], jax.Array]
+    params: Any
+    batch: tuple[jax.Array, jax.Array]
+
+
+def problem(model: nn.Module, shape: tuple[int, ...], batch: int, classes: int = 10):
+    """Returns the problem of a model on inputs of a shape; 1-d shapes of tokens."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    if isinstance(model, Transformer):
+        x = jax.random.randint(keys[0], (batch, *shape), 0, model.vocabulary)
+    else:
+        x = jax.random.normal(keys[0], (batch, *shape))
+    y = jax.random.randint(keys[1], (batch,), 0, classes)
+    variables = model.init(keys[2], x)
+    params = variables.pop("params")
+
+    def apply(params, x):
+        return jnp.asarray(model.apply({"params": params, **variables}, x))
+
+    return Problem(apply, params, (x, y))
+
+
+PROBLEMS = {
+    "mlp": lambda: problem(MLP(), (784,), 128),
+    "mlp-512": lambda: problem(MLP(), (784,), 512),
+    "cnn": lambda: problem(CNN(), (32, 32, 3), 128),
+    "resnet": lambda: problem(ResNet(16, conv=nn.Conv), (32, 32, 3), 32),
+    "transformer": lambda: problem(Transformer(), (64,), 32),
+}
+TITLES = {
+    "mlp": "MLP 784-512-512-10, batch 128",
+    "mlp-512": "the same, batch 512",
+    "cnn": "CNN 32x32x3, batch 128",
+    "resnet": "ResNet-18, width 16, 32x32x3, batch 32",
+    "transformer": "transformer, length 64, batch 32",
+}
+SMOKE = {"mlp": lambda: problem(MLP((8,)), (16,), 4)}
+
+
+def ratios(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, description: str
+) -> dict[str, dict[str, Any]]:
+    """Times the runs in turn; returns medians and quartiles relative to the first."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in track(range(repeats + 1), description=description, transient=True):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if repeat:  # The first is a warm-up.
+                times[name].append(time.perf_counter() - start)
+    yardstick = next(iter(times.values()))
+    facts = {}
+    for name, record in times.items():
+        found = [t / y for t, y in zip(record, yardstick, strict=True)]
+        quartiles = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+        facts[name] = {
+            "ratio": statistics.median(found),
+            "quartiles": [quartiles[0], quartiles[2]],
+        }
+    return facts
+
+
+def compiled(fn: Callable, *args: Any, **options: Any) -> tuple[Any, dict[str, float]]:
+    """Compiles; returns the program and what can be said of it before it runs."""
+    start = time.perf_counter()
+    lowered = jax.jit(fn, **options).lower(*args)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    memory = program.memory_analysis()
+    return program, {
+        "trace_s": traced - start,
+        "compile_s": time.perf_counter() - traced,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6 if memory else float("nan"),
+    }
+
+
+def print_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints rows against problems: time, temporaries and compile time."""
+    table = Table(title=f"{title}\ntime, temporaries, tracing and compilation")
+    table.add_column("")
+    for name in results:
+        table.add_column(TITLES.get(name, name), justify="right")
+    for row in dict.fromkeys(row for facts in results.values() for row in facts):
+        cells = []
+        for facts in results.values():
+            if row not in facts:
+                cells.append("-")
+                continue
+            this, base = facts[row], next(iter(facts.values()))
+            memory = this["temporary_mb"] / (base["temporary_mb"] or 1)
+            compile_time = _compile(this) / _compile(base)
+            cells.append(f"{this['ratio']:5.2f} {memory:6.1f} {compile_time:5.1f}")
+        table.add_row(row, *cells)
+    Console(width=60 + 32 * len(results)).print(table)
+
+
+def _compile(facts):
+    return facts["trace_s"] + facts["compile_s"]
+
+
+def save(path: pathlib.Path, key: str, value: Any, **about: Any) -> None:
+    """Writes an entry of a JSON file, beside what it was measured with."""
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    record = {
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "flax": flax.__version__,
+        "fsam_optax": fsam_optax.__version__,
+        **about,
+        "results": {**results, key: value},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,240 @@
+"""Question: what do the same steps and Fisher diagonals cost in PyTorch?
+
+Each row is divided by the plain row of the same model and mode in the same round, as in
+`step_time.py` and `fisher_cost.py`: what is compared between libraries is overhead, not
+frameworks. It wants an environment of its own:
+
+    pip install torch==2.13.0 numpy packaging rich
+    pip install --no-deps backpack-for-pytorch unfoldNd einops pytorch_optimizer
+    python benchmarks/torch_peers.py
+    python benchmarks/torch_peers.py --smoke
+
+`torch.compile` is used for the steps where it works. BackPACK: diagonals by the
+extensions SumGradSquared (empirical), DiagGGNMC (one drawn label) and DiagGGNExact.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "torch_peers.json"
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(784, 512),
+        nn.ReLU(),
+        nn.Linear(512, 512),
+        nn.ReLU(),
+        nn.Linear(512, 10),
+    )
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 10),
+    )
+
+
+PROBLEMS = {
+    "mlp": (mlp, (784,), 128),
+    "mlp-512": (mlp, (784,), 512),
+    "cnn": (cnn, (3, 32, 32), 128),
+}
+
+
+def ratios(runs, repeats):
+    """Returns the median time of each run relative to the first in the same round."""
+    times = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    first = next(iter(times.values()))
+    return {
+        name: statistics.median(t / b for t, b in zip(record, first, strict=True))
+        for name, record in times.items()
+    }
+
+
+def diagonals(make, x, y, repeats):
+    """Returns the cost of BackPACK's diagonals beside a gradient."""
+    from backpack import backpack, extend, extensions
+
+    plain, model = make(), extend(make())
+    loss_fn = nn.CrossEntropyLoss()
+    extended_loss = extend(nn.CrossEntropyLoss())
+
+    def gradient():
+        plain.zero_grad()
+        loss_fn(plain(x), y).backward()
+
+    def with_extension(extension):
+        def run():
+            model.zero_grad()
+            with backpack(extension()):
+                extended_loss(model(x), y).backward()
+
+        return run
+
+    runs = {
+        "gradient": gradient,
+        "gradient and empirical (SumGradSquared)": with_extension(
+            extensions.SumGradSquared
+        ),
+        "gradient and one drawn label (DiagGGNMC)": with_extension(
+            extensions.DiagGGNMC
+        ),
+        "gradient and exact (DiagGGNExact)": with_extension(extensions.DiagGGNExact),
+    }
+    return ratios(runs, repeats)
+
+
+def steps(make, x, y, repeats, compiled):
+    """Returns the cost of SAM steps beside the base step."""
+    from pytorch_optimizer import SAM
+
+    loss_fn = nn.CrossEntropyLoss()
+
+    def forward(model):
+        return loss_fn(model(x), y)
+
+    if compiled:
+        forward = torch.compile(forward)
+
+    def base():
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+        def run():
+            for _ in range(10):
+                optimizer.zero_grad()
+                forward(model).backward()
+                optimizer.step()
+
+        return run
+
+    def sam(**options):
+        model = make()
+        optimizer = SAM(
+            model.parameters(), torch.optim.SGD, lr=0.01, momentum=0.9, **options
+        )
+
+        def run():
+            for _ in range(10):
+                forward(model).backward()
+                optimizer.first_step(zero_grad=True)
+                forward(model).backward()
+                optimizer.second_step(zero_grad=True)
+
+        return run
+
+    def official_asam(rho=0.5, eta=0.01):
+        """The official ASAM algorithm, for weights and biases."""
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        named = list(model.named_parameters())
+
+        def run():
+            for _ in range(10):
+                optimizer.zero_grad()
+                forward(model).backward()
+                with torch.no_grad():
+                    scaled, norms = [], []
+                    for name, p in named:
+                        t = p.abs().add_(eta) if "weight" in name else None
+                        tg = p.grad if t is None else p.grad * t
+                        norms.append(tg.norm())
+                        scaled.append(tg if t is None else tg * t)
+                    scale = rho / (torch.stack(norms).norm() + 1e-16)
+                    eps = [s.mul_(scale) for s in scaled]
+                    for (_, p), e in zip(named, eps, strict=True):
+                        p.add_(e)
+                forward_again(model)
+                with torch.no_grad():
+                    for (_, p), e in zip(named, eps, strict=True):
+                        p.sub_(e)
+                optimizer.step()
+
+        def forward_again(model):
+            optimizer.zero_grad(set_to_none=True)
+            forward(model).backward()
+
+        return run
+
+    runs = {
+        "base step": base(),
+        "pytorch_optimizer SAM": sam(rho=0.05),
+        "pytorch_optimizer SAM, adaptive": sam(rho=0.5, adaptive=True),
+        "ASAM, the official algorithm": official_asam(),
+    }
+    return ratios(runs, repeats)
+
+
+def main():
+    """Measures, writes the figures and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true", help="two repeats of one model")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    problems = PROBLEMS
+    if options.smoke:
+        options.repeats, problems = 2, {"mlp": (mlp, (784,), 4)}
+    torch.manual_seed(0)
+    results = {}
+    for name, (make, shape, batch) in problems.items():
+        x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+        results[name] = {"diagonals": diagonals(make, x, y, options.repeats)}
+        for mode in ("eager", "compile"):
+            try:
+                found = steps(make, x, y, options.repeats, mode == "compile")
+            except Exception as error:  # No compiler on this machine, for instance.
+                found = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            results[name][f"steps, {mode}"] = found
+    record = {
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "python": platform.python_version(),
+        "repeats": options.repeats,
+        "results": results,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    table = Table(title="PyTorch: time relative to the first row of each group")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for group in next(iter(results.values())):
+        rows = dict.fromkeys(row for r in results.values() for row in r[group])
+        for row in rows:
+            cells = [r[group].get(row, "-") for r in results.values()]
+            cells = [f"{c:.2f}" if isinstance(c, float) else c for c in cells]
+            table.add_row(f"{group}: {row}", *cells)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
