@@ -1,0 +1,172 @@
+"""Benchmarks on the Fisher information: smoke runs, and the grid search itself."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a benchmark; most of what it does here is compilation."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield importlib.import_module
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def assert_pictures(folder, names):
+    assert {file.name for file in folder.iterdir()} == set(names)
+    for file in folder.iterdir():
+        assert file.stat().st_size > 10_000
+
+
+# Empirical Fisher.
+
+
+def test_empirical_fisher_in_smoke_mode(script, tmp_path, capsys, monkeypatch, x64):
+    module = script("empirical_fisher")
+    command = ["--smoke", "--out", str(tmp_path)]
+    assert module.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "EFGD" in printed and "logistic, wrong B" in printed
+    assert_pictures(
+        tmp_path / "figures",
+        [
+            "empirical_fisher.png",
+            "empirical_fisher_fields.png",
+            "empirical_fisher_misspecified.png",
+        ],
+    )
+    file = tmp_path / "results" / "empirical_fisher.json"
+    results = json.loads(file.read_text())
+    for record in results["optimisation"]["wine"]["methods"].values():
+        # The grid and the library ran the same thing.
+        np.testing.assert_allclose(record["losses"][-1], record["grid_loss"], rtol=1e-5)
+        assert record["losses"][-1] < record["losses"][0]
+    for case in module.CASES:
+        # The Fisher of a generalised linear model is its Hessian.
+        errors = results["misspecified"]["logistic"][case]["relative_error"]
+        assert max(errors["100"]["hessian"]) < 1e-12
+
+    # A second call computes nothing.
+    before = file.read_text()
+    for name in ("fields", "misspecified", "optimisation"):
+        monkeypatch.setattr(module, f"plot_{name}", lambda *args: None)
+    assert module.main(command) == 0
+    assert file.read_text() == before
+    with pytest.raises(SystemExit, match=r"seeds: 2 there, 20 here"):
+        module.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic"])
+@pytest.mark.parametrize("method", ["GD", "NGD", "EFGD"])
+def test_the_grid_search_takes_the_steps_of_the_library(script, kind, method, x64):
+    module = script("empirical_fisher")
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(12, 3)), random.integers(0, 2, 12).astype(float)
+    problem = module.Regression(kind, x, y)
+    step_size, damping, steps = 0.3, 0.2, 3
+    direction = module.direction_fn(problem, method, damping)
+    w = jnp.zeros(3)
+    for _ in range(steps):
+        w = optax.apply_updates(w, -step_size * direction(w))
+    expected = module.mean_loss(problem)(w)
+    # Beside it, a run that diverges.
+    found = module.final_losses(
+        problem, method, np.array([step_size, 1e9]), np.full(2, damping), steps
+    )
+    np.testing.assert_allclose(found, [expected, np.inf], rtol=1e-10)
+
+
+def test_runs_that_cannot_win_are_cut_short_and_no_others(script):
+    module = script("empirical_fisher")
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(40, 3)), random.integers(0, 2, 40).astype(float)
+    step_sizes = np.logspace(-6, 3, 37)
+    for kind in ("linear", "logistic"):
+        problem = module.Regression(kind, x, y)
+        for method in module.METHODS:
+            args = problem, method, step_sizes, np.full(37, 1e-3), 20
+            every = module.final_losses(*args)
+            some = module.final_losses(*args, best=every.min())
+            assert np.argmin(some) == np.argmin(every)
+            assert np.isfinite(every).sum() > np.isfinite(some).sum() + 10
+            kept = np.isfinite(some)
+            np.testing.assert_array_equal(some[kept], every[kept])
+
+
+def test_absent_data_are_left_out_by_name(script, tmp_path, capsys, monkeypatch, x64):
+    module = script("empirical_fisher")
+    monkeypatch.setattr(module, "fields", lambda options: {})
+    monkeypatch.setattr(module, "misspecified", lambda options: {})
+    for name in ("print_tables", "plot_fields", "plot_misspecified"):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    arguments = ["--data-dir", str(tmp_path), "--out", str(tmp_path)]
+    assert module.main([*arguments, "--datasets", "boston", "a1a"]) == 0
+    printed = capsys.readouterr().err
+    assert "boston is left out" in printed and "a1a is left out" in printed
+
+
+# Variances.
+
+
+def test_fisher_variance_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
+    module = script("fisher_variance")
+    monkeypatch.setattr(module, "TEST", 32)
+    monkeypatch.setattr(module, "TOYS", {"logistic": module.TOYS["logistic"]})
+    command = ["--smoke", "--out", str(tmp_path)]
+    assert module.main(command) == 0
+    assert "digits, regr., softplus" in capsys.readouterr().out
+    assert_pictures(
+        tmp_path / "figures", ["fisher_variance.png", "fisher_variance_toy.png"]
+    )
+    file = tmp_path / "results" / "fisher_variance.json"
+    layers = json.loads(file.read_text())["layers"]["digits"]
+    assert list(layers) == ["classification, sigmoid", "regression, softplus"]
+    for title, (record,) in layers.items():
+        for name in ("i1", "i2"):
+            value, lower, upper = (
+                np.array(record[name + suffix]) for suffix in ("", "_lower", "_upper")
+            )
+            assert np.all(lower <= value * (1 + 1e-4))
+            assert np.all(value <= upper * (1 + 1e-4))
+            if title.startswith("regression"):
+                np.testing.assert_allclose(lower, upper, rtol=1e-4)
+        # The outputs are linear in the last layer.
+        assert not np.array(record["i2"])[:, -1].any()
+        assert all(preferred[-1] == "i2" for preferred in record["preferred"])
+    before = file.read_text()
+    for name in ("toy", "layers"):
+        monkeypatch.setattr(module, f"plot_{name}", lambda *args: None)
+    assert module.main(command) == 0
+    assert file.read_text() == before
+
+
+# Curvature.
+
+
+def test_eigenvalues_and_trace_of_a_known_hessian(script):
+    module = script("curvature")
+    spectrum = jnp.array([5.0, 3.0, 0.5, -2.0])
+    turn = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (4, 4)))[0]
+    hessian = turn @ jnp.diag(spectrum) @ turn.T
+
+    def loss(params):
+        w = jnp.concatenate([params["a"], params["b"].ravel()])
+        return w @ hessian @ w / 2
+
+    params = {"a": jnp.ones(2), "b": jnp.ones((2, 1))}
+    found = module.hessian_eigenvalues(loss, params, jax.random.key(1), 4)
+    np.testing.assert_allclose(found, spectrum, rtol=1e-4)
+    mean, error = module.hessian_trace(loss, params, jax.random.key(2), 400)
+    assert 0 < error < 0.5
+    assert abs(mean - 6.5) < 4 * error
