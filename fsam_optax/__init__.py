@@ -76,6 +76,7 @@ from fsam_optax._value_and_grad import (
 from fsam_optax._variance import (
     fisher_bounds as fisher_bounds,
     fisher_variance_between_inputs as fisher_variance_between_inputs,
+    fisher_variance_between_inputs_bound as fisher_variance_between_inputs_bound,
     fisher_variance_i1 as fisher_variance_i1,
     fisher_variance_i1_bounds as fisher_variance_i1_bounds,
     fisher_variance_i1_sampled as fisher_variance_i1_sampled,

@@ -103,6 +103,8 @@ def sharpness(
     check_count("steps", steps)
     check_params("sharpness", params)
     check_leaves(params, "params", real=True)
+    # Without weak types, so that the loop keeps the dtypes it starts with.
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.asarray(w).dtype), params)
     ascend = optax.with_extra_args_support(perturbation)
     start = ascend.init(params)
 

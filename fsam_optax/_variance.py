@@ -615,6 +615,50 @@ def fisher_variance_between_inputs(
     return jax.tree.map(lambda m, s: jnp.maximum(s - m**2, 0), *moments)
 
 
+def fisher_variance_between_inputs_bound(
+    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+) -> Any:
+    """Upper bound of the variance over the inputs, by the eigenvalues of I(h|x).
+
+        Var_n(F_n)  <=  mean_n |u|^4 lambda_max(I)^2          u = dh_n / dtheta_i
+
+    A second moment, so it is loose where the F_n are alike.
+
+    Args:
+        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
+        likelihood: Distribution of the labels given h; needs `bounds`.
+        params: Parameters at which to evaluate.
+        inputs: Inputs of N examples, taken as the whole population.
+
+    Returns:
+        A bound of `fisher_variance_between_inputs`; structure of params.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import gaussian
+        >>> x, w = jnp.array([[1.0], [2.0]]), jnp.zeros((1, 1))
+        >>> print(
+        ...     fisher_variance_between_inputs_bound(
+        ...         lambda w, x: x @ w, gaussian(), w, x
+        ...     )
+        ... )
+        [[8.5]]
+
+    References:
+        Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
+        https://arxiv.org/abs/2402.05379 (lemma 4.8).
+    """
+    check_model(apply_fn, likelihood)
+    check_leaves(params, "params", real=True)
+    bounds = _second_bounds(likelihood)
+
+    def form(h, u):
+        _, upper = bounds(h, u)
+        return (upper**2,)
+
+    return _mean_over_jacobians(form, apply_fn, params, inputs)[0]
+
+
 def fisher_variance_joint(
     conditional: Any,
     between_inputs: Any,

@@ -279,7 +279,7 @@ def test_wrong_arguments_of_sharpness_are_refused():
     with pytest.raises(TypeError, match="scalar loss"):
         fsam.sharpness(lambda w, batch: w["b"], PARAMS, None, ball)
     with pytest.raises(TypeError, match="int32"):
-        fsam.sharpness(loss, {"b": jnp.arange(3)}, None, ball)
+        fsam.sharpness(loss, {"b": jnp.arange(3, dtype=jnp.int32)}, None, ball)
 
 
 # Divergences.

@@ -22,6 +22,7 @@ from fsam_optax._likelihoods import (
 from fsam_optax._variance import (
     fisher_bounds,
     fisher_variance_between_inputs,
+    fisher_variance_between_inputs_bound,
     fisher_variance_i1,
     fisher_variance_i1_bounds,
     fisher_variance_i1_sampled,
@@ -135,6 +136,18 @@ def test_variance_between_inputs_is_that_of_their_fishers(model):
     expected = jax.tree.map(lambda m: np.var(m, axis=0), means)
     result = evaluate(fisher_variance_between_inputs, model, categorical)
     close(result, expected, rtol=1e-3)
+    assert_below(
+        result, evaluate(fisher_variance_between_inputs_bound, model, categorical)
+    )
+
+
+def test_bound_of_the_variance_between_inputs_is_a_second_moment_for_regression():
+    exact = diagonal(fisher_exact(net, gaussian()), PARAMS, (X, None))
+    between = evaluate(fisher_variance_between_inputs, net, gaussian())
+    close(
+        evaluate(fisher_variance_between_inputs_bound, net, gaussian()),
+        jax.tree.map(lambda v, m: v + m**2, between, exact),
+    )
 
 
 @pytest.mark.parametrize(

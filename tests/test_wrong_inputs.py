@@ -171,6 +171,7 @@ FUNCTIONS = {
     "fisher_variance_i2_bounds": VARIANCE,
     "fisher_variance_i2_sampled": DRAWN,
     "fisher_variance_between_inputs": VARIANCE,
+    "fisher_variance_between_inputs_bound": VARIANCE,
     "fisher_variance_trace_bounds": VARIANCE,
     "fisher_variance_joint": {
         "conditional": (PARAMS, None),
