@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Question: what do the same steps and Fisher diagonals cost in PyTorch?
 
 Each row is divided by the plain row of the same model and mode in the same round, as in

@@ -170,3 +170,114 @@ def test_eigenvalues_and_trace_of_a_known_hessian(script):
     mean, error = module.hessian_trace(loss, params, jax.random.key(2), 400)
     assert 0 < error < 0.5
     assert abs(mean - 6.5) < 4 * error
+
+
+# Sharpness and the generalisation gap.
+
+
+def test_sharpness_and_gap_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
+    module = script("sharpness_and_gap")
+    names = "plain, p = 2", "adaptive, p = 2", "Fisher, undamped"
+    monkeypatch.setattr(module, "BALLS", {name: module.BALLS[name] for name in names})
+    monkeypatch.setattr(module, "STEPS", (1, 10))
+    kinds = [f"{name}, {steps} steps" for name in names for steps in (1, 10)]
+    monkeypatch.setattr(module, "KINDS", kinds)
+    file, figure = tmp_path / "results.json", tmp_path / "figures" / "gap.png"
+    command = ["--smoke", "--out", str(file), "--figure", str(figure)]
+    module.main(command)
+    assert "adaptive, p = 2, 10 steps" in capsys.readouterr().out
+    assert_pictures(tmp_path / "figures", ["gap.png"])
+    results = json.loads(file.read_text())["results"]
+    found = results["invariance"]
+    assert found["largest change of an output"] == 0
+    for kind, values in found["rise"].items():
+        if kind.startswith("plain"):
+            assert max(values) > 1.5 * min(values) > 0
+        else:
+            np.testing.assert_allclose(values, values[0], rtol=1e-4)
+    rows = np.array([row.split() for row in results["batch size 45, seed 0"]], float)
+    assert rows.shape == (5, len(module.columns()))
+    of = dict(zip(module.columns(), rows.T, strict=True))
+    # An ascent of ten steps begins with that of one.
+    for rule in module.RULES:
+        for name in names:
+            one, ten = (f"{rule}: {name}, {n} steps, rise 0.1" for n in (1, 10))
+            assert np.all(of[ten] >= of[one] - 1e-5)
+
+    # A second call trains nothing.
+    before = file.read_text()
+    monkeypatch.setattr(module, "draw", lambda *args: None)
+    monkeypatch.setattr(module, "sweep", None)
+    module.main(command)
+    assert file.read_text() == before
+
+
+def test_rank_correlation_is_that_of_scipy(script):
+    from scipy.stats import kendalltau
+
+    module = script("sharpness_and_gap")
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=30), random.integers(0, 6, 30).astype(float)
+    everything = np.ones((30, 30))
+    found = module.kendall(x, y, everything)
+    np.testing.assert_allclose(found, kendalltau(x, y).statistic, rtol=1e-12)
+    # A weight is a number of copies.
+    rows = random.integers(0, 30, (4, 30))
+    weights = np.array([np.bincount(row, minlength=30) for row in rows], float)
+    expected = [kendalltau(x[row], y[row]).statistic for row in rows]
+    found = module.kendall(x, y, everything, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    # Pairs within groups, one after the other.
+    group = np.arange(30) % 3
+    signs = [
+        (np.sign(x[i] - x[j]), np.sign(y[i] - y[j]))
+        for i in range(30)
+        for j in range(i)
+        if group[i] == group[j]
+    ]
+    a, b = np.array(signs).T
+    expected = np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
+    found = module.kendall(x, y, group[:, None] == group)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+# Wrong labels and perturbed weights.
+
+
+def test_robustness_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
+    module = script("robustness")
+    file, figure = tmp_path / "results.json", tmp_path / "figures" / "robustness.png"
+    command = ["--smoke", "--out", str(file), "--figure", str(figure)]
+    module.main(command)
+    assert "Fisher SAM, empirical" in capsys.readouterr().out
+    assert_pictures(tmp_path / "figures", ["robustness.png"])
+    results = json.loads(file.read_text())["results"]
+    for facts in results["digits, noise 0.4"].values():
+        assert 0 < np.mean(facts["accuracy"]) < 1
+    for by_direction in results["digits, perturbation"].values():
+        for name, found in by_direction.items():
+            kind = name.split(", ")[1]
+            wanted = module.LENGTHS if kind == "length" else module.DIVERGENCES
+            np.testing.assert_allclose(found[kind]["mean"], wanted, rtol=2e-2)
+
+    # A second call trains nothing.
+    before = file.read_text()
+    monkeypatch.setattr(module, "draw", lambda *args: None)
+    for name in ("compare", "perturb"):
+        monkeypatch.setattr(module, name, None)
+    module.main(command)
+    assert file.read_text() == before
+
+
+def test_a_wrong_label_is_another_one(script):
+    module = script("robustness")
+    labels = np.arange(10_000) % 10
+    for noise in (0.0, 0.4, 0.8):
+        noisy = module.noisy_labels(labels, noise, 0)
+        assert set(noisy.tolist()) == set(range(10))
+        assert abs(np.mean(noisy != labels) - noise) < 0.02
+
+
+def test_every_method_has_as_many_trials(script):
+    module = script("robustness")
+    assert len({len(module.grid_of(method)) for method in module.METHODS}) == 1

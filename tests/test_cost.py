@@ -189,7 +189,7 @@ def test_a_cached_fisher_costs_nothing_between_its_refreshes():
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize(
     ("name", "more_passes", "copies"),
-    [("sam", 0, 0.1), ("asam", 2, 0.1), ("fisher_sam", 8, 2.1)],
+    [("sam", 0, 0.25), ("asam", 2, 0.25), ("fisher_sam", 8, 2.25)],
 )
 def test_no_more_passes_and_memory_than_by_hand(name, more_passes, copies, front_end):
     """Passes are of two weight matrices; copies are of all parameters.

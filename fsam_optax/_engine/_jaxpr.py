@@ -56,6 +56,22 @@ def body_of(eqn: Any) -> tuple[Any, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
+def loop_counts(eqn: Any) -> tuple[int, int]:
+    """Returns how many operands of a scan are constants, and how many it carries.
+
+    By their shapes: what a scan runs through has an axis more outside than inside.
+    """
+    jaxpr, _ = body_of(eqn)
+
+    def same(outside, inside):
+        return [
+            x.aval.ndim == y.aval.ndim for x, y in zip(outside, inside, strict=True)
+        ]
+
+    n_carry = sum(same(eqn.outvars, jaxpr.outvars))
+    return sum(same(eqn.invars, jaxpr.invars)) - n_carry, n_carry
+
+
 def size(v: Any) -> int:
     """Returns the number of entries of a variable or literal."""
     return math.prod(v.aval.shape)
@@ -137,7 +153,7 @@ def depends(fn: Callable, *likes: Any) -> bool:
 def loop_flow(flow: Dataflow, eqn: Any) -> Dataflow:
     """Returns the dataflow of the body of a loop."""
     jaxpr, _ = body_of(eqn)
-    n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    n_consts, n_carry = loop_counts(eqn)
     varies = [flow.varies(v) for v in eqn.invars]
     while True:
         body = Dataflow(
@@ -162,7 +178,7 @@ def largest(flow: Dataflow, found: set[Any]) -> int:
         made = [v for v in eqn.outvars if v in found and flow.varies(v)]
         if made and eqn.primitive.name == "scan":
             body = loop_flow(flow, eqn)
-            n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            n_consts, n_carry = loop_counts(eqn)
             before = body.jaxpr.invars[n_consts : n_consts + n_carry]
             carry = dict(zip(before, body.jaxpr.outvars[:n_carry], strict=True))
             inside: set[Any] = set()
@@ -311,7 +327,7 @@ def _scan(eqn, values):
     The operands are stacked instead and contracted once, over steps and positions.
     """
     closed = eqn.params["jaxpr"]
-    n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    n_consts, n_carry = loop_counts(eqn)
     flat = jax.make_jaxpr(flatten(closed))(*closed.in_avals)
     flow = Dataflow(flat.jaxpr, ())
     inputs, outputs = flat.jaxpr.invars, flat.jaxpr.outvars

@@ -22,6 +22,7 @@ from fsam_optax._engine._jaxpr import (
     Dataflow,
     evaluate,
     largest,
+    loop_counts,
     loop_flow,
     MOVES,
     read,
@@ -451,13 +452,13 @@ def _is_stacked(eqn, v):
     return (
         eqn is not None
         and eqn.primitive.name == "scan"
-        and eqn.outvars.index(v) >= eqn.params["num_carry"]
+        and eqn.outvars.index(v) >= loop_counts(eqn)[1]
     )
 
 
 def _plan_loop(flow, eqn, outputs, needed, what):
     jaxpr, consts = body_of(eqn)
-    n_carry = eqn.params["num_carry"]
+    _, n_carry = loop_counts(eqn)
     values = [
         x
         for k, x in enumerate(jaxpr.outvars)
@@ -470,7 +471,7 @@ def _plan_loop(flow, eqn, outputs, needed, what):
 
 def _run_loop(loop, needed, env, weight, what):
     eqn, plan = loop.eqn, loop.plan
-    n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    n_consts, n_carry = loop_counts(eqn)
     operands = [read(env, v) for v in eqn.invars]
     consts, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     jaxpr = plan.flow.jaxpr
