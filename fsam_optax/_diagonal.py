@@ -19,6 +19,8 @@ def diagonal(
 ) -> Any:
     """Evaluates an estimator once, from a fresh state.
 
+    Traced anew at every call: repeat it under `jax.jit`.
+
     Args:
         estimator: An estimator that does not read the gradient.
         params: Parameters at which to evaluate.

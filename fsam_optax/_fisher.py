@@ -214,7 +214,8 @@ def fisher_i1(
             (`optax.tree.get(state, "standard_error")`), from the fourth powers in the
             same pass. It takes the S N draws as independent: exact for S = 1, with the
             inputs random too, and for all S never less, on average, than the error
-            from the labels alone. inf for a single draw.
+            from the labels alone, of which it may be several times where the inputs
+            differ more than their labels. inf for a single draw.
 
     Returns:
         An estimator, called as `fisher_exact` is. The targets in

@@ -77,7 +77,10 @@ def sharpness_aware(
         axis_name: Mapped axes of `jax.shard_map` or `jax.pmap` over which the second
             gradient is averaged. If the gradient passed to `update` was averaged too,
             all devices have the same eps: SAM on the whole batch. If not, each has its
-            own (m-sharpness). Either way all return the same update and state. A Fisher
+            own (m-sharpness): with `check_vma=True`, where `jax.grad` at replicated
+            parameters sums over the devices by itself, take the first gradient at
+            `jax.lax.pcast(params, axis_name, to="varying")`. `value_and_grad` does that
+            for you. Either way all return the same update and state. A Fisher
             estimated from the batch is that of the device: to average it as well, use
             `optax.chain(estimator, optax.stateless(lambda f, _: pmean(f, axis_name)))`.
         metrics: Whether to measure each perturbed step. Without, the first gradient

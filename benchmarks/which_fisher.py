@@ -1,0 +1,394 @@
+"""Question: which Fisher should Fisher SAM take?
+
+Fisher SAM is published with the squared gradient of the batch in the place of the
+Fisher information, since per-example squares were dear. Here all estimators are
+affordable, so they can be compared: trained to the same number of steps, with learning
+rate and radius of each chosen on held-out training images with the same effort, on
+handwritten digits with clean and with wrong labels; and, on one and the same network
+along its training, by the direction of the perturbation and the divergence it reaches.
+
+Relative: T^2 = 1 / (1 + F / mean F). Absolute: T^2 = 1 / (F + damping), whose radius is
+in units of the square root of the divergence.
+
+    python benchmarks/which_fisher.py
+    python benchmarks/which_fisher.py --smoke        # to see that it runs
+
+A finished method is kept in the results; the same command goes on from there.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from cost import save
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import fsam_optax as fsam
+
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results" / "which_fisher.json"
+FIGURE = HERE / "figures" / "which_fisher.png"
+SIZES = (64, 128, 128, 10)
+BATCH = 30
+DAMPING = 1e-3
+LEARNING_RATES = (0.02, 0.05, 0.1, 0.2)
+RADII = {
+    "SAM": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "relative": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "absolute": (0.003, 0.01, 0.03, 0.1, 0.3),
+}
+
+
+def apply(params, x):
+    """Maps images (batch, 64) to logits (batch, 10)."""
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
+MODEL = apply, fsam.categorical
+
+
+def last_layer_i2(key):
+    """I2 where it has no variance, in the last layer, and I1 elsewhere."""
+
+    def label(params):
+        return ["rest"] * (len(params) - 1) + ["last"]
+
+    return fsam.by_group(
+        label,
+        {
+            "rest": fsam.fisher_i1(*MODEL, key=key),
+            "last": fsam.fisher_i2(*MODEL, key=key),
+        },
+    )
+
+
+ESTIMATORS: dict[str, Callable] = {
+    "squared gradient": lambda key: fsam.squared_gradient(),
+    "empirical": lambda key: fsam.fisher_empirical(*MODEL),
+    "GNB": lambda key: fsam.fisher_gnb(*MODEL, key=key),
+    "I1, one draw": lambda key: fsam.fisher_i1(*MODEL, key=key),
+    "I2 last layer, I1": last_layer_i2,
+    "exact": lambda key: fsam.fisher_exact(*MODEL),
+}
+METHODS = {
+    "base": None,
+    "SAM": None,
+    **{
+        f"{name}, {form}": (name, form)
+        for form in ("relative", "absolute")
+        for name in ESTIMATORS
+    },
+}
+
+
+def ellipsoid(rho, estimator, form):
+    """Returns the perturbation of Fisher SAM in one of its two forms."""
+    if form == "relative":
+        return fsam.fisher_ellipsoid(rho, estimator)
+    return fsam.fisher_ellipsoid(rho, estimator, damping=DAMPING, relative=False)
+
+
+def radii(method):
+    """Returns the radii to choose from."""
+    if method == "base":
+        return (0.0,)
+    return RADII["SAM" if method == "SAM" else METHODS[method][1]]
+
+
+def initial(key):
+    """Returns parameters of the network."""
+    keys = jax.random.split(key, len(SIZES))
+    return [
+        {
+            "kernel": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5,
+            "bias": jnp.zeros(n),
+        }
+        for k, m, n in zip(keys, SIZES[:-1], SIZES[1:], strict=False)
+    ]
+
+
+def oracle(method, rho, key):
+    """Returns `init(params)` and `apply(params, state, batch)` of the method."""
+    if method == "base":
+        value_and_grad = jax.value_and_grad(LOSS)
+        return lambda params: (), lambda params, state, batch: (
+            *value_and_grad(params, batch),
+            state,
+        )
+    if method == "SAM":
+        perturbation = fsam.euclidean_ball(rho)
+    else:
+        name, form = METHODS[method]
+        perturbation = ellipsoid(rho, ESTIMATORS[name](key), form)
+    f = fsam.value_and_grad(LOSS, perturbation, metrics=False)
+    return f.init, f
+
+
+def train(method, steps, seed, images, labels, rho, rate):
+    """Trains one network; returns its parameters."""
+    init_key, draw_key, batch_key = jax.random.split(jax.random.key(seed), 3)
+    params = initial(init_key)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(5e-4),
+        optax.sgd(lambda t: rate * 0.5 * (1 + jnp.cos(jnp.pi * t / steps)), 0.9),
+    )
+    init, f = oracle(method, rho, draw_key)
+
+    def step(carry, key):
+        params, state, opt_state = carry
+        rows = jax.random.randint(key, (BATCH,), 0, len(labels))
+        _, grads, state = f(params, state, (images[rows], labels[rows]))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), state, opt_state), None
+
+    carry = params, init(params), optimizer.init(params)
+    (params, _, _), _ = jax.lax.scan(step, carry, jax.random.split(batch_key, steps))
+    return params
+
+
+def score(params, images, labels):
+    """Returns loss and accuracy."""
+    right = jnp.argmax(apply(params, images), -1) == labels
+    return LOSS(params, (images, labels)), jnp.mean(right)
+
+
+def noisy_labels(labels, noise, seed):
+    """Returns labels of which a fraction is wrong."""
+    random = np.random.default_rng(seed)
+    wrong = random.random(len(labels)) < noise
+    return np.where(wrong, (labels + random.integers(1, 10, len(labels))) % 10, labels)
+
+
+def compare(method, noise, data, options):
+    """Chooses learning rate and radius, trains anew, and returns the figures."""
+    (images, labels), test = data
+    # Every method spends the same number of gradients, apart from what its F costs.
+    steps = options.steps * (2 if method == "base" else 1)
+    grid = [(rho, rate) for rho in radii(method) for rate in LEARNING_RATES]
+    rhos, rates = (jnp.array(column) for column in zip(*grid, strict=True))
+
+    def tuned(seed, labels, rho, rate):
+        order = jax.random.permutation(jax.random.key(seed), len(labels))
+        held, used = order[: len(labels) // 5], order[len(labels) // 5 :]
+        params = train(method, steps, seed, images[used], labels[used], rho, rate)
+        return score(params, images[held], labels[held])[0]
+
+    over_grid = jax.vmap(tuned, in_axes=(None, None, 0, 0))
+    seeds = range(1000, 1000 + options.tuning_seeds)
+    losses = [
+        jax.jit(over_grid)(
+            seed, jnp.asarray(noisy_labels(labels, noise, seed)), rhos, rates
+        )
+        for seed in seeds
+    ]
+    mean = np.nan_to_num(np.mean(losses, axis=0), nan=np.inf)
+    rho, rate = grid[int(np.argmin(mean))]
+
+    def final(seed, labels):
+        params = train(method, steps, seed, images, labels, rho, rate)
+        return score(params, *test)
+
+    seeds = np.arange(options.seeds)
+    all_labels = jnp.stack([noisy_labels(labels, noise, seed) for seed in seeds])
+    loss, accuracy = jax.jit(jax.vmap(final))(jnp.asarray(seeds), all_labels)
+    return {
+        "rho": rho,
+        "rate": rate,
+        "accuracy": np.asarray(accuracy, float).tolist(),
+        "loss": np.asarray(loss, float).tolist(),
+    }
+
+
+def directions(data, options):
+    """Returns, along the training of the base network, what each F makes of eps.
+
+    The cosine is with the perturbation that the exact Fisher of the same batch gives;
+    the divergence is the mean over the training images of KL(w || w + eps).
+    """
+    images, labels = jax.tree.map(jnp.asarray, data[0])
+    stages = [s for s in (0, 25, 100, 400, 1600) if s <= 4 * options.steps]
+    draws = jax.random.split(jax.random.key(5), options.draws)
+    facts = {}
+    for form in ("relative", "absolute"):
+        rho = {"relative": 0.2, "absolute": 0.1}[form]
+        for stage in stages:
+            params = jax.jit(partial(train, "base", stage))(
+                0, images, labels, 0.0, 0.05
+            )
+
+            def eps_of(key, name, params=params, form=form, rho=rho):
+                ball = ellipsoid(rho, ESTIMATORS[name](key), form)
+                rows = jax.random.randint(key, (BATCH,), 0, len(labels))
+                batch = images[rows], labels[rows]
+                grads = jax.grad(LOSS)(params, batch)
+                return ball.update(grads, ball.init(params), params, batch=batch)[0]
+
+            def compared(key, name, params=params, eps_of=eps_of):
+                eps, exact = eps_of(key, name), eps_of(key, "exact")
+                norms = optax.tree.norm(eps) * optax.tree.norm(exact)
+                cosine = optax.tree.vdot(eps, exact) / norms
+                kl = fsam.kl_divergence(*MODEL, params, eps, images)
+                return cosine, kl, optax.tree.norm(eps)
+
+            for name in ESTIMATORS:
+                cosine, kl, length = jax.jit(jax.vmap(partial(compared, name=name)))(
+                    draws
+                )
+                facts.setdefault(f"{name}, {form}", []).append(
+                    {
+                        "steps": stage,
+                        "cosine": float(jnp.mean(cosine)),
+                        "kl": float(jnp.mean(kl)),
+                        "length": float(jnp.mean(length)),
+                    }
+                )
+    return facts
+
+
+def draw(results, path):
+    """Draws accuracies, and the cosines along training."""
+    import matplotlib.pyplot as plt
+
+    settings = [name for name in results if name.startswith("noise")]
+    fig, axes = plt.subplots(
+        1,
+        len(settings) + 1,
+        figsize=(4.2 * (len(settings) + 1), 4.4),
+        width_ratios=None,
+    )
+    for ax, setting in zip(axes, settings, strict=False):
+        rows = list(results[setting].items())[::-1]
+        for i, (method, facts) in enumerate(rows):
+            accuracy = 100 * np.array(facts["accuracy"])
+            color = {"base": "black", "SAM": "#0072B2"}.get(method)
+            color = color or ("#009E73" if "relative" in method else "#D55E00")
+            error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
+            ax.errorbar(accuracy.mean(), i, xerr=error, fmt="o", color=color)
+        first = ax is axes[0]
+        ax.set_yticks(range(len(rows)), [m for m, _ in rows] if first else [])
+        ax.set_xlabel("test accuracy, %")
+        percent = float(setting.split()[1]) * 100
+        ax.set_title(f"{percent:.0f} % of the labels wrong", fontsize=10)
+        ax.grid(axis="x", alpha=0.3)
+    ax = axes[-1]
+    styles = dict(
+        zip(
+            ESTIMATORS,
+            ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), "-"),
+            strict=True,
+        )
+    )
+    colors = ("#000000", "#D55E00", "#CC79A7", "#0072B2", "#56B4E9")
+    for (name, style), color in zip(list(styles.items())[:-1], colors, strict=True):
+        found = results["directions"][f"{name}, relative"]
+        stages = [max(f["steps"], 10) for f in found]
+        ax.plot(stages, [f["cosine"] for f in found], ls=style, color=color, label=name)
+    ax.set_xscale("log")
+    ax.set_xlabel("steps of training (leftmost: none)")
+    ax.set_ylabel("cosine with eps of the exact Fisher")
+    ax.legend(fontsize=8, frameon=False)
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what the results do not hold yet, prints the table and draws the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--tuning-seeds", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.4])
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--figure", type=pathlib.Path, default=FIGURE)
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
+    options = parser.parse_args(arguments)
+    methods = list(METHODS)
+    if options.smoke:
+        options.steps, options.seeds, options.tuning_seeds, options.draws = 3, 2, 1, 2
+        methods, options.noise = ["base", "squared gradient, relative"], [0.0]
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = (x[order] / 16).astype(np.float32), y[order]
+    data = (
+        (jnp.asarray(x[:300]), y[:300]),
+        (jnp.asarray(x[1000:]), jnp.asarray(y[1000:])),
+    )
+    about = {k: v for k, v in vars(options).items() if not isinstance(v, pathlib.Path)}
+    done = (
+        json.loads(options.out.read_text())["results"] if options.out.exists() else {}
+    )
+    console = Console(width=110)
+    for noise in options.noise:
+        setting = f"noise {noise:g}"
+        for method in methods:
+            if method in done.setdefault(setting, {}):
+                continue
+            console.print(f"{setting}: {method}")
+            done[setting][method] = compare(method, noise, data, options)
+            save(options.out, setting, done[setting], **about)
+    if "directions" not in done:
+        done["directions"] = directions(data, options)
+        save(options.out, "directions", done["directions"], **about)
+    table = Table(title=f"{options.seeds} seeds: mean and standard error")
+    for column in (
+        "method",
+        "labels wrong",
+        "learning rate",
+        "rho",
+        "accuracy, %",
+        "loss",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for noise in options.noise:
+        for method, facts in done[f"noise {noise:g}"].items():
+            cells = []
+            for values in (100 * np.array(facts["accuracy"]), np.array(facts["loss"])):
+                error = values.std(ddof=1) / len(values) ** 0.5
+                digits = 1 if values is not None and values.max() > 10 else 3
+                cells.append(f"{values.mean():.{digits}f} ± {error:.{digits}f}")
+            table.add_row(
+                method,
+                f"{noise:.0%}",
+                f"{facts['rate']:g}",
+                f"{facts['rho']:g}",
+                *cells,
+            )
+    console.print(table)
+    table = Table(title="Along the training of the base network, relative / absolute")
+    table.add_column("F")
+    stages = [f["steps"] for f in next(iter(done["directions"].values()))]
+    for stage in stages:
+        table.add_column(f"cosine, {stage} steps", justify="right")
+    table.add_column(f"KL, {stages[-1]} steps", justify="right")
+    for name in ESTIMATORS:
+        pair = [
+            done["directions"][f"{name}, {form}"] for form in ("relative", "absolute")
+        ]
+        cells = [
+            f"{a['cosine']:.2f} / {b['cosine']:.2f}" for a, b in zip(*pair, strict=True)
+        ]
+        kl = " / ".join(f"{found[-1]['kl']:.1e}" for found in pair)
+        table.add_row(name, *cells, kl)
+    console.print(table)
+    draw(done, options.figure)
+
+
+if __name__ == "__main__":
+    main()
