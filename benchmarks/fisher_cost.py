@@ -39,7 +39,9 @@ GROWTH = {
     **{f"classes {n}": (MLP(classes=n), 128) for n in (2, 10, 50)},
 }
 # One gradient for each example and class: minutes a run.
-SKIPPED = dict.fromkeys(("mlp-512", "resnet"), ("exact: one example at a time",))
+SKIPPED: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("mlp-512", "resnet"), ("exact: one example at a time",)
+)
 GROWTH_ROWS = (
     "gradient",
     "gradient and fisher_empirical",
