@@ -5,9 +5,9 @@ SAM, ASAM and Fisher SAM, once with the squared gradient of the batch and once w
 squares of the single examples, spend the same number of gradients (apart from what a
 Fisher information costs). Learning rate and radius are chosen for each method and share
 of wrong labels from a grid of 20, by the accuracy on held-out training images, whose
-labels are as wrong as the others. Then the networks trained on right labels are perturbed:
-along the perturbation of each geometry for the training loss, and in a random
-direction, by equal Euclidean lengths and by equal divergences of the predictions.
+labels are as wrong as the others. Then the networks trained on right labels are
+perturbed: along the perturbation of each geometry for the training loss, and in a
+random direction, by equal Euclidean lengths and by equal divergences of the predictions.
 
     python benchmarks/robustness.py                       # handwritten digits
     python benchmarks/robustness.py --data fashion-mnist --data-dir data/fashion
