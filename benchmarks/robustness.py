@@ -7,7 +7,7 @@ Fisher information costs). Learning rate and radius are chosen for each method a
 of wrong labels from a grid of 20, by the accuracy on held-out training images, whose
 labels are as wrong as the others. Then the networks trained on right labels are
 perturbed: along the perturbation of each geometry for the training loss, and in a
-random direction, by equal Euclidean lengths and by equal divergences of the predictions.
+random direction, by equal Euclidean lengths and by equal changes of the predictions.
 
     python benchmarks/robustness.py                       # handwritten digits
     python benchmarks/robustness.py --data fashion-mnist --data-dir data/fashion
