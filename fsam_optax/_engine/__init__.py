@@ -2,7 +2,6 @@
 
 from fsam_optax._engine._entries import (
     entries as entries,
-    Entry as Entry,
     sum_of_products as sum_of_products,
 )
 from fsam_optax._engine._jaxpr import depends as depends
