@@ -25,7 +25,7 @@ train: $(VENV)/train.stamp
 	$(PY) benchmarks/generalization.py $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
+	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
@@ -45,11 +45,11 @@ bench: $(VENV)/dev.stamp
 # Every test again, each time in another mode of jax.
 modes: $(VENV)/dev.stamp
 	for mode in checking_leaks debug_nans x64; do \
-	  $(PY) -m pytest -q -n auto --dist loadfile --mode $$mode $(ARGS) || exit 1; \
+	  $(PY) -m pytest -q -n auto --dist worksteal --mode $$mode $(ARGS) || exit 1; \
 	done
 
 # The wheel, in an environment without the source tree, from another directory: it must
-# import with nothing but its dependencies, and pass the tests.
+# import with nothing but its dependencies, and pass the tests, compiled as users do.
 wheel-test:
 	rm -rf dist $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
@@ -59,8 +59,8 @@ wheel-test:
 	  'import fsam_optax; assert "site-packages" in fsam_optax.__file__'
 	$(VENV)-wheel/bin/python -m pip install -q "$$(ls dist/*.whl)[test,train]"
 	tests="$(CURDIR)/tests" python="$(abspath $(VENV))-wheel/bin/python"; \
-	  cd "$$(mktemp -d)" && "$$python" -m pytest -q -n auto -W error \
-	  -c /dev/null --rootdir "$$tests" --dist loadfile "$$tests" $(ARGS)
+	  cd "$$(mktemp -d)" && JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$$python" -m pytest -q -n auto -W error \
+	  -c /dev/null --rootdir "$$tests" --dist worksteal "$$tests" $(ARGS)
 
 # The oldest declared and the newest versions, on each Python that is found in PATH or
 # under ~/.pyenv: make versions PYTHONS="python3.11 python3.12 python3.13"

@@ -1,12 +1,22 @@
 """Settings under which every test runs, and the modes: `pytest --mode x64`."""
 
 import os
+import pathlib
 
 
-# Before jax starts: eight CPU devices for the tests of sharding.
+# Before jax starts: eight CPU devices for the tests of sharding, and less time for
+# compiling, which is most of a test's. LLVM does not optimize, while XLA does, and what
+# was compiled once is kept for later runs.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest

@@ -16,11 +16,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a benchmark; most of what it does here is compilation."""
+    """Imports a benchmark."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield importlib.import_module
-    jax.config.update("jax_disable_most_optimizations", False)
+    return importlib.import_module
 
 
 def assert_pictures(folder, names):

@@ -32,10 +32,7 @@ def models(monkeypatch):
 @pytest.fixture
 def generalization(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    # These programs run for milliseconds and compile for seconds.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield importlib.import_module("generalization")
-    jax.config.update("jax_disable_most_optimizations", False)
+    return importlib.import_module("generalization")
 
 
 # Readers.

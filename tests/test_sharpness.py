@@ -22,14 +22,6 @@ CONVEX = FACTOR @ FACTOR.T
 INDEFINITE = CONVEX - 2 * np.eye(9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These programs run for microseconds and compile for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def sharpness(loss_fn, params, *args, **kwargs):
     """Compiled as one program, which is quicker than one operation after the other."""
     f = jax.jit(lambda params: fsam.sharpness(loss_fn, params, *args, **kwargs))
