@@ -279,3 +279,88 @@ def test_a_wrong_label_is_another_one(script):
 def test_every_method_has_as_many_trials(script):
     module = script("robustness")
     assert len({len(module.grid_of(method)) for method in module.METHODS}) == 1
+
+
+# Translation.
+
+
+def test_translation_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
+    module = script("translation")
+    file, figure = tmp_path / "results.json", tmp_path / "figures" / "translation.png"
+    command = ["--smoke", "--out", str(file), "--figure", str(figure)]
+    module.main(command)
+    assert "Fisher SAM" in capsys.readouterr().out
+    assert figure.stat().st_size > 10_000
+    results = json.loads(file.read_text())["results"]
+    # Three tries and one more seed.
+    assert len(results) == 4 * len(module.BALLS)
+    for facts in results.values():
+        assert facts["validation loss"][-1] < facts["validation loss"][0]
+        assert facts["signature"].startswith("nrefs:1|case:lc")
+
+    # A second call trains nothing.
+    before = file.read_text()
+    monkeypatch.setattr(module, "draw", lambda *args: None)
+    monkeypatch.setattr(module, "run", None)
+    module.main(command)
+    assert file.read_text() == before
+    with pytest.raises(SystemExit, match="smoke: True there, False here"):
+        module.main(["--data-dir", str(tmp_path), "--out", str(file)])
+    with pytest.raises(SystemExit, match=r"There is no .*train\.de\.gz"):
+        module.main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "new")])
+
+
+def test_sentences_of_a_row_do_not_see_each_other(script):
+    module = script("translation")
+    random = np.random.default_rng(0)
+    pairs = [
+        (random.integers(3, 9, m).tolist(), random.integers(3, 9, n).tolist())
+        for m, n in ((5, 4), (2, 7), (6, 1))
+    ]
+    together = module.pack(pairs)
+    assert len(together.part) == 1
+    model = module.Model(9, 9, width=8, depth=1)
+    params = model.init(jax.random.key(0), together)
+    found = model.features(params, jax.tree.map(jnp.asarray, together))
+    for number, pair in enumerate(pairs, 1):
+        alone = jax.tree.map(jnp.asarray, module.pack([pair]))
+        for name in ("inputs", "labels"):
+            np.testing.assert_array_equal(
+                getattr(together, name)[together.part == number],
+                getattr(alone, name)[alone.part == 1],
+            )
+        np.testing.assert_allclose(
+            found[together.part == number],
+            model.features(params, alone)[alone.part == 1],
+            atol=1e-5,
+        )
+
+
+def test_smoothed_cross_entropy_is_that_of_smoothed_labels(script):
+    module = script("translation")
+    table = jax.random.normal(jax.random.key(0), (7, 4))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    labels = jnp.arange(6).reshape(2, 3)
+    params = {"decoder": {"Embed_0": {"embedding": table}}}
+    found = module.smoothed_cross_entropy(params, x, labels)
+    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7), module.SMOOTHING)
+    expected = optax.softmax_cross_entropy(x @ table.T, smoothed)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_greedy_translation_says_the_likeliest_next_word(script):
+    module = script("translation")
+    corpus = module.prepare(module.made_up())
+    model = module.Model(corpus.source_size, len(corpus.words), width=8, depth=1)
+    init, _, translate = module.common(model, corpus)
+    params = init(jax.random.key(0))
+    outputs = translate(params)
+    # All at once, from what was said.
+    begin = jnp.full((len(outputs), 1), module.EOS)
+    inputs = jnp.concatenate([begin, outputs[:, :-1]], 1)
+    part = jnp.asarray(corpus.test != module.PAD, jnp.int32)
+    memory = model.encode(params, jnp.asarray(corpus.test), part)
+    x = model.decode(params, inputs, jnp.ones_like(inputs), memory, part)
+    logits = np.array(x @ module.output_layer(params).T)
+    logits[..., [module.PAD, module.UNKNOWN]] = -np.inf
+    np.testing.assert_array_equal(outputs, logits.argmax(-1))

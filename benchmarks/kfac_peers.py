@@ -1,0 +1,131 @@
+# pyright: reportMissingImports=false
+"""Question: what do kfac-jax's diagonal blocks cost, and where are they right?
+
+kfac-jax keeps, for each layer that it recognises, the diagonal of a Fisher matrix for
+its preconditioner. Each row is one jitted function, divided by the batch gradient
+in the same round, as in `fisher_cost.py`. The error is the relative distance of the
+diagonal from that of `fsam_optax`, which the tests compare with one gradient for each
+example and class.
+
+It wants an environment of its own, since kfac-jax 0.0.8 does not run on newer jax:
+
+    pip install jax==0.7.0 optax==0.2.5 flax==0.11.2 rich . kfac-jax==0.0.8
+    python benchmarks/kfac_peers.py
+    python benchmarks/kfac_peers.py --smoke
+"""
+
+import argparse
+import pathlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import kfac_jax
+import optax
+from cost import compiled, print_table, Problem, PROBLEMS, ratios, save, SMOKE
+
+import fsam_optax as fsam
+
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "kfac_peers.json"
+MODES = {
+    "empirical": ("fisher_empirical", fsam.fisher_empirical),
+    "one drawn label": ("fisher_gradients", fsam.fisher_i1),
+    "exact": ("fisher_exact", fsam.fisher_exact),
+}
+
+
+def kfac(model: Problem, mode: str):
+    """Returns `run(params, batch)`: the diagonal as a tree like the parameters."""
+
+    def loss(params, batch):
+        x, y = batch
+        logits = model.apply(params, x)
+        kfac_jax.register_softmax_cross_entropy_loss(logits, y)
+        return -jnp.mean(fsam.categorical.log_prob(logits, y))
+
+    estimator = kfac_jax.BlockDiagonalCurvature(
+        func=loss,
+        params_index=0,
+        layer_tag_to_block_ctor={
+            "dense": kfac_jax.DenseDiagonal,
+            "conv2d": kfac_jax.Conv2DDiagonal,
+            "scale_and_shift": kfac_jax.ScaleAndShiftDiagonal,
+            "generic": kfac_jax.NaiveDiagonal,
+        },
+    )
+    key = jax.random.PRNGKey(0)
+    state = estimator.init(
+        rng=key,
+        func_args=(model.params, model.batch),
+        exact_powers_to_cache=None,
+        approx_powers_to_cache=None,
+    )
+    # The empirical one squares the gradients of the mean loss.
+    scale = len(model.batch[1]) if mode == "fisher_empirical" else 1.0
+
+    def run(params, batch):
+        new = estimator.update_curvature_matrix_estimate(
+            state, 0.0, 1.0, 1.0, len(batch[1]), key, (params, batch), mode
+        )
+        ones = jax.tree.map(jnp.ones_like, params)
+        product = estimator.multiply(
+            new, ones, 0.0, exact_power=True, use_cached=False, pmap_axis_name=None
+        )
+        return jax.tree.map(lambda x: scale * x, product)
+
+    return run
+
+
+def measure(name: str, model: Problem, repeats: int):
+    """Returns time ratios, compile seconds, temporaries and errors of each row."""
+    loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
+    runs = {"gradient": jax.grad(loss)}
+    for row, (mode, make) in MODES.items():
+        options = {"key": jax.random.key(0)} if make is fsam.fisher_i1 else {}
+        estimator = make(model.apply, fsam.categorical, **options)
+        runs[f"{row}: fsam_optax"] = partial(fsam.diagonal, estimator)
+        runs[f"{row}: kfac-jax"] = kfac(model, mode)
+    programs, facts, found = {}, {}, {}
+    for row, run in runs.items():
+        try:
+            program, facts[row] = compiled(run, model.params, model.batch)
+        except Exception as error:  # What a peer cannot do is part of the answer.
+            print(f"{name}, {row}: {type(error).__name__}: {error}")
+            continue
+        programs[row] = partial(program, model.params, model.batch)
+        found[row] = programs[row]()
+    for row, ratio in ratios(programs, repeats, name).items():
+        facts[row] |= ratio
+        mine = found.get(f"{row.partition(':')[0]}: fsam_optax")
+        if "kfac" in row and "drawn" not in row and mine is not None:
+            facts[row]["error"] = float(
+                optax.tree.norm(optax.tree.sub(found[row], mine))
+                / optax.tree.norm(mine)
+            )
+            print(f"{name}, {row}: differs by {facts[row]['error']:.1e}")
+    return facts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes the figures and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true", help="two tiny repeats")
+    options = parser.parse_args(arguments)
+    problems = {name: PROBLEMS[name] for name in options.models}
+    if options.smoke:
+        options.repeats, problems = 2, SMOKE
+    results = {}
+    for name, make in problems.items():
+        results[name] = measure(name, make(), options.repeats)
+        save(options.out, name, results[name], repeats=options.repeats)
+    print_table("Ratio to one gradient of the batch", results)
+
+
+if __name__ == "__main__":
+    main()
