@@ -190,7 +190,7 @@ def steps(make, x, y, repeats, compiled):
     return ratios(runs, repeats)
 
 
-def main():
+def main(arguments: list[str] | None = None) -> None:
     """Measures, writes the figures and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -199,7 +199,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="two repeats of one model")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     problems = PROBLEMS
     if options.smoke:

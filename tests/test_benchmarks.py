@@ -364,3 +364,17 @@ def test_greedy_translation_says_the_likeliest_next_word(script):
     logits = np.array(x @ module.output_layer(params).T)
     logits[..., [module.PAD, module.UNKNOWN]] = -np.inf
     np.testing.assert_array_equal(outputs, logits.argmax(-1))
+
+
+# Peers, each in an environment of its own.
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("torch_peers", "torch"), ("kfac_peers", "kfac_jax")]
+)
+def test_peers_in_smoke_mode(script, tmp_path, name, package):
+    pytest.importorskip(package)
+    file = tmp_path / "results.json"
+    script(name).main(["--smoke", "--out", str(file)])
+    (facts,) = json.loads(file.read_text())["results"].values()
+    assert facts

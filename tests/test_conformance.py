@@ -396,8 +396,8 @@ STEPS = [name for name, case in CASES.items() if case.kind in ("step", "gradient
 
 @pytest.mark.parametrize("name", STEPS)
 def test_apply_if_finite(name):
-    tx = transformation(name)
-    guarded = optax.apply_if_finite(tx, max_consecutive_errors=3)
+    factory, kwargs, _ = CASES[name]
+    guarded = optax.apply_if_finite(factory(**kwargs), max_consecutive_errors=3)
 
     @jax.jit
     def step(state, factor):
@@ -408,7 +408,7 @@ def test_apply_if_finite(name):
         return update(guarded, state, params, scaled(PARAMS), grad_fn=scaled)
 
     result, state = step(guarded.init(PARAMS), 1.0)
-    assert_close((result, state.inner_state), update(tx))
+    assert_close((result, state.inner_state), update(transformation(name)))
     result, new_state = step(state, jnp.nan)
     assert_equal(result, jax.tree.map(jnp.zeros_like, PARAMS))
     assert_equal(new_state.inner_state, state.inner_state)

@@ -377,11 +377,13 @@ def test_i2_over_all_signs_is_minus_the_diagonal_of_the_hessian(entrance, monkey
     close(evaluate(exact, params, (x, None)), expected)
 
     def share(signs):
-        monkeypatch.setattr(
-            jax.random, "rademacher", lambda key, shape, dtype: signs.reshape(shape)
-        )
-        probed = fisher_i2(model, fixed, key=KEY, hessian="hutchinson")
-        return diagonal(probed, params, (x, None))
+        def drawn(key, shape, dtype):
+            return signs.reshape(shape)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.random, "rademacher", drawn)
+            probed = fisher_i2(model, fixed, key=KEY, hessian="hutchinson")
+            return diagonal(probed, params, (x, None))
 
     signs = 2.0 * all_labels((number,), 2) - 1
     shares = jax.jit(jax.vmap(share))(signs)
