@@ -52,7 +52,7 @@ def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metric
         jnp.sum(jnp.square(y.astype(widen(x, y)) - x.astype(widen(x, y))))
         for x, y in zip(w, v, strict=True)
     ]
-    step_norm = jnp.sqrt(total(steps, axes)) if steps else jnp.zeros([])
+    step_norm = jnp.sqrt(total(steps, axes)) if steps else jnp.zeros([], widen())
     values = (g_norm, h_norm, step_norm, h_cosine)
     return Metrics(*(jnp.asarray(x, jnp.float32) for x in values))
 

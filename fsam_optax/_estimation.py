@@ -118,7 +118,11 @@ def _restore(diagonal: Any, params: Any) -> Any:
     """Sets the dtype by that of `params`, and zeros where these are not real."""
 
     def leaf(w, d):
-        return jnp.zeros(jnp.shape(w)) if _is_masked(d) else jnp.asarray(d, widen(w))
+        return (
+            jnp.zeros(jnp.shape(w), widen())
+            if _is_masked(d)
+            else jnp.asarray(d, widen(w))
+        )
 
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
@@ -183,7 +187,8 @@ def sampled(
 
     def init_fn(params):
         def unknown(w):
-            return jnp.full(jnp.shape(w), jnp.inf, widen(w) if is_real(w) else None)
+            dtype = widen(w) if is_real(w) else widen()
+            return jnp.full(jnp.shape(w), jnp.inf, dtype)
 
         error = jax.tree.map(unknown, params) if standard_error else None
         return SampledState(key=key_data(key), standard_error=error)

@@ -38,7 +38,7 @@ def squared_gradient() -> optax.GradientTransformationExtraArgs:
 
     def square(g):
         if not is_real(g):
-            return jnp.zeros(jnp.shape(g))
+            return jnp.zeros(jnp.shape(g), widen())
         g = jnp.asarray(g, widen(g))
         return g * g
 

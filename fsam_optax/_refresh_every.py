@@ -65,7 +65,8 @@ def refresh_every(
 
     def init_fn(params):
         def zeros(w):
-            return jnp.zeros(jnp.shape(w), widen(w) if is_real(w) else None)
+            dtype = widen(w) if is_real(w) else widen()
+            return jnp.zeros(jnp.shape(w), dtype)
 
         return RefreshEveryState(
             age=jnp.zeros([], jnp.int32),

@@ -46,9 +46,10 @@ def model(params, x):
 
 loss = negative_log_likelihood(model, categorical)
 PARAMS = [
-    (jnp.full(shape, 0.01), jnp.zeros(shape[1])) for shape in itertools.pairwise(SIZES)
+    (jnp.full(shape, 0.01, jnp.float32), jnp.zeros(shape[1], jnp.float32))
+    for shape in itertools.pairwise(SIZES)
 ]
-BATCH = (jnp.ones((64, SIZES[0])), jnp.arange(64) % 10)
+BATCH = (jnp.ones((64, SIZES[0]), jnp.float32), jnp.arange(64) % 10)
 COPY = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
 
 

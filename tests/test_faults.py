@@ -1045,7 +1045,10 @@ def test_fault_32_estimators_in_float64(x64):
 
 
 def test_fault_32_float32_leaves_stay_float32_in_x64(x64):
-    params = {**PARAMS, "b": PARAMS["b"].astype(jnp.float64)}
+    params = {
+        "k": PARAMS["k"].astype(jnp.float32),
+        "b": PARAMS["b"].astype(jnp.float64),
+    }
     estimates = jax.eval_shape(
         all_estimates(logits, categorical), params, (X, Y), jnp.ones(4)
     )

@@ -95,7 +95,8 @@ def test_zero_gradients_do_not_make_nan(where):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((update, state)))
     expected = second(PARAMS) if where != "second" else zero
     for name in PARAMS:
-        np.testing.assert_array_equal(update[name], -jnp.float32(0.1) * expected[name])
+        rate = jnp.asarray(0.1, update[name].dtype)
+        np.testing.assert_array_equal(update[name], -rate * expected[name])
     if SEEN and where != "second":
         update, _ = incumbent_step(incumbent(), grads=zero, grad_fn=second)
         assert where == "both" or np.all(np.isnan(update["k"]))

@@ -29,7 +29,7 @@ def loss_fn(model, batch):
 
 
 def make_batch(n=32):
-    x = jax.random.normal(jax.random.key(1), (n, 4))
+    x = jax.random.normal(jax.random.key(1), (n, 4), jnp.float32)
     return x, jnp.argmax(x[:, :3], axis=1)
 
 
