@@ -14,7 +14,7 @@ from fsam_optax._engine import explain, power_sums
 
 IMAGES = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
 SENTENCES = jax.random.randint(jax.random.key(1), (3, 6), 0, 11)
-SEQUENCES = jax.random.normal(jax.random.key(2), (3, 5, 4))
+SEQUENCES = jax.random.normal(jax.random.key(2), (3, 5, 4), jnp.float32)
 
 
 class ConvolutionalNetwork(nn.Module):
