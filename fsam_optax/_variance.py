@@ -291,9 +291,8 @@ def fisher_bounds(
         >>> import jax.numpy as jnp
         >>> from fsam_optax import poisson
         >>> x, w = jnp.array([[1.0]]), jnp.zeros((1, 2))
-        >>> print(fisher_bounds(lambda w, x: x @ w, poisson, w, x))
-        Bounds(lower=Array([[1., 1.]], dtype=float32),
-               upper=Array([[1., 1.]], dtype=float32))
+        >>> print(*fisher_bounds(lambda w, x: x @ w, poisson, w, x))
+        [[1. 1.]] [[1. 1.]]
 
     References:
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
@@ -341,8 +340,8 @@ def fisher_variance_i1_bounds(
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
         >>> x, w = jnp.array([[2.0]]), jnp.zeros((1, 1))
-        >>> print(fisher_variance_i1_bounds(lambda w, x: x @ w, gaussian(), w, x))
-        Bounds(lower=Array([[32.]], dtype=float32), upper=Array([[32.]], dtype=float32))
+        >>> print(*fisher_variance_i1_bounds(lambda w, x: x @ w, gaussian(), w, x))
+        [[32.]] [[32.]]
 
     References:
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
@@ -387,8 +386,8 @@ def fisher_variance_i2_bounds(
         >>> from fsam_optax import gaussian
         >>> w, x = jnp.ones(1), jnp.array([[3.0]])
         >>> model = lambda w, x: x * w[None] ** 2
-        >>> print(fisher_variance_i2_bounds(model, gaussian(), w, x))
-        Bounds(lower=Array([36.], dtype=float32), upper=Array([36.], dtype=float32))
+        >>> print(*fisher_variance_i2_bounds(model, gaussian(), w, x))
+        [36.] [36.]
 
     References:
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
