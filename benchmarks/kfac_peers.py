@@ -7,7 +7,7 @@ in the same round, as in `fisher_cost.py`. The error is the relative distance of
 diagonal from that of `fsam_optax`, which the tests compare with one gradient for each
 example and class.
 
-It wants an environment of its own, since kfac-jax 0.0.8 does not run on newer jax:
+It wants an environment of its own, since kfac-jax 0.0.8 does not run on jax 0.10:
 
     pip install jax==0.7.0 optax==0.2.5 flax==0.11.2 rich . kfac-jax==0.0.8
     python benchmarks/kfac_peers.py
