@@ -591,6 +591,9 @@ COLLECTIVE = re.compile(
 )
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="XLA of jax 0.7 makes one for each leaf"
+)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
     ("tx", "number"),
