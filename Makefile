@@ -59,8 +59,9 @@ wheel-test:
 	  'import fsam_optax; assert "site-packages" in fsam_optax.__file__'
 	$(VENV)-wheel/bin/python -m pip install -q "$$(ls dist/*.whl)[test,train]"
 	tests="$(CURDIR)/tests" python="$(abspath $(VENV))-wheel/bin/python"; \
-	  cd "$$(mktemp -d)" && JAX_DISABLE_MOST_OPTIMIZATIONS=0 "$$python" -m pytest -q -n auto -W error \
-	  -c /dev/null --rootdir "$$tests" --dist worksteal "$$tests" $(ARGS)
+	  cd "$$(mktemp -d)" && export JAX_DISABLE_MOST_OPTIMIZATIONS=0 && \
+	  "$$python" -m pytest -q -n auto -W error -c /dev/null \
+	  --rootdir "$$tests" --dist worksteal "$$tests" $(ARGS)
 
 # The oldest declared and the newest versions, on each Python that is found in PATH or
 # under ~/.pyenv: make versions PYTHONS="python3.11 python3.12 python3.13"

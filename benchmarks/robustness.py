@@ -27,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import perceptron
 from cost import save
+from perceptron import apply, initial, LOSS, MODEL, noisy_labels, oracle, score
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -45,17 +47,6 @@ RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 BASE_RATES = tuple(np.geomspace(0.002, 0.5, len(RATES) * len(RADII)).tolist())
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DIVERGENCES = (0.01, 0.03, 0.1, 0.3, 1.0)
-
-
-def apply(params, x):
-    """Maps images (batch, pixels) to logits (batch, 10)."""
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
-    return x @ params[-1]["kernel"] + params[-1]["bias"][None]
-
-
-MODEL = apply, fsam.categorical
-LOSS = fsam.negative_log_likelihood(*MODEL)
 
 
 METHODS = {
@@ -81,54 +72,14 @@ COLORS = dict(
 STYLES = dict(zip(METHODS, ("-", "--", "-.", ":", (0, (5, 1, 1, 1))), strict=True))
 
 
-def initial(key, pixels):
-    """Returns parameters of the network."""
-    sizes = (pixels, *HIDDEN, 10)
-    keys = jax.random.split(key, len(sizes) - 1)
-    return [
-        {
-            "kernel": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5,
-            "bias": jnp.zeros(n),
-        }
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
-    ]
-
-
 def train(method, steps, seed, images, labels, rho, rate):
     """Trains one network; returns its parameters."""
     init_key, batch_key = jax.random.split(jax.random.key(seed))
-    params = initial(init_key, images.shape[1])
-    optimizer = optax.chain(
-        optax.add_decayed_weights(5e-4),
-        optax.sgd(lambda t: rate * 0.5 * (1 + jnp.cos(jnp.pi * t / steps)), 0.9),
-    )
-    if method == "base":
-        plain = jax.value_and_grad(LOSS)
-        state = ()
-
-        def oracle(params, state, batch):
-            return *plain(params, batch), state
-
-    else:
-        oracle = fsam.value_and_grad(LOSS, METHODS[method](rho), metrics=False)
-        state = oracle.init(params)
-
-    def step(carry, key):
-        params, state, opt_state = carry
-        rows = jax.random.randint(key, (BATCH,), 0, len(labels))
-        _, grads, state = oracle(params, state, (images[rows], labels[rows]))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), state, opt_state), None
-
-    carry = params, state, optimizer.init(params)
-    (params, _, _), _ = jax.lax.scan(step, carry, jax.random.split(batch_key, steps))
-    return params
-
-
-def score(params, images, labels):
-    """Returns loss and accuracy."""
-    right = jnp.argmax(apply(params, images), -1) == labels
-    return LOSS(params, (images, labels)), jnp.mean(right)
+    params = initial(init_key, (images.shape[1], *HIDDEN, 10))
+    make = METHODS[method]
+    gradient = oracle(None if make is None else make(rho))
+    data = images, labels
+    return perceptron.train(params, gradient, data, rate, steps, BATCH, batch_key)
 
 
 def grid_of(method):
@@ -138,13 +89,6 @@ def grid_of(method):
     # ASAM's radius is relative to the weights, and about ten times that of SAM.
     radii = [(10 if method == "ASAM" else 1) * rho for rho in RADII]
     return list(itertools.product(radii, RATES))
-
-
-def noisy_labels(labels, noise, seed):
-    """Returns labels of which a share is wrong, of any of the nine other classes."""
-    random = np.random.default_rng(seed)
-    wrong = random.random(len(labels)) < noise
-    return np.where(wrong, (labels + random.integers(1, 10, len(labels))) % 10, labels)
 
 
 def runs(method, options):

@@ -37,8 +37,7 @@ LEAVES_ROWS = (
     "ASAM, no metrics",
     "Fisher SAM, empirical, fused, no metrics",
 )
-# On a CPU, XLA takes many times as long for the gradient of a convolution's kernel in a
-# branch or a loop, whoever wrote it.
+# On a CPU, XLA is slow with the gradient of a convolution's kernel in a branch or loop.
 IN_CONTROL_FLOW = (
     "SAM, every=2, no metrics",
     "SAM, every=5, no metrics",

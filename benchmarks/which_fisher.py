@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import perceptron
 from cost import save
+from perceptron import initial, LOSS, MODEL, noisy_labels, oracle, score
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -46,17 +48,6 @@ RADII = {
     "relative": (0.02, 0.05, 0.1, 0.2, 0.4),
     "absolute": (0.003, 0.01, 0.03, 0.1, 0.3),
 }
-
-
-def apply(params, x):
-    """Maps images (batch, 64) to logits (batch, 10)."""
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    return x @ params[-1]["kernel"] + params[-1]["bias"]
-
-
-LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
-MODEL = apply, fsam.categorical
 
 
 def last_layer_i2(key):
@@ -107,68 +98,23 @@ def radii(method):
     return RADII["SAM" if method == "SAM" else METHODS[method][1]]
 
 
-def initial(key):
-    """Returns parameters of the network."""
-    keys = jax.random.split(key, len(SIZES))
-    return [
-        {
-            "kernel": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5,
-            "bias": jnp.zeros(n),
-        }
-        for k, m, n in zip(keys, SIZES[:-1], SIZES[1:], strict=False)
-    ]
-
-
-def oracle(method, rho, key):
-    """Returns `init(params)` and `apply(params, state, batch)` of the method."""
+def perturbation(method, rho, key):
+    """Returns the perturbation of the method, None for the base optimizer."""
     if method == "base":
-        value_and_grad = jax.value_and_grad(LOSS)
-        return lambda params: (), lambda params, state, batch: (
-            *value_and_grad(params, batch),
-            state,
-        )
+        return None
     if method == "SAM":
-        perturbation = fsam.euclidean_ball(rho)
-    else:
-        name, form = METHODS[method]
-        perturbation = ellipsoid(rho, ESTIMATORS[name](key), form)
-    f = fsam.value_and_grad(LOSS, perturbation, metrics=False)
-    return f.init, f
+        return fsam.euclidean_ball(rho)
+    name, form = METHODS[method]
+    return ellipsoid(rho, ESTIMATORS[name](key), form)
 
 
 def train(method, steps, seed, images, labels, rho, rate):
     """Trains one network; returns its parameters."""
     init_key, draw_key, batch_key = jax.random.split(jax.random.key(seed), 3)
-    params = initial(init_key)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(5e-4),
-        optax.sgd(lambda t: rate * 0.5 * (1 + jnp.cos(jnp.pi * t / steps)), 0.9),
-    )
-    init, f = oracle(method, rho, draw_key)
-
-    def step(carry, key):
-        params, state, opt_state = carry
-        rows = jax.random.randint(key, (BATCH,), 0, len(labels))
-        _, grads, state = f(params, state, (images[rows], labels[rows]))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), state, opt_state), None
-
-    carry = params, init(params), optimizer.init(params)
-    (params, _, _), _ = jax.lax.scan(step, carry, jax.random.split(batch_key, steps))
-    return params
-
-
-def score(params, images, labels):
-    """Returns loss and accuracy."""
-    right = jnp.argmax(apply(params, images), -1) == labels
-    return LOSS(params, (images, labels)), jnp.mean(right)
-
-
-def noisy_labels(labels, noise, seed):
-    """Returns labels of which a fraction is wrong."""
-    random = np.random.default_rng(seed)
-    wrong = random.random(len(labels)) < noise
-    return np.where(wrong, (labels + random.integers(1, 10, len(labels))) % 10, labels)
+    params = initial(init_key, SIZES)
+    gradient = oracle(perturbation(method, rho, draw_key))
+    data = images, labels
+    return perceptron.train(params, gradient, data, rate, steps, BATCH, batch_key)
 
 
 def compare(method, noise, data, options):
@@ -220,13 +166,13 @@ def directions(data, options):
     images, labels = jax.tree.map(jnp.asarray, data[0])
     stages = [s for s in (0, 25, 100, 400, 1600) if s <= 4 * options.steps]
     draws = jax.random.split(jax.random.key(5), options.draws)
+    trained = {
+        stage: jax.jit(partial(train, "base", stage))(0, images, labels, 0.0, 0.05)
+        for stage in stages
+    }
     facts = {}
-    for form in ("relative", "absolute"):
-        rho = {"relative": 0.2, "absolute": 0.1}[form]
-        for stage in stages:
-            params = jax.jit(partial(train, "base", stage))(
-                0, images, labels, 0.0, 0.05
-            )
+    for form, rho in (("relative", 0.2), ("absolute", 0.1)):
+        for stage, params in trained.items():
 
             def eps_of(key, name, params=params, form=form, rho=rho):
                 ball = ellipsoid(rho, ESTIMATORS[name](key), form)

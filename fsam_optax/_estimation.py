@@ -114,15 +114,17 @@ def _problem(name, apply_fn, params, batch, example_weights, full_params):
     return Problem(model, real, inputs, targets, weights)
 
 
+def diagonal_dtype(w: Any) -> jnp.dtype:
+    """Returns the dtype of a diagonal for a leaf of the parameters, real or not."""
+    return widen(w) if is_real(w) else widen()
+
+
 def _restore(diagonal: Any, params: Any) -> Any:
     """Sets the dtype by that of `params`, and zeros where these are not real."""
 
     def leaf(w, d):
-        return (
-            jnp.zeros(jnp.shape(w), widen())
-            if _is_masked(d)
-            else jnp.asarray(d, widen(w))
-        )
+        d = jnp.zeros(jnp.shape(w)) if _is_masked(d) else d
+        return jnp.asarray(d, diagonal_dtype(w))
 
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
@@ -187,8 +189,7 @@ def sampled(
 
     def init_fn(params):
         def unknown(w):
-            dtype = widen(w) if is_real(w) else widen()
-            return jnp.full(jnp.shape(w), jnp.inf, dtype)
+            return jnp.full(jnp.shape(w), jnp.inf, diagonal_dtype(w))
 
         error = jax.tree.map(unknown, params) if standard_error else None
         return SampledState(key=key_data(key), standard_error=error)

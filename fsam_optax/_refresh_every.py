@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_count, check_params, check_transformation, is_real
-from fsam_optax._norms import widen
+from fsam_optax._checks import check_count, check_params, check_transformation
+from fsam_optax._estimation import diagonal_dtype
 
 
 class RefreshEveryState(NamedTuple):
@@ -65,8 +65,7 @@ def refresh_every(
 
     def init_fn(params):
         def zeros(w):
-            dtype = widen(w) if is_real(w) else widen()
-            return jnp.zeros(jnp.shape(w), dtype)
+            return jnp.zeros(jnp.shape(w), diagonal_dtype(w))
 
         return RefreshEveryState(
             age=jnp.zeros([], jnp.int32),

@@ -1,6 +1,20 @@
 """Slow, obvious versions of everything, in NumPy float64 on flat dictionaries."""
 
+import contextlib
+
+import jax
 import numpy as np
+
+
+@contextlib.contextmanager
+def x64():
+    """Computes in float64."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def f64(tree):

@@ -235,7 +235,7 @@ def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
     ours = equations(jax.make_jaxpr(step)(params, tx.init(params)).jaxpr)
     theirs = equations(jax.make_jaxpr(hand)(params, BASE.init(params)).jaxpr)
     # jax 0.7 writes a few more of ours.
-    assert ours < 4.5 * theirs
+    assert ours < (4 if jax.__version_info__ >= (0, 8) else 4.5) * theirs
 
 
 def test_metrics_can_be_left_out():

@@ -1059,6 +1059,26 @@ def test_fault_32_float32_leaves_stay_float32_in_x64(x64):
     assert (error["k"].dtype, error["b"].dtype) == (jnp.float32, jnp.float64)
 
 
+def test_fault_32_leaves_that_hold_no_reals_give_float32_in_x64(x64):
+    params = {"k": PARAMS["k"].astype(jnp.float32), "n": jnp.arange(3)}
+    drawn = fisher_i1(
+        lambda params, x: jnp.tanh(x @ params["k"]),
+        categorical,
+        key=jax.random.key(0),
+        num_samples=2,
+        standard_error=True,
+    )
+    for estimator in (squared_gradient(), drawn, refresh_every(2, drawn)):
+        initial = estimator.init(params)
+        found = estimator.update(params, initial, params, batch=(X, Y))
+        floats = (
+            x
+            for x in jax.tree.leaves((initial, found))
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        )
+        assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
 def test_fault_32_engine_under_debug_nans():
     # Op by op: no intermediate value may be NaN, even where it would be left out.
     def loss(params, x):

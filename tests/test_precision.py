@@ -1,6 +1,5 @@
 """Half precision, float64 and the scale of the loss."""
 
-import contextlib
 import functools
 
 import jax
@@ -190,14 +189,6 @@ def estimates(params, batch):
     return {name: diagonal(e, params, batch) for name, e in ESTIMATORS.items()}
 
 
-@contextlib.contextmanager
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
 @pytest.fixture(scope="module")
 def reference():
     """Returns `run(dtype)`: the diagonals, and those in float64 of the same numbers."""
@@ -207,7 +198,7 @@ def reference():
         x, y = data(2048, 4, 3)
         params, x = cast(small, dtype), x.astype(dtype)
         half = jax.tree.map(np.asarray, estimates(params, (x, y)))
-        with float64():
+        with oracles.x64():
             wide = jax.tree.map(lambda w: jnp.asarray(np.float64(w)), (params, x))
             full = jax.tree.map(np.asarray, estimates(wide[0], (wide[1], y)))
         return half, full
