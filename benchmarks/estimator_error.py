@@ -44,8 +44,8 @@ def network(activation):
 
     def apply(params, x):
         for layer in params[:-1]:
-            x = activation(x @ layer["kernel"] + layer["bias"])
-        return x @ params[-1]["kernel"] + params[-1]["bias"]
+            x = activation(x @ layer["kernel"] + layer["bias"][None])
+        return x @ params[-1]["kernel"] + params[-1]["bias"][None]
 
     return apply, params
 

@@ -366,6 +366,45 @@ def test_greedy_translation_says_the_likeliest_next_word(script):
     np.testing.assert_array_equal(outputs, logits.argmax(-1))
 
 
+# Costs, and what has no test of its own.
+
+
+def numbers(tree):
+    """Returns all numbers in a tree of JSON."""
+    if isinstance(tree, dict | list):
+        parts = tree.values() if isinstance(tree, dict) else tree
+        return [x for part in parts for x in numbers(part)]
+    return [tree] if isinstance(tree, int | float) else []
+
+
+@pytest.mark.parametrize("name", ["fisher_cost", "step_time", "growth"])
+def test_costs_in_smoke_mode(script, tmp_path, name):
+    module = script(name)
+    file, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    drawn = ["--figure", str(figure)] if name == "growth" else []
+    module.main(["--smoke", "--out", str(file), *drawn])
+    results = json.loads(file.read_text())["results"]
+    if name == "growth":
+        assert figure.stat().st_size > 10_000
+        results = {k: v for points in results.values() for k, v in points.items()}
+    for facts in results.values():
+        first, *others = facts.values()
+        assert first["ratio"] == 1 and len(others) > 4
+        for row in facts.values():
+            assert row["ratio"] > 0 and row["trace_s"] > 0 and row["compile_s"] > 0
+
+
+@pytest.mark.parametrize("name", ["estimator_error", "which_fisher"])
+def test_comparisons_in_smoke_mode(script, tmp_path, capsys, name):
+    module = script(name)
+    file, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    drawn = ["--figure", str(figure)] if name == "which_fisher" else []
+    module.main(["--smoke", "--out", str(file), *drawn])
+    assert "exact" in capsys.readouterr().out
+    found = numbers(json.loads(file.read_text())["results"])
+    assert len(found) > 20 and np.all(np.isfinite(found))
+
+
 # Peers, each in an environment of its own.
 
 
