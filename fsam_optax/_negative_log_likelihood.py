@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from fsam_optax._engine import loss_power_sums
 from fsam_optax._likelihoods import check_model, Likelihood
-from fsam_optax._norms import widen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,28 +60,34 @@ def negative_log_likelihood(
     return NegativeLogLikelihood(apply_fn, likelihood)
 
 
+@dataclasses.dataclass(frozen=True)
 class SquaredScores:
     """An empirical Fisher that is at hand, passed to the estimators to be taken.
 
     Attributes:
         loss: The loss it belongs to.
         diagonal: Mean over examples of the squared gradient of the loss.
-        taken: Whether an estimator has taken it.
     """
 
-    def __init__(self, loss: NegativeLogLikelihood, diagonal: Any):
-        """Holds the diagonal for estimators of the same model and likelihood."""
-        self.loss = loss
-        self.diagonal = diagonal
-        self.taken = False
+    loss: NegativeLogLikelihood
+    diagonal: Any
 
     def take(self, apply_fn: Any, likelihood: Any) -> Any | None:
         """Returns the diagonal if it is that of this model, else None."""
         # Equal, not identical: `model.apply` is a new object at every mention.
-        if self.loss != NegativeLogLikelihood(apply_fn, likelihood):
-            return None
-        self.taken = True
-        return self.diagonal
+        same = self.loss == NegativeLogLikelihood(apply_fn, likelihood)
+        return self.diagonal if same else None
+
+
+class _Taken(Exception):
+    """Tells that an estimator would take the scores, and ends the probe there."""
+
+
+class _Probe(SquaredScores):
+    def take(self, apply_fn, likelihood):
+        if super().take(apply_fn, likelihood) is not None:
+            raise _Taken
+        return None
 
 
 def value_grad_and_scores(
@@ -106,15 +111,10 @@ def takes_scores(
     loss: NegativeLogLikelihood, update: Callable[..., Any], params: Any
 ) -> bool:
     """Tells whether `update(grads, squared_scores=...)` would take the scores."""
-    scores = SquaredScores(loss, None)
-
-    def probe(params):
-        scores.diagonal = jax.tree.map(
-            lambda w: jnp.zeros(jnp.shape(w), widen(w)), params
+    try:
+        jax.eval_shape(
+            lambda params: update(params, squared_scores=_Probe(loss, params)), params
         )
-        result = update(params, squared_scores=scores)
-        scores.diagonal = None  # No tracer may outlive the trace.
-        return result
-
-    jax.eval_shape(probe, params)
-    return scores.taken
+    except _Taken:
+        return True
+    return False

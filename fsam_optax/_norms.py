@@ -96,7 +96,7 @@ def norm(
 
     One pass over the leaves and one sum over devices. Only if the sum of powers left
     the range in which it is accurate (gradients of 1e30, of 1e-30, or 0) is it taken
-    again, with the largest magnitude divided out.
+    again of scaled leaves.
 
     Args:
         leaves: Real arrays. Sharded ones are summed over the devices of `axis_name`.
@@ -119,10 +119,13 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
     powers = total([jnp.sum(_power(x, ord)) for x in leaves], axis_name)
 
     def rescaled():
-        unit = _unit(_largest(leaves, axis_name))
-        scaled = _times(leaves, 1 / unit)
-        powers = total([jnp.sum(_power(x, ord)) for x in scaled], axis_name)
-        return unit * _root(powers, ord)
+        # The branch compiles a second time what it repeats: one pass, not two.
+        squares = _is(ord, 2)
+        unit = _yardstick(powers) if squares else _unit(_largest(leaves, axis_name))
+        scaled = [_times(x, 1 / unit) for x in leaves]
+        return unit * _root(
+            total([jnp.sum(_power(x, ord)) for x in scaled], axis_name), ord
+        )
 
     return jax.lax.cond(_in_range(powers), lambda: _root(powers, ord), rescaled)
 
@@ -131,12 +134,26 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
 _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=True)
 
 
-def _times(leaves: list[jax.Array], factor: jax.Array) -> list[jax.Array]:
-    """Multiplies by a factor, so that the square is taken of the product.
+def _yardstick(squares: jax.Array) -> jax.Array:
+    """Returns a unit of length in which vectors of that sum of squares are in range.
 
-    Of a constant, compilers would square the factors, which may leave their range.
+    A power of 2, so that scaling is exact: the largest exponent goes down, or the
+    smallest up, by two thirds of the range, and neither it nor what matters beside it
+    leaves the range when squared, for up to 2^42 elements in float32.
     """
-    return jax.lax.optimization_barrier([x * factor for x in leaves])
+    far = 2.0 ** (jnp.finfo(squares.dtype).maxexp * 2 // 3)
+    near = jnp.where(_in_range(squares), 1.0, far)
+    return jnp.where(squares < 1, 1 / near, near).astype(squares.dtype)
+
+
+def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiplies by a factor, so that products are taken of what comes out.
+
+    Without the clamp, which changes nothing that is finite, compilers may multiply the
+    factors first, or the elements, and those products may leave their range.
+    """
+    big = jnp.finfo(x.dtype).max
+    return jax.lax.clamp(-big, x * factor, big)
 
 
 def _largest(leaves: list[jax.Array], axis_name: AxisName) -> jax.Array:
@@ -175,19 +192,21 @@ def _norm_and_cosine(
     squares = total([jnp.sum(x * x) for x, _ in pairs], axis_name)
     products = total([jnp.sum(x * y) for x, y in pairs], axis_name)
 
+    def cosine(products, x_norm, y_norm):
+        return products / (divisor(x_norm) * divisor(y_norm))
+
     def plain():
         x_norm = jnp.sqrt(squares)
-        return x_norm, products / (divisor(x_norm) * divisor(y_length))
+        return x_norm, cosine(products, x_norm, y_length)
 
     def rescaled():
-        unit = _unit(_largest([x for x, _ in pairs], axis_name))
-        first, second = Reciprocal.of(y_length)
-        xs = _times([x for x, _ in pairs], 1 / unit)
-        ys = _times(_times([y for _, y in pairs], first), second)
+        x_unit, y_unit = _yardstick(squares), _yardstick(y_length * y_length)
+        xs = [_times(x, 1 / x_unit) for x, _ in pairs]
+        ys = [_times(y, 1 / y_unit) for _, y in pairs]
         x_norm = jnp.sqrt(total([jnp.sum(x * x) for x in xs], axis_name))
         terms = [jnp.sum(x * y) for x, y in zip(xs, ys, strict=True)]
         products = total(terms, axis_name)
-        return unit * x_norm, products / divisor(x_norm)
+        return x_unit * x_norm, cosine(products, x_norm, y_length / y_unit)
 
     in_range = _in_range(squares) & _in_range(y_length * y_length)
     return jax.lax.cond(in_range, plain, rescaled)
