@@ -7,6 +7,7 @@ that what else the machine does meanwhile falls on both.
 import json
 import pathlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -149,9 +150,38 @@ def compiled(fn: Callable, *args: Any, **options: Any) -> tuple[Any, dict[str, f
     }
 
 
+def passes(program: Any, shape: tuple[int, ...]) -> int:
+    """Counts how often the program reads or writes float32 arrays of a shape.
+
+    In its main line: what happens in branches and loops does not count.
+    """
+    text = program.as_text()
+    entry = text[text.index("\nENTRY") :]
+    wanted = f"f32[{','.join(map(str, shape))}]"
+    moved, found = 0, {}
+    for line in entry.splitlines():
+        made = re.match(r"\s+(?:ROOT )?(%\S+) = (\S+) ([\w-]+)\((.*)", line)
+        if not made:
+            continue
+        name, kind, operation, rest = made.groups()
+        found[name] = kind.startswith(wanted)
+        # These hand on what is there.
+        if operation in ("parameter", "tuple", "get-tuple-element", "bitcast"):
+            continue
+        operands = re.findall(r"%[\w.-]+", rest.split(")")[0])
+        moved += found[name] + sum(found.get(x, False) for x in operands)
+    return moved
+
+
 def print_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints rows against problems: time, temporaries and compile time."""
-    table = Table(title=f"{title}\ntime, temporaries, tracing and compilation")
+    """Prints rows against problems: time, temporaries, compile time and passes."""
+    legend = "time, temporaries, tracing and compilation"
+    counted = any(
+        "passes" in row for facts in results.values() for row in facts.values()
+    )
+    if counted:
+        legend += "; reads and writes of the largest parameter"
+    table = Table(title=f"{title}\n{legend}")
     table.add_column("")
     for name in results:
         table.add_column(TITLES.get(name, name), justify="right")
@@ -165,6 +195,8 @@ def print_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
             memory = this["temporary_mb"] / (base["temporary_mb"] or 1)
             compile_time = _compile(this) / _compile(base)
             cells.append(f"{this['ratio']:5.2f} {memory:6.1f} {compile_time:5.1f}")
+            if counted:
+                cells[-1] += f" {this['passes']:4d}"
         table.add_row(row, *cells)
     Console(width=60 + 32 * len(results)).print(table)
 

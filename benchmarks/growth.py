@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         for point, make in points.items():
             name = f"{kind} {point}"
             facts = measure(
-                name, make(), OPTIMIZERS["sgd"], options.repeats, ROWS, cycle=1
+                name, make(), OPTIMIZERS["sgd"], options.repeats, ROWS, steps=1
             )
             results[kind][point] = facts
             cells = [f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS]

@@ -86,8 +86,8 @@ def grid_of(method):
     """Returns pairs of radius and learning rate, as many for each method."""
     if method == "base":
         return [(0.0, rate) for rate in BASE_RATES]
-    # ASAM's radius is relative to the weights, and about ten times that of SAM.
-    radii = [(10 if method == "ASAM" else 1) * rho for rho in RADII]
+    # ASAM's radius is relative to the weights, and a few times that of SAM.
+    radii = [(3 if method == "ASAM" else 1) * rho for rho in RADII]
     return list(itertools.product(radii, RATES))
 
 
@@ -367,8 +367,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=pathlib.Path, default=pathlib.Path("data"))
     parser.add_argument("--train-size", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=400, help="base: twice as many")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--tuning-seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--tuning-seeds", type=int, default=8)
     parser.add_argument("--halvings", type=int, default=25, help="of the length")
     parser.add_argument(
         "--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8]

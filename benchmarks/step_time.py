@@ -11,6 +11,7 @@ gradients by hand": SAM written out in seven lines, with no metrics and no safeg
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Callable, Container
 from typing import Any
@@ -18,7 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from cost import compiled, print_table, Problem, PROBLEMS, ratios, save, SMOKE
+from cost import (
+    compiled,
+    passes,
+    print_table,
+    Problem,
+    PROBLEMS,
+    ratios,
+    save,
+    SMOKE,
+)
 
 import fsam_optax as fsam
 
@@ -43,8 +53,14 @@ IN_CONTROL_FLOW = (
     "SAM, every=5, no metrics",
     "SAM, micro_batches=4, no metrics",
 )
-# What `every` and `refresh_every` save shows over whole cycles of steps only.
+# What these save shows over whole cycles of steps only.
 CYCLE = 10
+CYCLIC = (
+    "Fisher SAM, I1 every 10th step, no metrics",
+    "Fisher SAM, exact every 10th step, no metrics",
+    "SAM, every=2, no metrics",
+    "SAM, every=5, no metrics",
+)
 
 
 def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]]:
@@ -172,23 +188,28 @@ def measure(
     optimizer: optax.GradientTransformation,
     repeats: int,
     rows: Container[str] | None = None,
-    cycle: int = CYCLE,
+    steps: int = 2,
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each step, time ratios, compile seconds and temporary megabytes."""
-    runs, facts = {}, {}
+    runs, facts, counts = {}, {}, {}
+    largest = max((x.shape for x in jax.tree.leaves(model.params)), key=math.prod)
     for row, (init, step) in make_steps(model, optimizer).items():
         if rows is not None and row not in rows:
             continue
         carry = jax.tree.map(jnp.array, (model.params, init(model.params)))
         program, facts[row] = compiled(step, *carry, model.batch, donate_argnums=(0, 1))
-        runs[row] = _cycle(program, carry, model.batch, cycle)
+        facts[row]["passes"] = passes(program, largest)
+        counts[row] = CYCLE if row in CYCLIC else steps
+        runs[row] = _training(program, carry, model.batch, counts[row])
     for row, found in ratios(runs, repeats, name).items():
-        facts[row] |= found
+        per_step = counts["base"] / counts[row]
+        facts[row]["ratio"] = found["ratio"] * per_step
+        facts[row]["quartiles"] = [q * per_step for q in found["quartiles"]]
     return facts
 
 
-def _cycle(program, carry, batch, steps):
-    """Returns a function that goes on training for a cycle of steps."""
+def _training(program, carry, batch, steps):
+    """Returns a function that goes on training for some steps."""
     carries = [carry]
 
     def run():
@@ -214,7 +235,7 @@ def leaves(number: int, repeats: int):
     x = jnp.ones((4, 8))
     model = Problem(apply, [layer] * (number // 2), (x, jnp.arange(4)))
     return measure(
-        f"{number} leaves", model, OPTIMIZERS["sgd"], repeats, LEAVES_ROWS, cycle=1
+        f"{number} leaves", model, OPTIMIZERS["sgd"], repeats, LEAVES_ROWS, steps=1
     )
 
 

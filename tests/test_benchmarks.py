@@ -377,6 +377,17 @@ def numbers(tree):
     return [tree] if isinstance(tree, int | float) else []
 
 
+def test_passes_over_an_array_are_counted(script):
+    def fn(x, y):
+        return x + y, jnp.sum(x * x)
+
+    x = jnp.ones((5, 7))
+    program = jax.jit(fn).lower(x, x).compile()
+    # Two reads and a write; one read.
+    assert script("cost").passes(program, (5, 7)) == 4
+    assert script("cost").passes(program, (7, 5)) == 0
+
+
 @pytest.mark.parametrize("name", ["fisher_cost", "step_time", "growth"])
 def test_costs_in_smoke_mode(script, tmp_path, name):
     module = script(name)
