@@ -190,7 +190,7 @@ def make_problem(options: argparse.Namespace, *, tune: bool = False) -> Problem:
         first = len(labels) // 5 if tune else 0
         held_out.append(split[:first])
         rows.append(split[first:])
-    tested = 200 if options.smoke else len(data.test_labels)
+    tested = min(options.test_size or len(data.test_labels), len(data.test_labels))
     every_test_row = [np.arange(tested)] * options.seeds
     if options.batch_size > len(rows[0]):
         raise SystemExit(
@@ -628,7 +628,7 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
     """Returns what a reader needs to repeat a run."""
     packages = ("fsam_optax", "jax", "optax", "flax", "numpy")
     names = (
-        "data train_size label_noise augment model optimizer learning_rate "
+        "data train_size test_size label_noise augment model optimizer learning_rate "
         "weight_decay batch_size epochs seeds rho radius"
     )
     device = jax.devices()[0]
@@ -837,6 +837,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", choices=datasets.NAMES, default="digits")
     add("--data-dir", type=Path, help="folder of the files; default data/<name>")
     add("--train-size", type=positive(int), help="default all, digits 300")
+    add("--test-size", type=positive(int), help="default all")
     add("--label-noise", type=fraction, default=0.0, help="share of wrong labels")
     add(
         "--augment",
@@ -876,7 +877,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(**DIGITS)
         options = parser.parse_args(arguments)
     if options.smoke:
-        options.epochs, options.seeds, options.train_size = 1, 2, 128
+        options.epochs, options.seeds = 1, 2
+        options.train_size, options.test_size = 128, 200
     options.command = shlex.join(["python", sys.argv[0], *arguments])
     options.data_dir = options.data_dir or Path("data") / options.data
     rates = dict.fromkeys(METHODS, LEARNING_RATE[options.optimizer])

@@ -20,6 +20,7 @@ import pathlib
 import platform
 import statistics
 import time
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -53,10 +54,67 @@ def cnn():
     )
 
 
+class Block(nn.Module):
+    """Two convolutions and a shortcut, as in `models.ResNet`."""
+
+    def __init__(self, before, features, stride):
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(before, features, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(features),
+            nn.ReLU(),
+            nn.Conv2d(features, features, 3, padding=1, bias=False),
+            nn.BatchNorm2d(features),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, features, 1, stride, bias=False),
+                nn.BatchNorm2d(features),
+            )
+
+    def forward(self, x):
+        return torch.relu(self.path(x) + self.shortcut(x))
+
+
+def resnet():
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks, before = [], 16
+    for stage in range(4):
+        for block in range(2):
+            stride = 2 if stage and not block else 1
+            blocks.append(Block(before, 16 * 2**stage, stride))
+            before = 16 * 2**stage
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10)]
+    # Fixed BatchNorm statistics.
+    return nn.Sequential(*stem, *blocks, *head).eval()
+
+
+class Transformer(nn.Module):
+    """Two pre-norm encoder blocks over tokens, and a linear layer on their mean."""
+
+    def __init__(self, length=64, width=128, heads=4, vocabulary=1000):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        block = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, tokens):
+        x = self.blocks(self.embedding(tokens) + self.positions)
+        return self.head(self.norm(x).mean(1))
+
+
 PROBLEMS = {
     "mlp": (mlp, (784,), 128),
     "mlp-512": (mlp, (784,), 512),
     "cnn": (cnn, (3, 32, 32), 128),
+    "resnet": (resnet, (3, 32, 32), 32),
+    "transformer": (Transformer, (64,), 32),
 }
 
 
@@ -91,22 +149,29 @@ def diagonals(make, x, y, repeats):
     def with_extension(extension):
         def run():
             model.zero_grad()
-            with backpack(extension()):
+            with backpack(extension):
                 extended_loss(model(x), y).backward()
 
         return run
 
-    runs = {
-        "gradient": gradient,
-        "gradient and empirical (SumGradSquared)": with_extension(
-            extensions.SumGradSquared
-        ),
-        "gradient and one drawn label (DiagGGNMC)": with_extension(
-            extensions.DiagGGNMC
-        ),
-        "gradient and exact (DiagGGNExact)": with_extension(extensions.DiagGGNExact),
-    }
-    return ratios(runs, repeats)
+    runs, failed = {"gradient": gradient}, {}
+    for name, extension in {
+        "gradient and empirical (SumGradSquared)": extensions.SumGradSquared(),
+        "gradient and one drawn label (DiagGGNMC)": extensions.DiagGGNMC(),
+        "gradient and exact (DiagGGNExact)": extensions.DiagGGNExact(),
+    }.items():
+        run = with_extension(extension)
+        try:
+            run()
+            for parameter, value in model.named_parameters():
+                # Layers that it does not know are left out with a warning.
+                if not hasattr(value, extension.savefield):
+                    raise NotImplementedError(f"no diagonal of {parameter}")
+        except Exception as error:
+            failed[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        else:
+            runs[name] = run
+    return {**ratios(runs, repeats), **failed}
 
 
 def steps(make, x, y, repeats, compiled):
@@ -195,26 +260,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="two repeats of one model")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    problems = PROBLEMS
+    problems = {name: PROBLEMS[name] for name in options.models}
     if options.smoke:
         options.repeats, problems = 2, {"mlp": (mlp, (784,), 4)}
     torch.manual_seed(0)
     results = {}
     for name, (make, shape, batch) in problems.items():
         x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
-        results[name] = {"diagonals": diagonals(make, x, y, options.repeats)}
-        for mode in ("eager", "compile"):
+        if make is Transformer:
+            x = torch.randint(1000, (batch, *shape))
+        groups = {
+            "diagonals": partial(diagonals, make, x, y, options.repeats),
+            "steps, eager": partial(steps, make, x, y, options.repeats, False),
+            "steps, compile": partial(steps, make, x, y, options.repeats, True),
+        }
+        results[name] = {}
+        for group, measured in groups.items():
             try:
-                found = steps(make, x, y, options.repeats, mode == "compile")
+                found = measured()
             except Exception as error:  # No compiler on this machine, for instance.
-                found = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-            results[name][f"steps, {mode}"] = found
+                found = {"all": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+            results[name][group] = found
     record = {
         "torch": torch.__version__,
         "threads": options.threads,
@@ -232,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = dict.fromkeys(row for r in results.values() for row in r[group])
         for row in rows:
             cells = [r[group].get(row, "-") for r in results.values()]
-            cells = [f"{c:.2f}" if isinstance(c, float) else c for c in cells]
+            cells = [f"{c:.2f}" if isinstance(c, float) else c[:6] for c in cells]
             table.add_row(f"{group}: {row}", *cells)
     Console(width=120).print(table)
 
