@@ -288,12 +288,15 @@ def main(arguments: list[str] | None = None) -> None:
             except Exception as error:  # No compiler on this machine, for instance.
                 found = {"all": f"failed: {type(error).__name__}: {str(error)[:200]}"}
             results[name][group] = found
+    before = {}
+    if options.out.exists():
+        before = json.loads(options.out.read_text())["results"]
     record = {
         "torch": torch.__version__,
         "threads": options.threads,
         "python": platform.python_version(),
         "repeats": options.repeats,
-        "results": results,
+        "results": {**before, **results},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
