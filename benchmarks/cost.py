@@ -160,16 +160,16 @@ def passes(program: Any, shape: tuple[int, ...]) -> int:
     wanted = f"f32[{','.join(map(str, shape))}]"
     moved, found = 0, {}
     for line in entry.splitlines():
-        made = re.match(r"\s+(?:ROOT )?(%\S+) = (\S+) ([\w-]+)\((.*)", line)
+        made = re.match(r"\s+(?:ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line)
         if not made:
             continue
         name, kind, operation, rest = made.groups()
-        found[name] = kind.startswith(wanted)
+        found[name] = kind.count(wanted)
         # These hand on what is there.
         if operation in ("parameter", "tuple", "get-tuple-element", "bitcast"):
             continue
         operands = re.findall(r"%[\w.-]+", rest.split(")")[0])
-        moved += found[name] + sum(found.get(x, False) for x in operands)
+        moved += found[name] + sum(found.get(x, 0) for x in operands)
     return moved
 
 
@@ -180,7 +180,7 @@ def print_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         "passes" in row for facts in results.values() for row in facts.values()
     )
     if counted:
-        legend += "; reads and writes of the largest parameter"
+        legend += "; reads and writes of arrays like the largest parameter"
     table = Table(title=f"{title}\n{legend}")
     table.add_column("")
     for name in results:
@@ -203,6 +203,20 @@ def print_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _compile(facts):
     return facts["trace_s"] + facts["compile_s"]
+
+
+def finished(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the results that a file holds, if they were made with these settings."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    for name, value in about.items():
+        if record.get(name) != value:
+            raise SystemExit(
+                f"{path} was made with other settings ({name}: {record.get(name)} "
+                f"there, {value} here); name another file in --out"
+            )
+    return record["results"]
 
 
 def save(path: pathlib.Path, key: str, value: Any, **about: Any) -> None:

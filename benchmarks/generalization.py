@@ -562,8 +562,10 @@ def tune(options: argparse.Namespace, file: Path) -> None:
 
     They lie a factor of two apart around --learning-rate and --rho: ten learning rates
     for base, and for the others five learning rates and then, at the best, five radii.
-    The least loss wins: it is less noisy than the accuracy on so few images. Where a
-    choice is the first or last of its row, call again from there.
+    By default the least loss wins, which is less noisy than the accuracy on so few
+    images; not where training to the end makes it larger than that of a network which
+    learnt nothing. Where a choice is the first or last of its row, call again from
+    there.
     """
     problem = make_problem(options, tune=True)
     evaluation = make_evaluation(problem, options)
@@ -591,7 +593,9 @@ def tune(options: argparse.Namespace, file: Path) -> None:
                 texts = TITLES[method], f"{rate:g}", f"{rho:g}", f"{accuracy:.2%}"
                 table.add_row(*texts, f"{loss:.4f}")
                 trials.append((method, rate, rho, accuracy, loss))
-                return loss if math.isfinite(loss) else math.inf
+                if not math.isfinite(loss):
+                    return math.inf
+                return loss if options.select == "loss" else -accuracy
 
             rate, rho = options.learning_rate[method], options.rho.get(method, 0.0)
             reach = 5 if method == "base" else 2
@@ -871,6 +875,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--radius", type=positive(float), default=0.5, help="where to measure the rise")
     add("--out", type=Path, default=Path("results/generalization"))
     add("--tune", action="store_true", help="choose learning rate and rho, then stop")
+    add("--select", choices=("loss", "accuracy"), default="loss", help="with --tune")
     add("--smoke", action="store_true", help="a few steps of everything, for CI")
     options = parser.parse_args(arguments)
     if options.data == "digits":

@@ -18,7 +18,6 @@ Finished parts are kept in the results; the same command goes on from there.
 
 import argparse
 import itertools
-import json
 import pathlib
 from functools import partial
 
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import perceptron
-from cost import save
+from cost import finished, save
 from perceptron import apply, initial, LOSS, MODEL, noisy_labels, oracle, score
 from rich.console import Console
 from rich.progress import Progress
@@ -388,9 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
         for k, v in vars(options).items()
         if not isinstance(v, pathlib.Path) and k != "data"
     }
-    done = (
-        json.loads(options.out.read_text())["results"] if options.out.exists() else {}
-    )
+    done = finished(options.out, about)
 
     def keep(name, method, value):
         done.setdefault(name, {})[method] = value

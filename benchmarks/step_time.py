@@ -190,7 +190,11 @@ def measure(
     rows: Container[str] | None = None,
     steps: int = 2,
 ) -> dict[str, dict[str, Any]]:
-    """Returns, for each step, time ratios, compile seconds and temporary megabytes."""
+    """Returns, for each row, what its step costs.
+
+    Time ratios, of so many steps at once (whole cycles for the cyclic rows), compile
+    seconds, temporary megabytes, and passes over arrays like the largest parameter.
+    """
     runs, facts, counts = {}, {}, {}
     largest = max((x.shape for x in jax.tree.leaves(model.params)), key=math.prod)
     for row, (init, step) in make_steps(model, optimizer).items():

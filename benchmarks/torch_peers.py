@@ -66,6 +66,7 @@ class Block(nn.Module):
             nn.Conv2d(features, features, 3, padding=1, bias=False),
             nn.BatchNorm2d(features),
         )
+        self.relu = nn.ReLU()
         self.shortcut = nn.Sequential()
         if stride > 1:
             self.shortcut = nn.Sequential(
@@ -74,7 +75,7 @@ class Block(nn.Module):
             )
 
     def forward(self, x):
-        return torch.relu(self.path(x) + self.shortcut(x))
+        return self.relu(self.path(x) + self.shortcut(x))
 
 
 def resnet():
@@ -98,7 +99,13 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.02 * torch.randn(length, width))
         block = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            width,
+            heads,
+            4 * width,
+            dropout=0.0,
+            activation=partial(nn.functional.gelu, approximate="tanh"),
+            batch_first=True,
+            norm_first=True,
         )
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
@@ -138,7 +145,7 @@ def diagonals(make, x, y, repeats):
     """Returns the cost of BackPACK's diagonals beside a gradient."""
     from backpack import backpack, extend, extensions
 
-    plain, model = make(), extend(make())
+    plain, model = make(), extend(make(), use_converter=make is resnet).eval()
     loss_fn = nn.CrossEntropyLoss()
     extended_loss = extend(nn.CrossEntropyLoss())
 
@@ -281,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
             "steps, eager": partial(steps, make, x, y, options.repeats, False),
             "steps, compile": partial(steps, make, x, y, options.repeats, True),
         }
-        results[name] = {}
+        results[name] = {"repeats": options.repeats}
         for group, measured in groups.items():
             try:
                 found = measured()
@@ -289,13 +296,12 @@ def main(arguments: list[str] | None = None) -> None:
                 found = {"all": f"failed: {type(error).__name__}: {str(error)[:200]}"}
             results[name][group] = found
     before = {}
-    if options.out.exists():
+    if options.out.exists() and not options.smoke:
         before = json.loads(options.out.read_text())["results"]
     record = {
         "torch": torch.__version__,
         "threads": options.threads,
         "python": platform.python_version(),
-        "repeats": options.repeats,
         "results": {**before, **results},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
-    for group in next(iter(results.values())):
+    for group in groups:
         rows = dict.fromkeys(row for r in results.values() for row in r[group])
         for row in rows:
             cells = [r[group].get(row, "-") for r in results.values()]

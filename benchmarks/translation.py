@@ -13,7 +13,7 @@ Text is in lower case; rare words are unknown to the model, which never says so 
 says another word. BLEU compares greedy translations of the test set of 2016, marks put
 back to their words, with references in lower case. Its signature is in the results.
 
-    python benchmarks/translation.py --data-dir FOLDER    # about an hour, 2 cores
+    python benchmarks/translation.py --data-dir FOLDER
     python benchmarks/translation.py --smoke              # made-up text, to see it run
 
 The folder holds train, val and test_2016_flickr, each as `.de.gz` and `.en.gz`, one
@@ -24,7 +24,6 @@ there.
 import argparse
 import collections
 import gzip
-import json
 import pathlib
 import re
 import statistics
@@ -37,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cost import save
+from cost import finished, save
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -595,20 +594,6 @@ def draw(results, options, path):
     plt.close(fig)
 
 
-def finished(options, about):
-    """Returns the runs that the results hold, if they were made with these settings."""
-    if not options.out.exists():
-        return {}
-    record = json.loads(options.out.read_text())
-    for name, value in about.items():
-        if record[name] != value:
-            raise SystemExit(
-                f"{options.out} was made with other settings ({name}: {record[name]} "
-                f"there, {value} here); name another file in --out"
-            )
-    return record["results"]
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     parser = argparse.ArgumentParser(
@@ -639,7 +624,7 @@ def main(arguments: list[str] | None = None) -> None:
         name: getattr(options, name)
         for name in ("smoke", "gradients", "rounds", "batch", "width", "depth")
     }
-    done = finished(options, about)
+    done = finished(options.out, about)
     corpus = prepare(made_up() if options.smoke else read(options.data_dir))
     words = len(corpus.words)
     model = Model(corpus.source_size, words, options.width, options.depth)

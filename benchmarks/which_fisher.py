@@ -5,8 +5,9 @@ Fisher information, since per-example squares were dear. Here all estimators are
 affordable, so they can be compared: trained on 300 handwritten digits, with right and
 with wrong labels, to the same number of gradients (apart from what a Fisher costs),
 with learning rate and radius chosen for each from a grid of 20 by the accuracy on 700
-others, whose labels are as wrong; and, on one and the same network along its training,
-by the direction of the perturbation and the divergence it reaches.
+others, whose labels are as wrong; and, on networks that the base optimizer has trained
+for more and more steps, by the direction of the perturbation and the divergence it
+reaches.
 
 Relative: T^2 = 1 / (1 + F / mean F). Absolute: T^2 = 1 / (F + damping), whose radius is
 in units of the square root of the divergence.
@@ -19,7 +20,6 @@ A finished method is kept in the results; the same command goes on from there.
 
 import argparse
 import itertools
-import json
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import perceptron
-from cost import save
+from cost import finished, save
 from perceptron import initial, LOSS, MODEL, noisy_labels, oracle, score
 from rich.console import Console
 from rich.table import Table
@@ -166,10 +166,11 @@ def compare(method, noise, data, options):
 
 
 def directions(data, options):
-    """Returns, along the training of the base network, what each F makes of eps.
+    """Returns what each F makes of eps, on networks trained for more and more steps.
 
-    The cosine is with the perturbation that the exact Fisher of the same batch gives;
-    the divergence is the mean over the training images of KL(w || w + eps).
+    The radii are those that most methods choose. The cosine is with the perturbation
+    that the exact Fisher of the same batch gives; the divergence is the mean over the
+    training images of KL(w || w + eps).
     """
     images, labels = jax.tree.map(jnp.asarray, data[0])
     stages = [s for s in (0, 25, 100, 400, 1600) if s <= 4 * options.steps]
@@ -179,7 +180,7 @@ def directions(data, options):
         for stage in stages
     }
     facts = {}
-    for form, rho in (("relative", 0.2), ("absolute", 0.1)):
+    for form, rho in (("relative", 0.4), ("absolute", 0.015)):
         for stage, params in trained.items():
 
             def eps_of(key, name, params=params, form=form, rho=rho):
@@ -250,8 +251,8 @@ def draw(results, path):
         stages = [max(f["steps"], 10) for f in found]
         ax.plot(stages, [f["cosine"] for f in found], ls=style, color=color, label=name)
     ax.set_xscale("log")
-    ax.set_xlabel("steps of training (leftmost: none)")
-    ax.set_ylabel("cosine with eps of the exact Fisher")
+    ax.set_xlabel("steps trained for (leftmost: none)")
+    ax.set_ylabel("relative form: cosine with eps of the exact F")
     ax.legend(fontsize=8, frameon=False)
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,9 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
         (jnp.asarray(x[1000:]), jnp.asarray(y[1000:])),
     )
     about = {k: v for k, v in vars(options).items() if not isinstance(v, pathlib.Path)}
-    done = (
-        json.loads(options.out.read_text())["results"] if options.out.exists() else {}
-    )
+    done = finished(options.out, about)
     console = Console(width=110)
     for noise in options.noise:
         setting = f"noise {noise:g}"
@@ -326,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
                 *cells,
             )
     console.print(table)
-    table = Table(title="Along the training of the base network, relative / absolute")
+    table = Table(title="Networks trained for more and more steps, relative / absolute")
     table.add_column("F")
     stages = [f["steps"] for f in next(iter(done["directions"].values()))]
     for stage in stages:

@@ -22,8 +22,9 @@ class Metrics(NamedTuple):
         perturbed_grad_norm: Euclidean norm of the gradient at w + eps.
         perturbation_norm: Euclidean norm of eps, whatever the geometry, as the loss saw
             it: after w + eps was rounded.
-        gradient_cosine: Cosine of the angle between the two gradients, 0 if one is 0.
-            Near 1, the perturbation changes nothing but the length of the step.
+        gradient_cosine: Cosine of the angle between the two gradients, 0 if one is 0,
+            NaN if one is not finite. Near 1, the perturbation changes nothing but the
+            length of the step.
     """
 
     grad_norm: jax.Array

@@ -60,7 +60,7 @@ def negative_log_likelihood(
     return NegativeLogLikelihood(apply_fn, likelihood)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SquaredScores:
     """An empirical Fisher that is at hand, passed to the estimators to be taken.
 
@@ -79,8 +79,11 @@ class SquaredScores:
         return self.diagonal if same else None
 
 
-class _Taken(Exception):
-    """Tells that an estimator would take the scores, and ends the probe there."""
+class _Taken(BaseException):
+    """Tells that an estimator would take the scores, and ends the probe there.
+
+    No `Exception`, which functions on its way might catch.
+    """
 
 
 class _Probe(SquaredScores):

@@ -96,7 +96,7 @@ def norm(
 
     One pass over the leaves and one sum over devices. Only if the sum of powers left
     the range in which it is accurate (gradients of 1e30, of 1e-30, or 0) is it taken
-    again of scaled leaves.
+    again of scaled leaves; under `jax.vmap`, always.
 
     Args:
         leaves: Real arrays. Sharded ones are summed over the devices of `axis_name`.
@@ -119,7 +119,8 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
     powers = total([jnp.sum(_power(x, ord)) for x in leaves], axis_name)
 
     def rescaled():
-        # The branch compiles a second time what it repeats: one pass, not two.
+        # Not the largest magnitude where a fixed unit will do: what stands in the
+        # branch takes time to compile, though it hardly ever runs.
         squares = _is(ord, 2)
         unit = _yardstick(powers) if squares else _unit(_largest(leaves, axis_name))
         scaled = [_times(x, 1 / unit) for x in leaves]
@@ -137,9 +138,10 @@ _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=Tru
 def _yardstick(squares: jax.Array) -> jax.Array:
     """Returns a unit of length in which vectors of that sum of squares are in range.
 
-    A power of 2, so that scaling is exact: the largest exponent goes down, or the
-    smallest up, by two thirds of the range, and neither it nor what matters beside it
-    leaves the range when squared, for up to 2^42 elements in float32.
+    1, or a power of 2, so that scaling is exact: magnitudes move by two thirds of the
+    largest exponent, down from overflow or up from underflow. Then neither the largest
+    nor what matters beside it leaves the range when squared, for up to 2^42 elements
+    in float32.
     """
     far = 2.0 ** (jnp.finfo(squares.dtype).maxexp * 2 // 3)
     near = jnp.where(_in_range(squares), 1.0, far)
@@ -149,8 +151,9 @@ def _yardstick(squares: jax.Array) -> jax.Array:
 def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies by a factor, so that products are taken of what comes out.
 
-    Without the clamp, which changes nothing that is finite, compilers may multiply the
-    factors first, or the elements, and those products may leave their range.
+    Without the clamp, compilers may multiply the factors first, or the elements, and
+    those products may leave their range. It turns infinities into finite numbers, whose
+    squares overflow again.
     """
     big = jnp.finfo(x.dtype).max
     return jax.lax.clamp(-big, x * factor, big)
@@ -168,7 +171,9 @@ def norm_and_cosine(
     y_norm: jax.Array,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the Euclidean norm of xs, and the cosine of its angle with ys, if not 0.
+    """Returns the Euclidean norm of xs, and the cosine of its angle with ys.
+
+    The cosine is 0 where a vector is 0, and NaN where a norm is not finite.
 
     Args:
         xs: Real arrays.
@@ -206,7 +211,10 @@ def _norm_and_cosine(
         x_norm = jnp.sqrt(total([jnp.sum(x * x) for x in xs], axis_name))
         terms = [jnp.sum(x * y) for x, y in zip(xs, ys, strict=True)]
         products = total(terms, axis_name)
-        return x_unit * x_norm, cosine(products, x_norm, y_length / y_unit)
+        angle = cosine(products, x_norm, y_length / y_unit)
+        x_norm = x_unit * x_norm
+        finite = jnp.isfinite(x_norm) & jnp.isfinite(y_length)
+        return x_norm, jnp.where(finite, angle, jnp.nan)
 
     in_range = _in_range(squares) & _in_range(y_length * y_length)
     return jax.lax.cond(in_range, plain, rescaled)

@@ -282,6 +282,19 @@ def test_fault_05_metrics_of_huge_gradients():
     np.testing.assert_allclose(state.metrics.gradient_cosine, 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("grads", [GRADS, zeros(GRADS)])
+def test_fault_05_metrics_of_gradients_that_are_not_finite(bad, grads):
+    """A clamp against overflow must not make a finite cosine out of infinities."""
+
+    def grad_fn(params):
+        return jax.tree.map(lambda w: w.at[0].set(bad), params)
+
+    _, state = step(sam(optax.sgd(0.1), 0.5), grads=grads, grad_fn=grad_fn)
+    assert not jnp.isfinite(state.metrics.perturbed_grad_norm)
+    assert jnp.isnan(state.metrics.gradient_cosine)
+
+
 @SOME
 def test_fault_06_half_precision_squares_overflow(geometry):
     grads = {"k": jnp.full((20, 50), 300, jnp.float16), "b": jnp.ones(3, jnp.float16)}
