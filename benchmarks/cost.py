@@ -150,6 +150,12 @@ def compiled(fn: Callable, *args: Any, **options: Any) -> tuple[Any, dict[str, f
     }
 
 
+HANDING_ON = (
+    *("parameter", "tuple", "get-tuple-element", "bitcast"),
+    *("conditional", "while", "call"),
+)
+
+
 def passes(program: Any, shape: tuple[int, ...]) -> int:
     """Counts how often the program reads or writes float32 arrays of a shape.
 
@@ -165,8 +171,7 @@ def passes(program: Any, shape: tuple[int, ...]) -> int:
             continue
         name, kind, operation, rest = made.groups()
         found[name] = kind.count(wanted)
-        # These hand on what is there.
-        if operation in ("parameter", "tuple", "get-tuple-element", "bitcast"):
+        if operation in HANDING_ON:
             continue
         operands = re.findall(r"%[\w.-]+", rest.split(")")[0])
         moved += found[name] + sum(found.get(x, 0) for x in operands)

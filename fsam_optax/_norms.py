@@ -123,7 +123,7 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
         # branch takes time to compile, though it hardly ever runs.
         squares = _is(ord, 2)
         unit = _yardstick(powers) if squares else _unit(_largest(leaves, axis_name))
-        scaled = [_times(x, 1 / unit) for x in leaves]
+        scaled = _times(leaves, 1 / unit)
         return unit * _root(
             total([jnp.sum(_power(x, ord)) for x in scaled], axis_name), ord
         )
@@ -148,15 +148,14 @@ def _yardstick(squares: jax.Array) -> jax.Array:
     return jnp.where(squares < 1, 1 / near, near).astype(squares.dtype)
 
 
-def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+def _times(leaves: list[jax.Array], factor: jax.Array) -> list[jax.Array]:
     """Multiplies by a factor, so that products are taken of what comes out.
 
-    Without the clamp, compilers may multiply the factors first, or the elements, and
-    those products may leave their range. It turns infinities into finite numbers, whose
-    squares overflow again.
+    Without the barrier, compilers may multiply the factors first, or the elements, and
+    those products may leave their range. A clamp would do too, but XLA on a CPU does
+    not fuse it with a sum, and sets memory aside for it.
     """
-    big = jnp.finfo(x.dtype).max
-    return jax.lax.clamp(-big, x * factor, big)
+    return jax.lax.optimization_barrier([x * factor for x in leaves])
 
 
 def _largest(leaves: list[jax.Array], axis_name: AxisName) -> jax.Array:
@@ -206,8 +205,8 @@ def _norm_and_cosine(
 
     def rescaled():
         x_unit, y_unit = _yardstick(squares), _yardstick(y_length * y_length)
-        xs = [_times(x, 1 / x_unit) for x, _ in pairs]
-        ys = [_times(y, 1 / y_unit) for _, y in pairs]
+        xs = _times([x for x, _ in pairs], 1 / x_unit)
+        ys = _times([y for _, y in pairs], 1 / y_unit)
         x_norm = jnp.sqrt(total([jnp.sum(x * x) for x in xs], axis_name))
         terms = [jnp.sum(x * y) for x, y in zip(xs, ys, strict=True)]
         products = total(terms, axis_name)

@@ -209,6 +209,13 @@ def test_no_more_passes_and_memory_than_by_hand(name, more_passes, copies, front
             assert passes(program) <= passes(yardstick) + more_passes
 
 
+def test_the_branch_that_saves_a_norm_sets_no_memory_aside():
+    grads = jnp.ones((784, 512), jnp.float32)
+    ball = euclidean_ball(0.05)
+    program = jax.jit(lambda g: ball.update(g, ball.init(g))).lower(grads).compile()
+    assert temporaries(program) < 0.1 * grads.nbytes
+
+
 @functools.cache
 def yardstick_program():
     return compiled(by_hand, BASE.init(PARAMS))
