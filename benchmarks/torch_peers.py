@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
-    for group in groups:
+    for group in ("diagonals", "steps, eager", "steps, compile"):
         rows = dict.fromkeys(row for r in results.values() for row in r[group])
         for row in rows:
             cells = [r[group].get(row, "-") for r in results.values()]

@@ -498,10 +498,12 @@ def tries(method, results):
 
 def best(method, pairs, results):
     """Returns the pair with the greatest accuracy."""
-    return max(
-        pairs,
-        key=lambda pair: results[name_of(method, *pair, 0)]["validation accuracy"][-1],
-    )
+
+    def accuracy(pair):
+        rho, rate = pair
+        return results[name_of(method, rho, rate, 0)]["validation accuracy"][-1]
+
+    return max(pairs, key=accuracy)
 
 
 def chosen(method, results):
@@ -511,8 +513,9 @@ def chosen(method, results):
 
 def runs_of(method, results, options):
     """Returns the runs of the chosen pair, one for each seed."""
-    pair = chosen(method, results)
-    return [results[name_of(method, *pair, seed)] for seed in range(options.seeds)]
+    rho, rate = chosen(method, results)
+    names = (name_of(method, rho, rate, seed) for seed in range(options.seeds))
+    return [results[name] for name in names]
 
 
 def print_tables(results, options, console):
