@@ -209,6 +209,9 @@ def test_no_more_passes_and_memory_than_by_hand(name, more_passes, copies, front
             assert passes(program) <= passes(yardstick) + more_passes
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA kept a scaled copy in jax 0.7"
+)
 def test_the_branch_that_saves_a_norm_sets_no_memory_aside():
     grads = jnp.ones((784, 512), jnp.float32)
     ball = euclidean_ball(0.05)
