@@ -246,6 +246,20 @@ def print_tables(results, data_name, noises, console):
             cells = (f"{mean:.{digits}f} ± {error:.{digits}f}" for mean, error in pairs)
             table.add_row(method, *cells)
         console.print(table)
+    for other in ("base", "SAM"):
+        table = Table(title=f"{data_name}, points over {other} on the same seeds")
+        table.add_column("method")
+        for noise in noises:
+            table.add_column(f"{noise:.0%} wrong", justify="right")
+        for method in settings[0]:
+            cells = []
+            for facts in settings:
+                if other in facts:
+                    pair = (np.array(facts[m]["accuracy"]) for m in (method, other))
+                    mean, error = mean_and_error(np.subtract(*pair), 100)
+                    cells.append(f"{mean:+.1f} ± {error:.1f}")
+            table.add_row(method, *cells)
+        console.print(table)
     table = Table(title="chosen: learning rate, rho")
     table.add_column("method")
     for noise in noises:

@@ -212,6 +212,12 @@ def directions(data, options):
     return facts
 
 
+def cell(values, form):
+    """Writes the mean and its standard error."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):{form}} ± {error:{form.lstrip('+')}}"
+
+
 def draw(results, path):
     """Draws accuracies, and the cosines along training."""
     import matplotlib.pyplot as plt
@@ -288,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     about = {k: v for k, v in vars(options).items() if not isinstance(v, pathlib.Path)}
     done = finished(options.out, about)
-    console = Console(width=110)
+    console = Console(width=130)
     for noise in options.noise:
         setting = f"noise {noise:g}"
         for method in methods:
@@ -307,16 +313,23 @@ def main(arguments: list[str] | None = None) -> None:
         "learning rate",
         "rho",
         "accuracy, %",
+        "over base",
+        "over SAM",
         "loss",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for noise in options.noise:
-        for method, facts in done[f"noise {noise:g}"].items():
-            cells = []
-            for values in (100 * np.array(facts["accuracy"]), np.array(facts["loss"])):
-                error = values.std(ddof=1) / len(values) ** 0.5
-                digits = 1 if values is not None and values.max() > 10 else 3
-                cells.append(f"{values.mean():.{digits}f} ± {error:.{digits}f}")
+        setting = f"noise {noise:g}"
+        for method, facts in done[setting].items():
+            accuracy = np.array(facts["accuracy"])
+            # On the same seeds, so that what they share cancels.
+            over = [
+                cell(100 * (accuracy - done[setting][other]["accuracy"]), "+.1f")
+                if other in done[setting]
+                else "-"
+                for other in ("base", "SAM")
+            ]
+            cells = cell(100 * accuracy, ".1f"), *over, cell(facts["loss"], ".3f")
             table.add_row(
                 method,
                 f"{noise:.0%}",
