@@ -84,10 +84,10 @@ def replica_index(
     return {"replica": replica}
 
 
-def axes_of_shards(params: Any) -> tuple[Hashable, ...]:
-    """Returns the axes over which parameters are known to be sharded by hand."""
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(params)))
-    return tuple(sorted(axes, key=str))
+def axes_of_shards(tree: Any, but: AxisName = None) -> tuple[Hashable, ...]:
+    """Returns the axes over which a leaf is known to differ, but for those named."""
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    return tuple(sorted(axes.difference(_names(but)), key=str))
 
 
 def is_key(x: Any) -> bool:

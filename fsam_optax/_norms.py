@@ -1,13 +1,18 @@
 """Norms over pytrees, in float32 or wider, that neither overflow nor underflow."""
 
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._mapped_axes import axes_over_which_differs, AxisName
+from fsam_optax._mapped_axes import (
+    axes_of_shards,
+    axes_over_which_differs,
+    AxisName,
+    vary,
+)
 
 
 def widen(*arrays: Any) -> jnp.dtype:
@@ -96,7 +101,7 @@ def norm(
 
     One pass over the leaves and one sum over devices. Only if the sum of powers left
     the range in which it is accurate (gradients of 1e30, of 1e-30, or 0) is it taken
-    again of scaled leaves; under `jax.vmap`, always.
+    again of scaled leaves; under `jax.vmap`, if one of the sums did.
 
     Args:
         leaves: Real arrays. Sharded ones are summed over the devices of `axis_name`.
@@ -116,22 +121,21 @@ def norm(
 def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
     dtype = widen(*leaves)
     leaves = [x.astype(dtype) for x in leaves]
-    powers = total([jnp.sum(_power(x, ord)) for x in leaves], axis_name)
 
-    def rescaled():
-        # Not the largest magnitude where a fixed unit will do: what stands in the
-        # branch takes time to compile, though it hardly ever runs.
-        squares = _is(ord, 2)
-        unit = _yardstick(powers) if squares else _unit(_largest(leaves, axis_name))
-        scaled = _times(leaves, 1 / unit)
-        return unit * _root(
-            total([jnp.sum(_power(x, ord)) for x in scaled], axis_name), ord
-        )
+    def powers(leaves, unit):
+        terms = [jnp.sum(_power(x * (1 / unit), ord)) for x in leaves]
+        return [total(terms, axis_name)]
 
-    return jax.lax.cond(_in_range(powers), lambda: _root(powers, ord), rescaled)
+    if isinstance(ord, int | float) and ord <= 2:
+        (found,), unit = _in_range_sums(powers, 1, axis_name, leaves)
+    else:
+        # Higher powers may leave their range in any unit but this.
+        unit = _unit(jax.lax.stop_gradient(_largest(leaves, axis_name)))
+        (found,) = powers(leaves, unit)
+    return unit * _root(found, ord)
 
 
-# As a unit: on its own, `lax.cond` compiles anew at every call outside of jit.
+# As a unit: on its own, a loop compiles anew at every call outside of jit.
 _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=True)
 
 
@@ -148,14 +152,51 @@ def _yardstick(squares: jax.Array) -> jax.Array:
     return jnp.where(squares < 1, 1 / near, near).astype(squares.dtype)
 
 
-def _times(leaves: list[jax.Array], factor: jax.Array) -> list[jax.Array]:
-    """Multiplies by a factor, so that products are taken of what comes out.
+Sums = Callable[[Any, jax.Array], list[jax.Array]]
 
-    Without the barrier, compilers may multiply the factors first, or the elements, and
-    those products may leave their range. A clamp would do too, but XLA on a CPU does
-    not fuse it with a sum, and sets memory aside for it.
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _in_range_sums(
+    sums: Sums, number: int, axis_name: AxisName, leaves: Any
+) -> tuple[list[jax.Array], jax.Array]:
+    """Returns `sums(leaves, unit)` and the unit of length: 1 if the first is in range.
+
+    A loop of one round, or two. A branch instead of the second round would hold the
+    sums once more, which takes as long to compile though it hardly ever runs.
+
+    Args:
+        sums: Sums over leaves divided by the unit, the first one of their squares or
+            of lower powers.
+        number: How many sums.
+        axis_name: The axes that the sums are taken over.
+        leaves: Arrays of one dtype.
     """
-    return jax.lax.optimization_barrier([x * factor for x in leaves])
+    dtype = jax.tree.leaves(leaves)[0].dtype
+    one = vary(jnp.ones([], dtype), axes_of_shards(leaves, axis_name))
+    start = jnp.zeros([], jnp.int32), one, [one] * number
+    # Compilers that know what the leaves are (one number, for instance) may multiply
+    # it by itself before it meets the unit, and that product may leave its range. One
+    # barrier each: what comes out of one is typed as varying over the axes of all.
+    leaves = jax.tree.map(jax.lax.optimization_barrier, leaves)
+
+    def unfinished(state):
+        rounds, _, (first, *_) = state
+        return (rounds == 0) | ((rounds == 1) & ~_in_range(first))
+
+    def evaluate(state):
+        rounds, _, (first, *_) = state
+        unit = _yardstick(first)
+        return rounds + 1, unit, sums(leaves, unit)
+
+    _, unit, found = jax.lax.while_loop(unfinished, evaluate, start)
+    return found, unit
+
+
+@_in_range_sums.defjvp
+def _in_range_sums_jvp(sums, number, axis_name, primals, tangents):
+    found, unit = _in_range_sums(sums, number, axis_name, *primals)
+    _, change = jax.jvp(lambda leaves: sums(leaves, unit), primals, tangents)
+    return (found, unit), (change, jnp.zeros_like(unit))
 
 
 def _largest(leaves: list[jax.Array], axis_name: AxisName) -> jax.Array:
@@ -192,28 +233,22 @@ def _norm_and_cosine(
 ) -> tuple[jax.Array, jax.Array]:
     dtype = widen(*jax.tree.leaves(pairs))
     pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
-    y_length = y_norm.astype(dtype)
-    squares = total([jnp.sum(x * x) for x, _ in pairs], axis_name)
-    products = total([jnp.sum(x * y) for x, y in pairs], axis_name)
+    y_norm = y_norm.astype(dtype)
+    y_unit = _yardstick(y_norm * y_norm)
 
-    def cosine(products, x_norm, y_norm):
-        return products / (divisor(x_norm) * divisor(y_norm))
+    def factor(x_unit, y_unit):
+        return _unit((1 / x_unit) * (1 / y_unit))
 
-    def plain():
-        x_norm = jnp.sqrt(squares)
-        return x_norm, cosine(products, x_norm, y_length)
+    # x as it is in the products: were it scaled there too, XLA on a CPU would set
+    # memory aside for what both sums have in common.
+    def sums(operands, x_unit):
+        pairs, y_unit = operands
+        squares = [jnp.sum(_power(x * (1 / x_unit), 2)) for x, _ in pairs]
+        products = [jnp.sum(x * (y * factor(x_unit, y_unit))) for x, y in pairs]
+        return [total(squares, axis_name), total(products, axis_name)]
 
-    def rescaled():
-        x_unit, y_unit = _yardstick(squares), _yardstick(y_length * y_length)
-        xs = _times([x for x, _ in pairs], 1 / x_unit)
-        ys = _times([y for _, y in pairs], 1 / y_unit)
-        x_norm = jnp.sqrt(total([jnp.sum(x * x) for x in xs], axis_name))
-        terms = [jnp.sum(x * y) for x, y in zip(xs, ys, strict=True)]
-        products = total(terms, axis_name)
-        angle = cosine(products, x_norm, y_length / y_unit)
-        x_norm = x_unit * x_norm
-        finite = jnp.isfinite(x_norm) & jnp.isfinite(y_length)
-        return x_norm, jnp.where(finite, angle, jnp.nan)
-
-    in_range = _in_range(squares) & _in_range(y_length * y_length)
-    return jax.lax.cond(in_range, plain, rescaled)
+    (squares, products), x_unit = _in_range_sums(sums, 2, axis_name, (pairs, y_unit))
+    x_norm = x_unit * jnp.sqrt(squares)
+    cosine = products / divisor(x_norm * (y_norm * factor(x_unit, y_unit)))
+    finite = jnp.isfinite(x_norm) & jnp.isfinite(y_norm)
+    return x_norm, jnp.where(finite, cosine, jnp.nan)

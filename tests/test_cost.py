@@ -26,6 +26,7 @@ from fsam_optax import (
     squared_gradient,
     value_and_grad,
 )
+from fsam_optax._engine._jaxpr import Dataflow
 
 
 SIZES = (96, 160, 128, 10)
@@ -210,9 +211,9 @@ def test_no_more_passes_and_memory_than_by_hand(name, more_passes, copies, front
 
 
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA kept a scaled copy in jax 0.7"
+    jax.__version_info__ < (0, 10), reason="XLA wrote squares down in jax 0.7"
 )
-def test_the_branch_that_saves_a_norm_sets_no_memory_aside():
+def test_the_loop_of_a_norm_sets_no_memory_aside():
     grads = jnp.ones((784, 512), jnp.float32)
     ball = euclidean_ball(0.05)
     norm = jax.jit(lambda g: ball.update(g, ball.init(g))[1].dual_norm)
@@ -261,3 +262,38 @@ def test_metrics_can_be_left_out():
     f = value_and_grad(loss, euclidean_ball(0.05), metrics=False, micro_batches=2)
     _, _, state = f(PARAMS, f.init(PARAMS), BATCH)
     assert state.metrics is None and state.sharpness > 0
+
+
+def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch):
+    """However deep the model is: tracing takes as long a layer."""
+    looks = 0
+    varies = Dataflow.varies
+
+    def counted(self, v):
+        nonlocal looks
+        looks += 1
+        return varies(self, v)
+
+    monkeypatch.setattr(Dataflow, "varies", counted)
+
+    def looks_at(depth):
+        nonlocal looks
+        params = [{"w": jnp.eye(4), "k": jnp.ones((3, 4, 4)), "b": jnp.ones(4)}] * depth
+
+        def apply_fn(params, x):
+            for layer in params:
+                x = jnp.tanh(x @ layer["w"] + layer["b"][None, None])
+                x = x + jax.lax.conv_general_dilated(
+                    x, layer["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+                )
+            return x[:, 0]
+
+        estimator = fisher_empirical(apply_fn, categorical)
+        batch = jnp.ones((2, 5, 4)), jnp.arange(2)
+        looks = 0
+        jax.eval_shape(
+            lambda p: estimator.update(p, estimator.init(p), p, batch=batch), params
+        )
+        return looks
+
+    assert 0 < looks_at(24) < 2.2 * looks_at(12)
