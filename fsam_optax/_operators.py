@@ -19,7 +19,7 @@ from fsam_optax._checks import (
     movable,
 )
 from fsam_optax._mapped_axes import AxisName
-from fsam_optax._norms import divisor, norm, scaled_norm, total, widen
+from fsam_optax._norms import norm, scaled_norm, total, widen
 
 
 _BIASES = frozenset({"bias", "b", "beta", "offset"})
@@ -131,10 +131,8 @@ def fisher(
 
         def inverse_root(f):
             metric = 1 + (eta * unit) * f if damping is None else unit * f + damping
-            root = 1 / jnp.sqrt(divisor(metric))
-            return jnp.where(
-                jnp.isfinite(metric), jnp.where(metric > 0, root, 0), jnp.nan
-            )
+            root = 1 / jnp.sqrt(jnp.where(metric == 0, jnp.inf, metric))
+            return jnp.where(metric < jnp.inf, root, jnp.nan)
 
         return jax.tree.map(inverse_root, diagonal), state
 

@@ -91,6 +91,7 @@ class Dataflow:
         """Takes the jaxpr and those of its inputs that differ between examples."""
         self.jaxpr = jaxpr
         self.producer = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        self._order = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
         self.varying = set(varying)
         self.uses: dict[Any, int] = {}
         for v in [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]:
@@ -126,12 +127,22 @@ class Dataflow:
     def ancestors(self, roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
         """Returns the variables that `roots` are computed from, and themselves."""
         stop = {v for v in stop if not isinstance(v, Literal)}
-        found = {v for v in roots if not isinstance(v, Literal)} - stop
-        for eqn in reversed(self.jaxpr.eqns):
-            if not found.isdisjoint(eqn.outvars):
-                inputs = (v for v in eqn.invars if not isinstance(v, Literal))
-                found.update(v for v in inputs if v not in stop)
+        found: set[Any] = set()
+        pending = list(roots)
+        while pending:
+            v = pending.pop()
+            if isinstance(v, Literal) or v in found or v in stop:
+                continue
+            found.add(v)
+            if v in self.producer:
+                pending += self.producer[v].invars
         return found
+
+    def equations(self, made: Iterable[Any]) -> list[Any]:
+        """Returns the equations that produce these variables, in their order."""
+        eqns = [self.producer[v] for v in made if v in self.producer]
+        unique = {self._order[id(eqn)]: eqn for eqn in eqns}
+        return [unique[i] for i in sorted(unique)]
 
     def summands(self, v: Any) -> list[Any]:
         """Returns the terms that `v` is the sum of; itself if it is not a sum."""
@@ -169,30 +180,41 @@ def loop_flow(flow: Dataflow, eqn: Any) -> Dataflow:
 
 
 def largest(flow: Dataflow, found: set[Any]) -> int:
-    """Returns the size of the largest array that arises on the way to these variables.
+    """Returns the size of the largest array that arises among these variables."""
+    return max((arising(flow, v) for v in found), default=1)
 
-    It counts where it arises, from smaller ones. What a loop stacks counts by the step.
-    """
-    sizes = [1]
+
+def largest_before(flow: Dataflow) -> dict[Any, int]:
+    """Returns, by variable, the size of the largest array that arises on the way."""
+    sizes: dict[Any, int] = {}
     for eqn in flow.jaxpr.eqns:
-        made = [v for v in eqn.outvars if v in found and flow.varies(v)]
-        if made and eqn.primitive.name == "scan":
-            body = loop_flow(flow, eqn)
-            n_consts, n_carry = loop_counts(eqn)
-            before = body.jaxpr.invars[n_consts : n_consts + n_carry]
-            carry = dict(zip(before, body.jaxpr.outvars[:n_carry], strict=True))
-            inside: set[Any] = set()
-            more = [body.jaxpr.outvars[eqn.outvars.index(v)] for v in made]
-            more = [v for v in more if not isinstance(v, Literal)]
-            while not inside.issuperset(more):
-                inside |= body.ancestors(more)
-                more = [v for c, v in carry.items() if c in inside]
-                more = [v for v in more if not isinstance(v, Literal)]
-            sizes.append(largest(body, inside))
-        elif made:
-            read_here = max((size(v) for v in eqn.invars if flow.varies(v)), default=0)
-            sizes += [size(v) for v in made if size(v) > read_here]
-    return max(sizes)
+        given = (v for v in eqn.invars if not isinstance(v, Literal))
+        before = max((sizes.get(v, 1) for v in given), default=1)
+        sizes.update((v, max(before, arising(flow, v))) for v in eqn.outvars)
+    return sizes
+
+
+def arising(flow: Dataflow, v: Any) -> int:
+    """Returns the size of a variable if it arises here, from smaller ones, or else 1.
+
+    What a loop stacks counts by the step.
+    """
+    eqn = flow.made_by(v)
+    if eqn is None or not flow.varies(v):
+        return 1
+    if eqn.primitive.name != "scan":
+        read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
+        return size(v) if size(v) > read_here else 1
+    body = loop_flow(flow, eqn)
+    n_consts, n_carry = loop_counts(eqn)
+    before = body.jaxpr.invars[n_consts : n_consts + n_carry]
+    carry = dict(zip(before, body.jaxpr.outvars[:n_carry], strict=True))
+    inside: set[Any] = set()
+    more = [body.jaxpr.outvars[eqn.outvars.index(v)]]
+    while more := [x for x in more if not isinstance(x, Literal) and x not in inside]:
+        inside |= body.ancestors(more)
+        more = [x for c, x in carry.items() if c in inside]
+    return largest(body, inside)
 
 
 def read(env: dict[Any, Any], v: Any) -> Any:

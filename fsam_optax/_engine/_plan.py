@@ -22,6 +22,7 @@ from fsam_optax._engine._jaxpr import (
     Dataflow,
     evaluate,
     largest,
+    largest_before,
     loop_counts,
     loop_flow,
     MOVES,
@@ -142,12 +143,15 @@ def make_plan(
     origins = [_origins(flow, v) for v in wanted]
     bases = {id(base): base for found, _ in origins for base in found}
     sources, loops, others = {}, {}, []
+    before = largest_before(flow)
     for v in bases.values():
         eqn = flow.made_by(v)
         if not flow.varies(v):
             sources[id(v)] = _whole(v, "constant", what)
-        elif (source := _contraction(flow, v, what)) and (
-            largest(flow, flow.ancestors(source.operands)) <= what.limit
+        elif (source := _contraction(flow, v, what)) and all(
+            before.get(x, 1) <= what.limit
+            for x in source.operands
+            if not isinstance(x, Literal)
         ):
             sources[id(v)] = source
         elif _is_stacked(eqn, v):
@@ -385,7 +389,7 @@ def _contraction(flow, v, what):
 def _tail(flow, v, stop, rule, cost, what):
     """Evaluates the program from `stop` to `v`, a few examples at a time."""
     inside = {x for x in flow.ancestors([v], stop=stop) if flow.varies(x)}
-    eqns = [e for e in flow.jaxpr.eqns if not inside.isdisjoint(e.outvars)]
+    eqns = flow.equations(inside)
     made = {x for e in eqns for x in e.outvars}
     operands = tuple(
         dict.fromkeys(

@@ -86,20 +86,18 @@ def looped(
         one = fn
         for j in range(1, weight.ndim)[::-1]:
             one = jax.vmap(one, in_axes=[0 if h[j] else None for h in has])
-        zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
-        zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
 
-        def add(sums, weight, values):
+        def sums(weight, values):
             return [
                 [
-                    s + _weighted_sum(weight, power(v.astype(s.dtype), p))
-                    for s, p in zip(leaf, powers, strict=True)
+                    _weighted_sum(weight, power(x.astype(widened(v.dtype)), p))
+                    for p in powers
                 ]
-                for leaf, v in zip(sums, values, strict=True)
+                for v, x in zip(out, values, strict=True)
             ]
 
         if weight.ndim == 0:
-            return add(zeros, weight, one(*operands))
+            return sums(weight, one(*operands))
         mapped = [h[0] for h in has]
         several = jax.vmap(one, in_axes=[0 if b else None for b in mapped])
         n, *inner = weight.shape
@@ -107,9 +105,9 @@ def looped(
         if budget is not None:
             chunk = min(n, max(1, budget // (held * math.prod(inner) or 1)))
         if chunk == n:
-            return add(zeros, weight, several(*operands))
+            return sums(weight, several(*operands))
 
-        def step(sums, start, length):
+        def step(before, start, length):
             def rows(x):
                 if length == 1:
                     return lax.dynamic_index_in_dim(x, start, keepdims=False)
@@ -121,12 +119,14 @@ def looped(
             values = evaluate(
                 *(rows(x) if b else x for x, b in zip(operands, mapped, strict=True))
             )
-            return add(sums, rows(weight), values)
+            return jax.tree.map(jnp.add, before, sums(rows(weight), values))
 
-        sums = lax.fori_loop(
-            0, n // chunk, lambda i, sums: step(sums, i * chunk, chunk), zeros
+        zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
+        zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
+        found = lax.fori_loop(
+            0, n // chunk, lambda i, found: step(found, i * chunk, chunk), zeros
         )
-        return step(sums, n - n % chunk, n % chunk) if n % chunk else sums
+        return step(found, n - n % chunk, n % chunk) if n % chunk else found
 
     return reduce
 
@@ -177,6 +177,10 @@ def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
         numbers = ((examples, examples), (batch, batch))
 
         def weighted(x):
+            if len(lead) == weight.ndim and all(has[many]):
+                return x * weight.astype(dtype).reshape(
+                    weight.shape + (1,) * (x.ndim - weight.ndim)
+                )
             x = jnp.expand_dims(x, [j for j, b in enumerate(has[many]) if not b])
             x = jnp.broadcast_to(x, weight.shape + x.shape[weight.ndim :])
             body = range(weight.ndim, x.ndim)
