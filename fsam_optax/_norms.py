@@ -12,6 +12,7 @@ from fsam_optax._mapped_axes import (
     axes_over_which_differs,
     AxisName,
     vary,
+    vary_like,
 )
 
 
@@ -99,9 +100,10 @@ def norm(
 ) -> jax.Array:
     """Returns the `ord`-norm of all leaves taken as one vector (0 for no leaves).
 
-    One pass over the leaves and one sum over devices. Only if the sum of powers left
-    the range in which it is accurate (gradients of 1e30, of 1e-30, or 0) is it taken
-    again of scaled leaves; under `jax.vmap`, if one of the sums did.
+    For a known order up to 2 it takes one pass over the leaves and one sum over
+    devices. Only if the sum of powers left the range in which it is accurate (gradients
+    of 1e30, of 1e-30, or 0) is it taken again of scaled leaves; under `jax.vmap`, if
+    one of the sums did. Another order takes a pass and a maximum over devices more.
 
     Args:
         leaves: Real arrays. Sharded ones are summed over the devices of `axis_name`.
@@ -130,8 +132,8 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
         (found,), unit = _in_range_sums(powers, 1, axis_name, leaves)
     else:
         # Higher powers may leave their range in any unit but this.
-        unit = _unit(jax.lax.stop_gradient(_largest(leaves, axis_name)))
-        (found,) = powers(leaves, unit)
+        unit = _unit(_largest(jax.lax.stop_gradient(leaves), axis_name))
+        (found,) = powers(_opaque(leaves), unit)
     return unit * _root(found, ord)
 
 
@@ -139,8 +141,20 @@ def _norm(leaves: list[jax.Array], ord: Any, axis_name: AxisName) -> jax.Array:
 _compiled_norm = jax.jit(_norm, static_argnames=("ord", "axis_name"), inline=True)
 
 
+def _opaque(leaves: Any) -> Any:
+    """Returns the leaves such that compilers do not look through them.
+
+    Where these know what the leaves are (one number, for instance) they may multiply
+    it by itself before it meets the unit, and that product may leave its range.
+    """
+    # One barrier each: what comes out of one is typed as varying over the axes of all.
+    return jax.tree.map(jax.lax.optimization_barrier, leaves)
+
+
 def _yardstick(squares: jax.Array) -> jax.Array:
     """Returns a unit of length in which vectors of that sum of squares are in range.
+
+    Of a sum of lower powers too, from the first on.
 
     1, or a power of 2, so that scaling is exact: magnitudes move by two thirds of the
     largest exponent, down from overflow or up from underflow. Then neither the largest
@@ -174,10 +188,7 @@ def _in_range_sums(
     dtype = jax.tree.leaves(leaves)[0].dtype
     one = vary(jnp.ones([], dtype), axes_of_shards(leaves, axis_name))
     start = jnp.zeros([], jnp.int32), one, [one] * number
-    # Compilers that know what the leaves are (one number, for instance) may multiply
-    # it by itself before it meets the unit, and that product may leave its range. One
-    # barrier each: what comes out of one is typed as varying over the axes of all.
-    leaves = jax.tree.map(jax.lax.optimization_barrier, leaves)
+    leaves = _opaque(leaves)
 
     def unfinished(state):
         rounds, _, (first, *_) = state
@@ -192,9 +203,15 @@ def _in_range_sums(
     return found, unit
 
 
-@_in_range_sums.defjvp
+@functools.partial(_in_range_sums.defjvp, symbolic_zeros=True)
 def _in_range_sums_jvp(sums, number, axis_name, primals, tangents):
+    def change_of(x, dx):
+        # Zeros that jax 0.7 makes by itself are not typed as varying where x is.
+        zero = isinstance(dx, jax.custom_derivatives.SymbolicZero)
+        return vary_like(jnp.zeros_like(x), x) if zero else dx
+
     found, unit = _in_range_sums(sums, number, axis_name, *primals)
+    tangents = jax.tree.map(change_of, primals, tangents)
     _, change = jax.jvp(lambda leaves: sums(leaves, unit), primals, tangents)
     return (found, unit), (change, jnp.zeros_like(unit))
 
@@ -234,7 +251,7 @@ def _norm_and_cosine(
     dtype = widen(*jax.tree.leaves(pairs))
     pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
     y_norm = y_norm.astype(dtype)
-    y_unit = _yardstick(y_norm * y_norm)
+    y_unit = _unit(jax.lax.stop_gradient(divisor(y_norm)))
 
     def factor(x_unit, y_unit):
         return _unit((1 / x_unit) * (1 / y_unit))
@@ -250,5 +267,6 @@ def _norm_and_cosine(
     (squares, products), x_unit = _in_range_sums(sums, 2, axis_name, (pairs, y_unit))
     x_norm = x_unit * jnp.sqrt(squares)
     cosine = products / divisor(x_norm * (y_norm * factor(x_unit, y_unit)))
-    finite = jnp.isfinite(x_norm) & jnp.isfinite(y_norm)
+    # Not so either where both are near the end of the range.
+    finite = jnp.isfinite(x_norm) & jnp.isfinite(y_norm) & jnp.isfinite(products)
     return x_norm, jnp.where(finite, cosine, jnp.nan)

@@ -131,8 +131,8 @@ def fisher(
 
         def inverse_root(f):
             metric = 1 + (eta * unit) * f if damping is None else unit * f + damping
-            root = 1 / jnp.sqrt(jnp.where(metric == 0, jnp.inf, metric))
-            return jnp.where(metric < jnp.inf, root, jnp.nan)
+            root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
+            return jnp.where(jnp.isfinite(metric), root, jnp.nan)
 
         return jax.tree.map(inverse_root, diagonal), state
 

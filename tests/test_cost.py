@@ -264,7 +264,8 @@ def test_metrics_can_be_left_out():
     assert state.metrics is None and state.sharpness > 0
 
 
-def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch):
+@pytest.mark.parametrize("looped", [False, True])
+def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch, looped):
     """However deep the model is: tracing takes as long a layer."""
     looks = 0
     varies = Dataflow.varies
@@ -276,23 +277,30 @@ def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch):
 
     monkeypatch.setattr(Dataflow, "varies", counted)
 
+    def blocks(x, layers):
+        for layer in layers:
+            x = jnp.tanh(x @ layer["w"] + layer["b"][None, None])
+            x = x + jax.lax.conv_general_dilated(
+                x, layer["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+        return x, None
+
+    def apply_fn(params, x):
+        x, _ = jax.lax.scan(blocks, x, params) if looped else blocks(x, params)
+        return x[:, 0]
+
+    estimator = fisher_empirical(apply_fn, categorical)
+    batch = jnp.ones((2, 5, 4)), jnp.arange(2)
+    layer = {"w": jnp.eye(4), "k": jnp.ones((3, 4, 4)), "b": jnp.ones(4)}
+    if looped:
+        layer = jax.tree.map(lambda x: jnp.stack([x] * 3), layer)
+
     def looks_at(depth):
         nonlocal looks
-        params = [{"w": jnp.eye(4), "k": jnp.ones((3, 4, 4)), "b": jnp.ones(4)}] * depth
-
-        def apply_fn(params, x):
-            for layer in params:
-                x = jnp.tanh(x @ layer["w"] + layer["b"][None, None])
-                x = x + jax.lax.conv_general_dilated(
-                    x, layer["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-                )
-            return x[:, 0]
-
-        estimator = fisher_empirical(apply_fn, categorical)
-        batch = jnp.ones((2, 5, 4)), jnp.arange(2)
         looks = 0
         jax.eval_shape(
-            lambda p: estimator.update(p, estimator.init(p), p, batch=batch), params
+            lambda p: estimator.update(p, estimator.init(p), p, batch=batch),
+            [layer] * depth,
         )
         return looks
 

@@ -249,11 +249,13 @@ def test_fault_05_huge_and_tiny_gradients(name, factor):
 
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 0.0])
 @pytest.mark.parametrize("constant", [0.0, 1.0])
-def test_fault_05_a_constant_leaf_beside_huge_and_tiny_gradients(factor, constant):
+@pytest.mark.parametrize("ord", [2, 1.5, jnp.inf])
+def test_fault_05_a_constant_leaf_beside_huge_and_tiny_gradients(factor, constant, ord):
     # Known when compiling, as is the gradient of a parameter that the loss ignores.
     def ascent(grads):
         whole = {**grads, "c": jnp.full(3, constant * factor)}
-        return ascend(euclidean_ball(0.5), whole, {**PARAMS, "c": jnp.ones(3)})
+        ball = euclidean_ball(0.5, ord=ord)
+        return ascend(ball, whole, {**PARAMS, "c": jnp.ones(3)})
 
     grads = jax.tree.map(lambda g: factor * g, GRADS)
     eps, state = jax.jit(ascent)(grads)
@@ -280,6 +282,22 @@ def test_fault_05_metrics_of_huge_gradients():
     _, state = step(sam(optax.sgd(0.1), 0.0), grad_fn=huge)
     np.testing.assert_allclose(state.metrics.grad_norm, 1e30 * length(PARAMS), 1e-5)
     np.testing.assert_allclose(state.metrics.gradient_cosine, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("second", [0.0, 1e-33, 1e-20, 1e-12, 1.0, 1e13, 1e20, 1e30])
+@pytest.mark.parametrize("first", [0.0, 1e-33, 1e-20, 1e-12, 1.0, 1e13, 1e20, 1e30])
+def test_fault_05_cosine_of_gradients_of_any_two_magnitudes(first, second):
+    x, y = np.random.default_rng(1).normal(size=(2, 50)).astype(np.float32)
+    _, state = step(
+        sam(optax.sgd(0.1), 0.0),
+        params={"w": jnp.zeros(50)},
+        grads={"w": jnp.asarray(first * x)},
+        grad_fn=lambda params: {"w": jnp.asarray(second * y)},
+    )
+    x, y = x.astype(float), y.astype(float)
+    cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+    expected = cosine if first * second else 0
+    np.testing.assert_allclose(state.metrics.gradient_cosine, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])

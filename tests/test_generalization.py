@@ -222,6 +222,31 @@ def test_tuning_never_sees_the_test_images(problem):
         assert len(held_out) == 20
 
 
+@pytest.mark.parametrize(("select", "chosen"), [("loss", 0.025), ("accuracy", 0.4)])
+def test_tuning_selects_by_what_it_is_told(
+    generalization, monkeypatch, tmp_path, select, chosen
+):
+    """The larger the rate, the better the accuracy; the loss is least at 0.025."""
+
+    def train(method, *_, rate, **__):
+        tried.append((method, float(rate)))
+        loss = abs(np.log(rate / 0.025))
+        curves = {"test_accuracy": rate, "test_loss": loss}
+        return None, {name: np.array([[x]]) for name, x in curves.items()}
+
+    tried = []
+    monkeypatch.setattr(generalization, "train", train)
+    arguments = ["--model", "mlp", "--train-size", "50", "--methods", "base"]
+    options = generalization.parse(
+        [*arguments, "--learning-rate", "base=0.025", "--select", select]
+    )
+    generalization.tune(options, tmp_path / "tuning.json")
+    assert options.learning_rate["base"] == chosen
+    assert len(set(tried)) == 10
+    trials = json.loads((tmp_path / "tuning.json").read_text())["trials"]
+    assert [(method, rate) for method, rate, *_ in trials] == tried
+
+
 def test_images_are_shifted_within_reach_and_mirrored(generalization, problem):
     _, base = problem("--train-size", "50")
     images = np.zeros((400, 8, 8, 1), np.uint8)

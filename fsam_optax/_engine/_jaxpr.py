@@ -85,12 +85,14 @@ class Dataflow:
         producer: The equation that produces a variable.
         uses: How often a variable is read.
         varying: The variables that differ from one example to the next.
+        loop_sizes: By loop, what `arising` found.
     """
 
     def __init__(self, jaxpr: Any, varying: Iterable[Any]):
         """Takes the jaxpr and those of its inputs that differ between examples."""
         self.jaxpr = jaxpr
         self.producer = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        self.loop_sizes: dict[int, list[int]] = {}
         self._order = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
         self.varying = set(varying)
         self.uses: dict[Any, int] = {}
@@ -205,16 +207,37 @@ def arising(flow: Dataflow, v: Any) -> int:
     if eqn.primitive.name != "scan":
         read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
         return size(v) if size(v) > read_here else 1
-    body = loop_flow(flow, eqn)
+    if id(eqn) not in flow.loop_sizes:
+        flow.loop_sizes[id(eqn)] = _sizes_by_output(loop_flow(flow, eqn), eqn)
+    return flow.loop_sizes[id(eqn)][eqn.outvars.index(v)]
+
+
+def _sizes_by_output(body: Dataflow, eqn: Any) -> list[int]:
+    """Returns, by output of a loop, the size of the largest array on the way to it."""
     n_consts, n_carry = loop_counts(eqn)
-    before = body.jaxpr.invars[n_consts : n_consts + n_carry]
-    carry = dict(zip(before, body.jaxpr.outvars[:n_carry], strict=True))
-    inside: set[Any] = set()
-    more = [body.jaxpr.outvars[eqn.outvars.index(v)]]
-    while more := [x for x in more if not isinstance(x, Literal) and x not in inside]:
-        inside |= body.ancestors(more)
-        more = [x for c, x in carry.items() if c in inside]
-    return largest(body, inside)
+    outputs = body.jaxpr.outvars
+    sizes = largest_before(body)
+    # By variable, the numbers of what the loop carries that it is computed from.
+    carried: dict[Any, set[int]] = {
+        v: {k} for k, v in enumerate(body.jaxpr.invars[n_consts : n_consts + n_carry])
+    }
+    for inner in body.jaxpr.eqns:
+        given = [v for v in inner.invars if not isinstance(v, Literal)]
+        found = set().union(*(carried.get(v, ()) for v in given))
+        carried.update((v, found) for v in inner.outvars)
+
+    def on_the_way(output):
+        size, seen, pending = 1, set(), [output]
+        while pending:
+            v = pending.pop()
+            if not isinstance(v, Literal):
+                size = max(size, sizes.get(v, 1))
+                more = carried.get(v, set()) - seen
+                seen |= more
+                pending += [outputs[k] for k in more]
+        return size
+
+    return [on_the_way(v) for v in outputs]
 
 
 def read(env: dict[Any, Any], v: Any) -> Any:

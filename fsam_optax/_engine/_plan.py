@@ -204,13 +204,16 @@ def run(
 # Moves: what powers and sums over examples pass through.
 
 
+MAY_MOVE = frozenset([*MOVES, "pad", "mul", "div", "dynamic_update_slice"])
+
+
 def _entries(v):
     return math.prod(jnp.shape(v.val)) if isinstance(v, Literal) else size(v)
 
 
 def _moved_operand(flow, eqn):
     """Returns the index of the operand that the equation moves; None if it does not."""
-    if eqn is None:
+    if eqn is None or eqn.primitive.name not in MAY_MOVE:
         return None
     name = eqn.primitive.name
     varying = [i for i, v in enumerate(eqn.invars) if flow.varies(v)]
