@@ -207,6 +207,7 @@ def measure(
         runs[row] = _training(program, carry, model.batch, counts[row])
     for row, found in ratios(runs, repeats, name).items():
         per_step = counts["base"] / counts[row]
+        facts[row]["repeats"] = repeats
         facts[row]["ratio"] = found["ratio"] * per_step
         facts[row]["quartiles"] = [q * per_step for q in found["quartiles"]]
     return facts
@@ -263,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
         for number in (100, 1000):
             key = f"{number} leaves"
             results[key] = leaves(number, options.repeats)
-            save(options.out, key, results[key], repeats=options.repeats)
+            save(options.out, key, results[key])
     else:
         optimizer = OPTIMIZERS[options.optimizer]
         for name, make in problems.items():
@@ -273,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows = [row for row in rows if row not in IN_CONTROL_FLOW]
             key = f"{name}, {options.optimizer}"
             results[key] = measure(name, model, optimizer, options.repeats, rows)
-            save(options.out, key, results[key], repeats=options.repeats)
+            save(options.out, key, results[key])
     print_table("Ratio to the base step", results)
 
 
