@@ -244,15 +244,16 @@ def draw(results, path):
         ax.set_title(f"{percent:.0f} % of the labels wrong", fontsize=10)
         ax.grid(axis="x", alpha=0.3)
     ax = axes[-1]
-    styles = dict(
-        zip(
-            ESTIMATORS,
-            ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), "-"),
-            strict=True,
-        )
-    )
-    colors = ("#000000", "#D55E00", "#CC79A7", "#0072B2", "#56B4E9")
-    for (name, style), color in zip(list(styles.items())[:-1], colors, strict=True):
+    styles = {
+        "squared gradient": ("-", "#000000"),
+        "empirical": ("--", "#D55E00"),
+        "GNB": (":", "#CC79A7"),
+        "I1, one draw": ("-.", "#0072B2"),
+        "I2 last layer, I1": ((0, (5, 1, 1, 1, 1, 1)), "#56B4E9"),
+    }
+    # The others are compared with the exact one.
+    for name in [name for name in ESTIMATORS if name != "exact"]:
+        style, color = styles[name]
         found = results["directions"][f"{name}, relative"]
         stages = [max(f["steps"], 10) for f in found]
         ax.plot(stages, [f["cosine"] for f in found], ls=style, color=color, label=name)
