@@ -113,8 +113,9 @@ def fisher(
     """Returns the operator T^2 = 1 / (1 + eta F), or 1 / (F + damping).
 
     Negative entries of F count as 0. With `relative`, F is divided by its mean over
-    the parameters that are perturbed. Where F + damping is 0, so is T. A value that is
-    not finite becomes NaN, which the perturbation answers by leaving the step out.
+    the parameters that are perturbed. Where F + damping is not positive, T is 0. A
+    value that is not finite becomes NaN, which the perturbation answers by leaving the
+    step out.
     """
     estimator = optax.with_extra_args_support(estimator)
 

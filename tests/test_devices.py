@@ -405,6 +405,24 @@ def test_fault_26_all_shards_scale_what_all_have_out_of_range(factor):
     )
 
 
+@pytest.mark.parametrize("ord", [2, 1.5, jnp.inf])
+def test_the_dual_norm_of_shards_has_its_derivative(ord):
+    def slope(leaf, axis_name=None):
+        ball = euclidean_ball(RHO, ord=ord, axis_name=axis_name)
+
+        def dual_norm(value, grads):
+            grads = {**grads, leaf: value}
+            return ball.update(grads, ball.init(grads))[1].dual_norm
+
+        return lambda grads: jax.grad(dual_norm)(grads[leaf], grads)
+
+    for leaf in SPECS:
+        found = jax.shard_map(
+            slope(leaf, "d"), mesh=MESH, in_specs=(SPECS,), out_specs=SPECS[leaf]
+        )
+        assert_close(jax.jit(found)(SHARDED_GRADS), slope(leaf)(SHARDED_GRADS), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("axes", "name"),
     [

@@ -278,6 +278,20 @@ def test_constant_fisher_is_sam_in_direction():
     assert_close(eps, compute(euclidean_ball(RHO / 2))[0])
 
 
+def test_entries_whose_fisher_and_damping_are_not_positive_stay():
+    grads = jnp.ones(3)
+
+    @jax.jit  # A traced damping is not checked.
+    def compute_with(damping):
+        tx = fisher_ellipsoid(RHO, given(), damping=damping, relative=False)
+        fisher = jnp.array([0.0, 1.0, 4.0])
+        return tx.update(grads, tx.init(grads), grads, fisher=fisher)
+
+    eps, state = compute_with(-1.0)
+    assert state.skipped == 0
+    np.testing.assert_allclose(eps, [0, 0, RHO / np.sqrt(3)], rtol=1e-6)
+
+
 def test_undamped_squared_gradient_is_degenerate_as_derived():
     tx = fisher_ellipsoid(RHO, squared_gradient(), damping=0.0, relative=False)
     eps, state = compute(tx)
