@@ -2,14 +2,15 @@
 
 from importlib.metadata import version as _version
 
-from fsam_optax._aliases import (
-    asam as asam,
-    fisher_sam as fisher_sam,
-    sam as sam,
+from fsam_optax._ball.geometries import (
+    adaptive_ellipsoid as adaptive_ellipsoid,
+    euclidean_ball as euclidean_ball,
+    fisher_ellipsoid as fisher_ellipsoid,
 )
-from fsam_optax._ascent import Metrics as Metrics
-from fsam_optax._by_group import by_group as by_group
-from fsam_optax._diagonal import diagonal as diagonal
+from fsam_optax._ball.perturbation import (
+    perturbation as perturbation,
+    PerturbationState as PerturbationState,
+)
 from fsam_optax._engine import (
     check_separable as check_separable,
     explain as explain,
@@ -17,24 +18,21 @@ from fsam_optax._engine import (
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
 )
-from fsam_optax._estimators import (
+from fsam_optax._fisher.at_hand import (
     given as given,
     squared_gradient as squared_gradient,
 )
-from fsam_optax._fisher import (
+from fsam_optax._fisher.by_group import by_group as by_group
+from fsam_optax._fisher.diagonal import diagonal as diagonal
+from fsam_optax._fisher.estimators import (
     fisher_empirical as fisher_empirical,
     fisher_exact as fisher_exact,
     fisher_gnb as fisher_gnb,
     fisher_hutchinson as fisher_hutchinson,
     fisher_i1 as fisher_i1,
 )
-from fsam_optax._fisher_i2 import fisher_i2 as fisher_i2
-from fsam_optax._geometries import (
-    adaptive_ellipsoid as adaptive_ellipsoid,
-    euclidean_ball as euclidean_ball,
-    fisher_ellipsoid as fisher_ellipsoid,
-)
-from fsam_optax._likelihoods import (
+from fsam_optax._fisher.i2 import fisher_i2 as fisher_i2
+from fsam_optax._fisher.likelihoods import (
     bernoulli as bernoulli,
     categorical as categorical,
     gaussian as gaussian,
@@ -42,38 +40,40 @@ from fsam_optax._likelihoods import (
     MomentBounds as MomentBounds,
     poisson as poisson,
 )
-from fsam_optax._negative_log_likelihood import (
+from fsam_optax._fisher.negative_log_likelihood import (
     negative_log_likelihood as negative_log_likelihood,
 )
-from fsam_optax._perturbation import (
-    perturbation as perturbation,
-    PerturbationState as PerturbationState,
+from fsam_optax._fisher.refresh_every import refresh_every as refresh_every
+from fsam_optax._step.ascent import Metrics as Metrics
+from fsam_optax._step.by_name import (
+    asam as asam,
+    fisher_sam as fisher_sam,
+    sam as sam,
 )
-from fsam_optax._refresh_every import refresh_every as refresh_every
-from fsam_optax._second_order import (
+from fsam_optax._step.sharpness_aware import (
+    sharpness_aware as sharpness_aware,
+    SharpnessAwareState as SharpnessAwareState,
+)
+from fsam_optax._step.value_and_grad import (
+    value_and_grad as value_and_grad,
+    ValueAndGrad as ValueAndGrad,
+    ValueAndGradState as ValueAndGradState,
+)
+from fsam_optax._study.second_order import (
     dense_empirical_fisher as dense_empirical_fisher,
     dense_fisher as dense_fisher,
     dense_ggn as dense_ggn,
     scale_by_inverse_dense as scale_by_inverse_dense,
     scale_by_inverse_fisher as scale_by_inverse_fisher,
 )
-from fsam_optax._sharpness import (
+from fsam_optax._study.sharpness import (
     kl_divergence as kl_divergence,
     kl_divergence_quadratic as kl_divergence_quadratic,
     loss_along as loss_along,
     loss_over_plane as loss_over_plane,
     sharpness as sharpness,
 )
-from fsam_optax._sharpness_aware import (
-    sharpness_aware as sharpness_aware,
-    SharpnessAwareState as SharpnessAwareState,
-)
-from fsam_optax._value_and_grad import (
-    value_and_grad as value_and_grad,
-    ValueAndGrad as ValueAndGrad,
-    ValueAndGradState as ValueAndGradState,
-)
-from fsam_optax._variance import (
+from fsam_optax.variance import (
     fisher_bounds as fisher_bounds,
     fisher_variance_between_inputs as fisher_variance_between_inputs,
     fisher_variance_between_inputs_bound as fisher_variance_between_inputs_bound,

@@ -10,9 +10,9 @@ import jax
 import optax
 from flax import nnx
 
-from fsam_optax import _value_and_grad
-from fsam_optax._mapped_axes import AxisName, merge, merge_stacked
-from fsam_optax._value_and_grad import ValueAndGrad
+from fsam_optax._common.mapped_axes import AxisName, merge, merge_stacked
+from fsam_optax._step import value_and_grad as _value_and_grad
+from fsam_optax._step.value_and_grad import ValueAndGrad
 
 
 def value_and_grad(

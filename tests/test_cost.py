@@ -26,7 +26,7 @@ from fsam_optax import (
     squared_gradient,
     value_and_grad,
 )
-from fsam_optax._engine._jaxpr import Dataflow
+from fsam_optax._engine.jaxpr import Dataflow
 
 
 SIZES = (96, 160, 128, 10)

@@ -10,19 +10,19 @@ import numpy as np
 import optax
 import pytest
 
-from fsam_optax._by_group import by_group
-from fsam_optax._diagonal import diagonal
-from fsam_optax._estimators import given, squared_gradient
-from fsam_optax._fisher import (
+from fsam_optax._fisher.at_hand import given, squared_gradient
+from fsam_optax._fisher.by_group import by_group
+from fsam_optax._fisher.diagonal import diagonal
+from fsam_optax._fisher.estimators import (
     fisher_empirical,
     fisher_exact,
     fisher_gnb,
     fisher_hutchinson,
     fisher_i1,
 )
-from fsam_optax._fisher_i2 import fisher_i2
-from fsam_optax._likelihoods import bernoulli, categorical, gaussian, poisson
-from fsam_optax._refresh_every import refresh_every
+from fsam_optax._fisher.i2 import fisher_i2
+from fsam_optax._fisher.likelihoods import bernoulli, categorical, gaussian, poisson
+from fsam_optax._fisher.refresh_every import refresh_every
 
 
 KEY = jax.random.key(0)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fsam_optax as fsam
-import fsam_optax._negative_log_likelihood as module
+import fsam_optax._fisher.negative_log_likelihood as module
 from fsam_optax._engine import loss_power_sums
 
 

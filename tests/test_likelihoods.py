@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsam_optax._likelihoods import (
+from fsam_optax._fisher.likelihoods import (
     bernoulli,
     categorical,
     factor_product,

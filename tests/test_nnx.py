@@ -9,6 +9,7 @@ from flax import nnx
 
 import fsam_optax
 from fsam_optax import nnx as fsam_nnx
+from fsam_optax._common.mapped_axes import is_key
 
 
 class Net(nnx.Module):
@@ -35,7 +36,7 @@ def make_batch(n=32):
 
 def rest_of(model):
     return jax.tree.map(
-        lambda x: jax.random.key_data(x) if fsam_optax._mapped_axes.is_key(x) else x,
+        lambda x: jax.random.key_data(x) if is_key(x) else x,
         nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))),
     )
 

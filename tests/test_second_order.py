@@ -9,10 +9,10 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from fsam_optax._diagonal import diagonal
-from fsam_optax._fisher import fisher_empirical, fisher_exact
-from fsam_optax._likelihoods import bernoulli, categorical, gaussian, poisson
-from fsam_optax._second_order import (
+from fsam_optax._fisher.diagonal import diagonal
+from fsam_optax._fisher.estimators import fisher_empirical, fisher_exact
+from fsam_optax._fisher.likelihoods import bernoulli, categorical, gaussian, poisson
+from fsam_optax._study.second_order import (
     dense_empirical_fisher,
     dense_fisher,
     dense_ggn,

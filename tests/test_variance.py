@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsam_optax._diagonal import diagonal
-from fsam_optax._fisher import fisher_exact, fisher_i1
-from fsam_optax._fisher_i2 import fisher_i2
-from fsam_optax._likelihoods import (
+from fsam_optax._fisher.diagonal import diagonal
+from fsam_optax._fisher.estimators import fisher_exact, fisher_i1
+from fsam_optax._fisher.i2 import fisher_i2
+from fsam_optax._fisher.likelihoods import (
     bernoulli,
     categorical,
     gaussian,
     Likelihood,
     poisson,
 )
-from fsam_optax._variance import (
+from fsam_optax.variance import (
     fisher_bounds,
     fisher_variance_between_inputs,
     fisher_variance_between_inputs_bound,

@@ -1,11 +1,11 @@
 """Sums of powers of per-example gradients, for about the price of the gradient."""
 
-from fsam_optax._engine._entries import (
+from fsam_optax._engine.entries import (
     entries as entries,
     sum_of_products as sum_of_products,
 )
-from fsam_optax._engine._jaxpr import depends as depends
-from fsam_optax._engine._power_sums import (
+from fsam_optax._engine.jaxpr import depends as depends
+from fsam_optax._engine.power_sums import (
     check_separable as check_separable,
     explain as explain,
     explain_loss as explain_loss,

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_choice, check_count
+from fsam_optax._common.checks import check_choice, check_count
+from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._common.norms import divisor, widen
 from fsam_optax._engine import (
     depends,
     entries,
     sum_of_products,
     without_explicit_axes,
 )
-from fsam_optax._estimation import ApplyFn, mean_powers, Problem, sampled
-from fsam_optax._fisher import exact_cotangents
-from fsam_optax._likelihoods import check_model, Likelihood
-from fsam_optax._mapped_axes import vary_like
-from fsam_optax._norms import divisor, widen
+from fsam_optax._fisher.estimation import ApplyFn, mean_powers, Problem, sampled
+from fsam_optax._fisher.estimators import exact_cotangents
+from fsam_optax._fisher.likelihoods import check_model, Likelihood
 
 
 def _read_diagonal(product: Callable, leaf: jax.Array) -> jax.Array:

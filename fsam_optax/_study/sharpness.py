@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._ascent import displace
-from fsam_optax._checks import (
+from fsam_optax._common.checks import (
     check_count,
     check_function,
     check_leaves,
@@ -18,9 +17,10 @@ from fsam_optax._checks import (
     check_transformation,
     leaf_shape,
 )
-from fsam_optax._estimation import ApplyFn
-from fsam_optax._likelihoods import check_model, factor_product, Likelihood
-from fsam_optax._norms import widen
+from fsam_optax._common.norms import widen
+from fsam_optax._fisher.estimation import ApplyFn
+from fsam_optax._fisher.likelihoods import check_model, factor_product, Likelihood
+from fsam_optax._step.ascent import displace
 
 
 def _scalar(loss: Any) -> jax.Array:

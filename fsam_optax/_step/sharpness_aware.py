@@ -6,15 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._ascent import (
-    cast_like,
-    displace,
-    every_kth,
-    measure,
-    no_metrics,
-    took_part,
-)
-from fsam_optax._checks import (
+from fsam_optax._common.checks import (
     check_count,
     check_dtype,
     check_leaves,
@@ -23,7 +15,15 @@ from fsam_optax._checks import (
     check_transformation,
     is_real,
 )
-from fsam_optax._mapped_axes import AxisName, merge, replica_index, vary
+from fsam_optax._common.mapped_axes import AxisName, merge, replica_index, vary
+from fsam_optax._step.ascent import (
+    cast_like,
+    displace,
+    every_kth,
+    measure,
+    no_metrics,
+    took_part,
+)
 
 
 class SharpnessAwareState(NamedTuple):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fsam_optax._checks import check_function, check_leaves, shape_of
-from fsam_optax._engine._example import sums_of_example
-from fsam_optax._engine._sums import widened
-from fsam_optax._mapped_axes import vary_like
+from fsam_optax._common.checks import check_function, check_leaves, shape_of
+from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.example import sums_of_example
+from fsam_optax._engine.sums import widened
 
 
 PyTree = Any

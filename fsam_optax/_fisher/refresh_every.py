@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_count, check_params, check_transformation
-from fsam_optax._estimation import diagonal_dtype
+from fsam_optax._common.checks import check_count, check_params, check_transformation
+from fsam_optax._fisher.estimation import diagonal_dtype
 
 
 class RefreshEveryState(NamedTuple):

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import (
+from fsam_optax._common.checks import (
     broadcast_mask,
     check_like,
     check_params,
     is_real,
     movable,
 )
-from fsam_optax._mapped_axes import AxisName
-from fsam_optax._norms import norm, scaled_norm, total, widen
+from fsam_optax._common.mapped_axes import AxisName
+from fsam_optax._common.norms import norm, scaled_norm, total, widen
 
 
 _BIASES = frozenset({"bias", "b", "beta", "offset"})

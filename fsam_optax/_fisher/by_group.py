@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from fsam_optax._checks import check_transformation
+from fsam_optax._common.checks import check_transformation
 
 
 def by_group(

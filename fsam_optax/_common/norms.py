@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._mapped_axes import (
+from fsam_optax._common.mapped_axes import (
     axes_of_shards,
     axes_over_which_differs,
     AxisName,

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._checks import check_function, check_number
-from fsam_optax._norms import widen
+from fsam_optax._common.checks import check_function, check_number
+from fsam_optax._common.norms import widen
 
 
 class MomentBounds(NamedTuple):

@@ -8,7 +8,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._ascent import (
+from fsam_optax._common.checks import (
+    check_count,
+    check_dtype,
+    check_leaves,
+    check_params,
+    check_transformation,
+    is_real,
+    leaf_shape,
+)
+from fsam_optax._common.mapped_axes import (
+    AxisName,
+    merge,
+    merge_next,
+    replica_index,
+    vary,
+    vary_like,
+)
+from fsam_optax._common.norms import widen
+from fsam_optax._fisher.negative_log_likelihood import (
+    NegativeLogLikelihood,
+    SquaredScores,
+    takes_scores,
+    value_grad_and_scores,
+)
+from fsam_optax._step.ascent import (
     always,
     cast_like,
     displace,
@@ -18,30 +42,6 @@ from fsam_optax._ascent import (
     no_metrics,
     took_part,
 )
-from fsam_optax._checks import (
-    check_count,
-    check_dtype,
-    check_leaves,
-    check_params,
-    check_transformation,
-    is_real,
-    leaf_shape,
-)
-from fsam_optax._mapped_axes import (
-    AxisName,
-    merge,
-    merge_next,
-    replica_index,
-    vary,
-    vary_like,
-)
-from fsam_optax._negative_log_likelihood import (
-    NegativeLogLikelihood,
-    SquaredScores,
-    takes_scores,
-    value_grad_and_scores,
-)
-from fsam_optax._norms import widen
 
 
 class ValueAndGradState(NamedTuple):

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fsam_optax._checks import (
+from fsam_optax._common.checks import (
     check_leaves,
     check_like,
     check_number,
     check_params,
     check_transformation,
 )
-from fsam_optax._estimation import ApplyFn, inputs_and_targets
-from fsam_optax._fisher import exact_cotangents
-from fsam_optax._likelihoods import check_model, Likelihood
-from fsam_optax._norms import divisor, widen
+from fsam_optax._common.norms import divisor, widen
+from fsam_optax._fisher.estimation import ApplyFn, inputs_and_targets
+from fsam_optax._fisher.estimators import exact_cotangents
+from fsam_optax._fisher.likelihoods import check_model, Likelihood
 
 
 def scale_by_inverse_fisher(

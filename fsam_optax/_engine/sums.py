@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from fsam_optax._mapped_axes import vary_like
+from fsam_optax._common.mapped_axes import vary_like
 
 
 def reduced(reduce: Callable, axes: int) -> Callable:

@@ -12,10 +12,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._checks import check_count, check_leaves, check_like, check_number
-from fsam_optax._estimation import ApplyFn, key_data
-from fsam_optax._likelihoods import check_model, Likelihood, MomentBounds
-from fsam_optax._norms import widen
+from fsam_optax._common.checks import (
+    check_count,
+    check_leaves,
+    check_like,
+    check_number,
+)
+from fsam_optax._common.norms import widen
+from fsam_optax._fisher.estimation import ApplyFn, key_data
+from fsam_optax._fisher.likelihoods import check_model, Likelihood, MomentBounds
 
 
 class Bounds(NamedTuple):

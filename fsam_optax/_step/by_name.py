@@ -3,9 +3,13 @@
 import jax
 import optax
 
-from fsam_optax._estimators import squared_gradient
-from fsam_optax._geometries import adaptive_ellipsoid, euclidean_ball, fisher_ellipsoid
-from fsam_optax._sharpness_aware import sharpness_aware
+from fsam_optax._ball.geometries import (
+    adaptive_ellipsoid,
+    euclidean_ball,
+    fisher_ellipsoid,
+)
+from fsam_optax._fisher.at_hand import squared_gradient
+from fsam_optax._step.sharpness_aware import sharpness_aware
 
 
 def sam(

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._engine._jaxpr import Dataflow, evaluate, flatten, MOVES, read, size
-from fsam_optax._engine._power_sums import one_of_batch, sums_of_powers
+from fsam_optax._engine.jaxpr import Dataflow, evaluate, flatten, MOVES, read, size
+from fsam_optax._engine.power_sums import one_of_batch, sums_of_powers
 
 
 PyTree = Any

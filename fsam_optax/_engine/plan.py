@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from fsam_optax._engine._jaxpr import (
+from fsam_optax._engine.jaxpr import (
     bind,
     body_of,
     CONTRACTIONS,
@@ -29,7 +29,7 @@ from fsam_optax._engine._jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine._sums import (
+from fsam_optax._engine.sums import (
     convolution_as_product,
     looped,
     outer_product,

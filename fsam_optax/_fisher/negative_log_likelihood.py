@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._engine import loss_power_sums
-from fsam_optax._likelihoods import check_model, Likelihood
+from fsam_optax._fisher.likelihoods import check_model, Likelihood
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import (
+from fsam_optax._common.checks import (
     check_leaves,
     check_params,
     is_real,
     leaf_shape,
     shape_of,
 )
+from fsam_optax._common.mapped_axes import is_key
+from fsam_optax._common.norms import divisor, widen
 from fsam_optax._engine import power_sums
-from fsam_optax._mapped_axes import is_key
-from fsam_optax._norms import divisor, widen
 
 
 ApplyFn = Callable[[Any, Any], jax.Array]

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from fsam_optax._checks import check_transformation
-from fsam_optax._estimation import key_data, SampledState
+from fsam_optax._common.checks import check_transformation
+from fsam_optax._fisher.estimation import key_data, SampledState
 
 
 def diagonal(

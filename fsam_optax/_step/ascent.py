@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_like, is_real
-from fsam_optax._mapped_axes import axes_of_shards
-from fsam_optax._norms import norm, norm_and_cosine, total, widen
+from fsam_optax._common.checks import check_like, is_real
+from fsam_optax._common.mapped_axes import axes_of_shards
+from fsam_optax._common.norms import norm, norm_and_cosine, total, widen
 
 
 class Metrics(NamedTuple):

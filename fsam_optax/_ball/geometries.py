@@ -6,10 +6,10 @@ from typing import Any, Literal
 import jax
 import optax
 
-from fsam_optax import _operators
-from fsam_optax._checks import check_choice, check_number, check_transformation
-from fsam_optax._mapped_axes import AxisName
-from fsam_optax._perturbation import perturbation
+from fsam_optax._ball import operators
+from fsam_optax._ball.perturbation import perturbation
+from fsam_optax._common.checks import check_choice, check_number, check_transformation
+from fsam_optax._common.mapped_axes import AxisName
 
 
 def euclidean_ball(
@@ -129,7 +129,7 @@ def adaptive_ellipsoid(
             '`scope="filter"` cannot be combined with `axis_name`: a filter may be cut '
             "by the sharding. Shard under `jax.jit` instead, or use another scope."
         )
-    operator = _operators.adaptive(eta, scope, normalize, filter_axis, axis_name)
+    operator = operators.adaptive(eta, scope, normalize, filter_axis, axis_name)
     return perturbation(rho, operator, ord=ord, mask=mask, axis_name=axis_name)
 
 
@@ -203,5 +203,5 @@ def fisher_ellipsoid(
     check_number("eta", eta, 0)
     if damping is not None:
         check_number("damping", damping, 0)
-    operator = _operators.fisher(estimator, eta, damping, relative, mask, axis_name)
+    operator = operators.fisher(estimator, eta, damping, relative, mask, axis_name)
     return perturbation(rho, operator, mask=mask, axis_name=axis_name)

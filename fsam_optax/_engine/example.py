@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from fsam_optax._engine._jaxpr import (
+from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.jaxpr import (
     Dataflow,
     evaluate,
     flatten,
@@ -18,14 +19,13 @@ from fsam_optax._engine._jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine._plan import (
+from fsam_optax._engine.plan import (
     DEFAULT_CHUNK_BYTES,
     make_plan,
     run,
     Summation,
 )
-from fsam_optax._engine._sums import looped, reduced, widened
-from fsam_optax._mapped_axes import vary_like
+from fsam_optax._engine.sums import looped, reduced, widened
 
 
 class Program(NamedTuple):

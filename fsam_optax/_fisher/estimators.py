@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_count
+from fsam_optax._common.checks import check_count
+from fsam_optax._common.norms import divisor, widen
 from fsam_optax._engine import power_sums
-from fsam_optax._estimation import ApplyFn, closed_form, mean_powers, sampled
-from fsam_optax._likelihoods import check_model, factor_product, Likelihood
-from fsam_optax._norms import divisor, widen
+from fsam_optax._fisher.estimation import ApplyFn, closed_form, mean_powers, sampled
+from fsam_optax._fisher.likelihoods import check_model, factor_product, Likelihood
 
 
 def _mean_square_draws(problem, cotangents, key, num_samples, standard_error):

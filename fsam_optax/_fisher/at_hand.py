@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import check_like, is_real
-from fsam_optax._norms import widen
+from fsam_optax._common.checks import check_like, is_real
+from fsam_optax._common.norms import widen
 
 
 def squared_gradient() -> optax.GradientTransformationExtraArgs:

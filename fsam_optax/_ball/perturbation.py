@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._checks import (
+from fsam_optax._ball.operators import identity
+from fsam_optax._common.checks import (
     check_leaves,
     check_like,
     check_number,
     check_transformation,
     movable,
 )
-from fsam_optax._mapped_axes import AxisName
-from fsam_optax._norms import direction, norm, Reciprocal, widen
-from fsam_optax._operators import identity
+from fsam_optax._common.mapped_axes import AxisName
+from fsam_optax._common.norms import direction, norm, Reciprocal, widen
 
 
 class PerturbationState(NamedTuple):

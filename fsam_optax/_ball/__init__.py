@@ -1,0 +1,1 @@
+"""The ball: operators, geometries and the perturbation."""

@@ -1,0 +1,1 @@
+"""Fisher information: likelihoods, the loss that knows its model, estimators."""

@@ -1,0 +1,1 @@
+"""The step: two front ends around a base optimizer."""

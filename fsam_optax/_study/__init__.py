@@ -1,0 +1,1 @@
+"""What studies a trained model: sharpness, divergences, dense matrices."""
