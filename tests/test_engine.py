@@ -728,12 +728,12 @@ def test_one_trace_under_jit():
 
 
 def test_falls_back_with_a_warning_if_rewriting_breaks(monkeypatch):
-    from fsam_optax._engine import _example
+    from fsam_optax._engine import example
 
     def broken(closed):
         raise AttributeError("moved in a later version")
 
-    monkeypatch.setattr(_example, "flatten", broken)
+    monkeypatch.setattr(example, "flatten", broken)
     expected = oracles.power_sums(apply_fn, MLP, X, factor, Y, POWERS)
     for chunk_bytes in None, 1:
         with pytest.warns(UserWarning, match="moved in a later version") as caught:

@@ -19,13 +19,8 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine.plan import (
-    DEFAULT_CHUNK_BYTES,
-    make_plan,
-    run,
-    Summation,
-)
-from fsam_optax._engine.sums import looped, reduced, widened
+from fsam_optax._engine.plan import make_plan, run, Summation
+from fsam_optax._engine.sums import looped, reduced, Steps, widened
 
 
 class Program(NamedTuple):
@@ -48,12 +43,13 @@ class Program(NamedTuple):
 
 
 def sums_of_example(
-    fn, params, example, cotangents, weight, powers, chunk_bytes, report
+    fn, params, example, cotangents, weight, powers, chunk_bytes, devices, report
 ):
     """Returns the sums of powers for each parameter, and the outputs.
 
-    To be mapped over examples and weights; the sums come out unmapped. A `report`, if
-    there is one, receives the rules for each parameter.
+    To be mapped over examples and weights, which may be spread over so many `devices`;
+    the sums come out unmapped. A `report`, if there is one, receives the rules for each
+    parameter.
     """
     inputs, target = example
     params, params_tree = jax.tree.flatten(params)
@@ -88,11 +84,11 @@ def sums_of_example(
     closed = jax.make_jaxpr(backward)(params, inputs, cs)
     program = Program(closed, [*params, *inputs], len(outputs), pulled_back, weight)
     try:
-        sums, h = _rewritten(program, powers, chunk_bytes, report)
+        sums, h = _rewritten(program, powers, chunk_bytes, devices, report)
     except Exception as error:
         # What the rewriting relies on may change with jax, and that must not fail
         # here. Errors of the user's own functions are raised again.
-        sums, h = _as_it_is(program, powers, chunk_bytes, report)
+        sums, h = _as_it_is(program, powers, chunk_bytes, devices, report)
         warnings.warn(
             "The gradients of single examples could not be rewritten and are formed a "
             f"few at a time, which is slow. {type(error).__name__}: {error}",
@@ -122,7 +118,7 @@ def _checked(cs, h, tree):
     return [c.astype(x.dtype) for c, x in zip(cs, h, strict=True) if _is_floating(x)]
 
 
-def _rewritten(program, powers, chunk_bytes, report):
+def _rewritten(program, powers, chunk_bytes, devices, report):
     closed, known, n_outputs, cotangents, weight = program
     given = [*known, *closed.in_avals[len(known) :]]
     flat = jax.make_jaxpr(flatten(closed))(*given)
@@ -142,7 +138,7 @@ def _rewritten(program, powers, chunk_bytes, report):
         if not forward.isdisjoint(eqn.outvars):
             kept.update(eqn.outvars)
     limit = max([largest(flow, kept), *(size(v) for v in kept if flow.varies(v))])
-    what = Summation(powers, _axes(cs), chunk_bytes, limit)
+    what = Summation(powers, _axes(cs), chunk_bytes, limit, devices)
     plan = make_plan(flow, consts, wanted, outputs, what)
     if report is not None:
         report += [plan.rules(v) for v in wanted]
@@ -154,7 +150,7 @@ def _rewritten(program, powers, chunk_bytes, report):
     return _over_cotangents(pull, weight, cs), h
 
 
-def _as_it_is(program, powers, chunk_bytes, report):
+def _as_it_is(program, powers, chunk_bytes, devices, report):
     closed, known, n_outputs, cotangents, weight = program
     fn = jaxpr_as_fun(closed)
     zeros = [jnp.zeros(x.shape, x.dtype) for x in closed.in_avals[len(known) :]]
@@ -162,12 +158,11 @@ def _as_it_is(program, powers, chunk_bytes, report):
     cs = cotangents(lax.stop_gradient(h))
     gradients = closed.out_avals[n_outputs:]
     held = sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in gradients)
-    budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
 
     def pulled(*operands):
         return fn(*operands)[n_outputs:]
 
-    rule = looped(pulled, gradients, powers, held=held, budget=budget)
+    rule = looped(pulled, gradients, powers, Steps(held, chunk_bytes, devices))
     summed = reduced(rule, _axes(cs))
     if report is not None:
         report += [[("fallback", math.inf, 1)] for _ in gradients]

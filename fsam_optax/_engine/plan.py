@@ -37,11 +37,9 @@ from fsam_optax._engine.sums import (
     precision_of,
     reduced,
     scattered_rows,
+    Steps,
     widened,
 )
-
-
-DEFAULT_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,14 @@ class Summation:
             suits the backend.
         limit: Size of the largest array that the model itself takes for an example. A
             larger one in the backward pass is the gradient of a parameter.
+        devices: How many devices the examples may be spread over.
     """
 
     powers: tuple[int, ...]
     axes: int
     chunk_bytes: int | None
     limit: int
+    devices: int
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def _move(eqn, i, v, s, p, env):
 
 def _whole(v, rule, what):
     """Powers of a value that the program holds for all examples anyway."""
-    return Source(rule, 1.0, (v,), looped(lambda x: [x], [v.aval], what.powers))
+    return Source(rule, 1.0, (v,), looped(lambda x: [x], [v.aval], what.powers, None))
 
 
 def _contraction(flow, v, what):
@@ -412,13 +412,9 @@ def _tail(flow, v, stop, rule, cost, what):
         return [env[v]]
 
     held = sum(_working_size(e) for e in eqns) * dtype.itemsize
-    budget = what.chunk_bytes
-    if budget is None:
-        products = any(e.primitive.name in CONTRACTIONS for e in eqns)
-        # XLA:CPU runs batches of matrix products an order slower than one at a time.
-        one = products and jax.default_backend() == "cpu"
-        budget = held if one else DEFAULT_CHUNK_BYTES
-    reduce = looped(fn, [v.aval], what.powers, held=held, budget=budget)
+    products = any(e.primitive.name in CONTRACTIONS for e in eqns)
+    steps = Steps(held, what.chunk_bytes, what.devices, singly=products)
+    reduce = looped(fn, [v.aval], what.powers, steps)
     return Source(rule, cost, operands, reduce)
 
 

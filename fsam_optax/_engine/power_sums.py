@@ -4,6 +4,7 @@ The program of one example is traced, each of its gradients is replaced by an op
 that adds up its powers (`_plan`, `_sums`), and the result is mapped over the examples.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -360,6 +361,7 @@ def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report
             f"`weights` must have shape ({n},), one per example; got {weights.shape}."
         )
     operands = lax.stop_gradient((params, examples, weights))
+    devices = _devices_of(examples, params)
     # Typed as varying over devices, so that the gradients are those of one device.
     witness = jnp.zeros(())
     for x in jax.tree.leaves(operands):
@@ -369,7 +371,15 @@ def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report
     def mapped(params, examples, weights):
         def one(example, weight):
             sums, h = sums_of_example(
-                fn, params, example, cotangents, weight, powers, chunk_bytes, report
+                fn,
+                params,
+                example,
+                cotangents,
+                weight,
+                powers,
+                chunk_bytes,
+                devices,
+                report,
             )
             return sums, h if cotangents is None else None
 
@@ -407,6 +417,32 @@ def _count(examples):
                 f"expected a leading axis of {n[0] if n else 'B'} examples."
             )
     return n[0]
+
+
+def _devices_of(examples, params):
+    """Returns how many devices the examples may be spread over, as far as is known.
+
+    On explicit axes that is in their types. On automatic ones only the mesh is known,
+    also if it is that of the parameters: as many as it has.
+    """
+    types = [
+        jax.typeof(x) for x in (*jax.tree.leaves(examples), *jax.tree.leaves(params))
+    ]
+    meshes = [x.sharding.mesh for x in types] + [jax.sharding.get_abstract_mesh()]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+    if mesh is None:
+        return 1
+    rows = {
+        name
+        for x in jax.tree.leaves(examples)
+        for names in jax.typeof(x).sharding.spec[:1]
+        for name in (names if isinstance(names, tuple) else (names,))
+    }
+    return math.prod(
+        mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Auto or name in rows
+    )
 
 
 def without_explicit_axes(fn: Callable, operands: tuple, like: tuple) -> Any:

@@ -5,9 +5,10 @@ carry in front the axes that the library maps over: examples, then cotangents. `
 tells for each operand which of these it carries; the weight carries them all.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from fsam_optax._common.mapped_axes import vary_like
+
+
+DEFAULT_CHUNK_BYTES = 64 << 20
 
 
 def reduced(reduce: Callable, axes: int) -> Callable:
@@ -59,13 +63,37 @@ def widened(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+class Steps(NamedTuple):
+    """How many examples a loop over them takes at a time.
+
+    Attributes:
+        held: Bytes that one example and cotangent holds.
+        budget: Bytes that a step may hold on each device; None for what suits the
+            backend.
+        devices: How many devices the examples may be spread over. A step takes as many
+            examples from each of so many equal parts of the batch, so that none of
+            them has to leave its device.
+        singly: Whether XLA:CPU should take one example at a time: it runs batches of
+            matrix products an order slower than one at a time.
+    """
+
+    held: int
+    budget: int | None
+    devices: int
+    singly: bool = False
+
+    def rows(self, per_part: int, cotangents: int) -> dict[str, int]:
+        """Returns the examples of each part in a step, by platform."""
+        budget = DEFAULT_CHUNK_BYTES if self.budget is None else self.budget
+        most = max(1, budget // (self.held * cotangents or 1))
+        # As few steps as the budget allows, as equal as can be.
+        number = -(-per_part // -(-per_part // most)) if per_part else 1
+        singly = self.singly and self.budget is None
+        return {"default": number} | ({"cpu": 1} if singly and number > 1 else {})
+
+
 def looped(
-    fn: Callable,
-    out: Sequence[Any],
-    powers: tuple[int, ...],
-    *,
-    held: int = 0,
-    budget: int | None = None,
+    fn: Callable, out: Sequence[Any], powers: tuple[int, ...], steps: Steps | None
 ) -> Callable:
     """Returns the sums of powers of `fn(*operands)`, a few examples at a time.
 
@@ -73,9 +101,17 @@ def looped(
         fn: Maps the operands of one example to a list of arrays.
         out: The shapes and dtypes of these arrays.
         powers: The powers.
-        held: Bytes that `fn` holds for one example and cotangent.
-        budget: Bytes that a step may hold; None for all examples at once.
+        steps: How many examples at a time; None for all at once.
     """
+
+    def sums(weight, values, lead=0):
+        return [
+            [
+                _weighted_sum(weight, power(x.astype(widened(v.dtype)), p), lead)
+                for p in powers
+            ]
+            for v, x in zip(out, values, strict=True)
+        ]
 
     def reduce(has, weight, *operands):
         _, *has = has
@@ -86,55 +122,66 @@ def looped(
         one = fn
         for j in range(1, weight.ndim)[::-1]:
             one = jax.vmap(one, in_axes=[0 if h[j] else None for h in has])
-
-        def sums(weight, values):
-            return [
-                [
-                    _weighted_sum(weight, power(x.astype(widened(v.dtype)), p))
-                    for p in powers
-                ]
-                for v, x in zip(out, values, strict=True)
-            ]
-
         if weight.ndim == 0:
             return sums(weight, one(*operands))
         mapped = [h[0] for h in has]
-        several = jax.vmap(one, in_axes=[0 if b else None for b in mapped])
+        axes = [0 if b else None for b in mapped]
         n, *inner = weight.shape
-        chunk = n
-        if budget is not None:
-            chunk = min(n, max(1, budget // (held * math.prod(inner) or 1)))
-        if chunk == n:
-            return sums(weight, several(*operands))
+        parts = math.gcd(n, steps.devices if steps and live[0] else 1) or 1
+        rows = steps.rows(n // parts, math.prod(inner)) if steps else {"default": n}
 
-        def step(before, start, length):
-            def rows(x):
-                if length == 1:
-                    return lax.dynamic_index_in_dim(x, start, keepdims=False)
-                return lax.dynamic_slice_in_dim(x, start, length)
+        def in_steps(number, weight, *operands):
+            if number * parts >= n:
+                return sums(weight, jax.vmap(one, axes)(*operands))
+            # The rows of a part stay together, on the devices that hold them.
+            cut = [
+                x.reshape(parts, n // parts, *x.shape[1:]) if b else x
+                for b, x in zip((True, *mapped), (weight, *operands), strict=True)
+            ]
 
-            # One example is a plain matrix product, which XLA:CPU does much faster
-            # than a batch of one.
-            evaluate = one if length == 1 else several
-            values = evaluate(
-                *(rows(x) if b else x for x, b in zip(operands, mapped, strict=True))
+            def step(before, start, number):
+                def taken(x):
+                    if number == 1:
+                        x = lax.dynamic_index_in_dim(x, start, 1, keepdims=False)
+                    else:
+                        x = lax.dynamic_slice_in_dim(x, start, number, 1)
+                    return x if parts > 1 else x[0]
+
+                evaluate = one if number == 1 else jax.vmap(one, axes)
+                # A batch of one is slower than one example, on XLA:CPU by far.
+                evaluate = jax.vmap(evaluate, axes) if parts > 1 else evaluate
+                weight, *operands = [
+                    taken(x) if b else x
+                    for b, x in zip((True, *mapped), cut, strict=True)
+                ]
+                added = sums(weight, evaluate(*operands), lead=parts > 1)
+                return jax.tree.map(jnp.add, before, added)
+
+            lead = (parts,) if parts > 1 else ()
+            zeros = [jnp.zeros((*lead, *v.shape), widened(v.dtype)) for v in out]
+            zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
+            many, rest = divmod(n // parts, number)
+            found = lax.fori_loop(
+                0, many, lambda i, found: step(found, i * number, number), zeros
             )
-            return jax.tree.map(jnp.add, before, sums(rows(weight), values))
+            found = step(found, many * number, rest) if rest else found
+            # Added over the devices once, after the loop.
+            return jax.tree.map(lambda x: jnp.sum(x, 0), found) if lead else found
 
-        zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
-        zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
-        found = lax.fori_loop(
-            0, n // chunk, lambda i, found: step(found, i * chunk, chunk), zeros
-        )
-        return step(found, n - n % chunk, n % chunk) if n % chunk else found
+        branches = {
+            k: functools.partial(in_steps, number) for k, number in rows.items()
+        }
+        if len(branches) == 1:
+            return branches["default"](weight, *operands)
+        return lax.platform_dependent(weight, *operands, **branches)
 
     return reduce
 
 
-def _weighted_sum(weight, x):
-    """Sums weight * x over the axes of the weight."""
+def _weighted_sum(weight, x, lead=0):
+    """Sums weight * x over the axes of the weight, but for those that lead."""
     shape = weight.shape + (1,) * (x.ndim - weight.ndim)
-    axes = tuple(range(weight.ndim))
+    axes = tuple(range(lead, weight.ndim))
     return jnp.sum(weight.reshape(shape).astype(x.dtype) * x, axis=axes)
 
 
