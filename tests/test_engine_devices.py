@@ -1,0 +1,196 @@
+"""The engine on many devices: what they exchange and compute, in the compiled program.
+
+Nothing is run here; `test_devices.py` and `test_engine.py` compare the numbers.
+"""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from fsam_optax import (
+    categorical,
+    diagonal,
+    fisher_empirical,
+    fisher_exact,
+    fisher_gnb,
+    fisher_hutchinson,
+    fisher_i1,
+    fisher_i2,
+    negative_log_likelihood,
+    power_sums,
+)
+
+
+EXAMPLES, WIDTH, CLASSES, TOKENS = 64, 8, 3, 5
+KEY = jax.random.key(0)
+ESTIMATORS = {
+    "empirical": fisher_empirical,
+    "exact": fisher_exact,
+    "i1": lambda *model: fisher_i1(*model, key=KEY),
+    "hutchinson": lambda *model: fisher_hutchinson(*model, key=KEY),
+    "gnb with error": lambda *model: fisher_gnb(*model, key=KEY, standard_error=True),
+    "i2": lambda *model: fisher_i2(*model, key=KEY, hessian="hutchinson"),
+}
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """What one device does in a program compiled for given shapes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    module = importlib.import_module("compiled")
+
+    def counted(fn, *args):
+        return module.count(jax.jit(fn).lower(*args).compile().as_text())
+
+    return counted
+
+
+def convolutional(params, x):
+    for kernel in params["kernels"]:
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jnp.tanh(x)
+    return jnp.mean(x, axis=(1, 2)) @ params["dense"]
+
+
+def transformer(params, x):
+    """Layers in a scan; weights shared by the tokens, and one table used twice."""
+
+    def layer(x, weights):
+        keys = jnp.einsum("btc,cd->btd", x, weights["keys"])
+        mixed = jax.nn.softmax(jnp.einsum("bsd,btd->bst", keys, keys))
+        x = x + jnp.einsum("bst,btd->bsd", mixed, keys)
+        return x + jnp.tanh(jnp.einsum("btc,cd->btd", x, weights["dense"])), None
+
+    x, _ = jax.lax.scan(layer, jnp.einsum("btc,cd->btd", x, params["in"]), params["l"])
+    return jnp.einsum("btd,cd->btc", x, params["in"][:CLASSES])
+
+
+def shapes(mesh, batch, weights):
+    """Returns each model, its parameters and a batch, placed on the mesh."""
+
+    def placed(shape, spec, dtype=jnp.float32):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def weight(*shape):
+        spec = P(*(None,) * (len(shape) - 1), weights) if weights else P()
+        return placed(shape, spec)
+
+    return {
+        "convolutional": (
+            convolutional,
+            {
+                "kernels": [weight(3, 3, 3, WIDTH), weight(3, 3, WIDTH, WIDTH)],
+                "dense": placed((WIDTH, CLASSES), P()),
+            },
+            (
+                placed((EXAMPLES, 16, 16, 3), P(batch)),
+                placed((EXAMPLES,), P(batch), jnp.int32),
+            ),
+        ),
+        "transformer": (
+            transformer,
+            {
+                "in": weight(WIDTH, WIDTH),
+                "l": {
+                    "keys": weight(4, WIDTH, WIDTH),
+                    "dense": weight(4, WIDTH, WIDTH),
+                },
+            },
+            (
+                placed((EXAMPLES, TOKENS, WIDTH), P(batch)),
+                placed((EXAMPLES, TOKENS), P(batch), jnp.int32),
+            ),
+        ),
+    }
+
+
+def mesh(kind, sizes=(8,), names=("data",)):
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
+
+
+def alone(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def estimate(name, model):
+    estimator = ESTIMATORS[name](model, categorical)
+    return lambda params, batch: diagonal(estimator, params, batch)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("model", ["convolutional", "transformer"])
+def test_data_parallel_work_is_divided_and_only_sums_are_exchanged(count, model, kind):
+    model, params, batch = shapes(mesh(kind), "data", None)[model]
+    fn = estimate("empirical", model)
+    whole = count(fn, alone(params), alone(batch))
+    each = count(fn, params, batch)
+    gradient = count(
+        jax.grad(negative_log_likelihood(model, categorical)), params, batch
+    )
+    assert each["products"] <= 1.02 * whole["products"] / 8
+    assert set(each) == {"products", "all-reduce"}
+    # Squares are reduced as gradients are, and the sum of the weights once.
+    assert each["all-reduce"] <= gradient["all-reduce"] + 8
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_divides_its_work(count, name):
+    model, params, batch = shapes(mesh(AxisType.Auto), "data", None)["convolutional"]
+    fn = estimate(name, model)
+    whole = count(fn, alone(params), alone(batch))
+    each = count(fn, params, batch)
+    assert each["products"] <= 1.05 * whole["products"] / 8
+    assert not {"all-gather", "all-to-all", "collective-permute"} & set(each)
+
+
+@pytest.mark.parametrize("model", ["convolutional", "transformer"])
+@pytest.mark.parametrize(
+    "batch, weights", [(("data", "model"), "data"), ("data", "model")]
+)
+def test_sharded_parameters_are_gathered_as_by_the_gradient(
+    count, model, batch, weights
+):
+    """Fully sharded, and tensor-parallel on the second axis of the mesh."""
+    devices = mesh(AxisType.Auto, (4, 2), ("data", "model"))
+    model, params, batch = shapes(devices, batch, weights)[model]
+    gradient = count(
+        jax.grad(negative_log_likelihood(model, categorical)), params, batch
+    )
+    squares = count(estimate("empirical", model), params, batch)
+    for kind in "all-gather", "all-reduce", "all-to-all", "collective-permute":
+        assert squares.get(kind, 0) <= gradient.get(kind, 0) + 8, (gradient, squares)
+    assert squares["products"] <= 1.1 * gradient["products"]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_batch_that_the_mesh_does_not_divide(kind):
+    """Twelve examples over four devices of eight, in steps of any size."""
+    devices = mesh(kind, (4, 2), ("data", "model"))
+    rng = np.random.default_rng(0)
+    w, x = (np.asarray(rng.normal(size=s), np.float32) for s in ((4, 3), (12, 5, 4)))
+    expected = jnp.sum(jnp.einsum("ntc,ntd->ncd", x, jnp.tanh(x) @ w) ** 2, 0)
+
+    def squares(weights, x, chunk_bytes):
+        (total,) = power_sums(
+            lambda v, x: x @ v,
+            weights,
+            x,
+            lambda h, x: (jnp.tanh(x) @ w)[None],
+            x,
+            chunk_bytes=chunk_bytes,
+        )
+        return total
+
+    placed = jax.device_put(x, NamedSharding(devices, P("data")))
+    weights = jax.device_put(w, NamedSharding(devices, P()))
+    for chunk_bytes in None, 1, 100, 10**6:
+        found = jax.jit(squares, static_argnums=2)(weights, placed, chunk_bytes)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
