@@ -64,7 +64,7 @@ def _outputs(apply_fn, params, x):
 
 def _examples(inputs):
     """Returns the inputs as arrays, after checking that they hold examples."""
-    check_leaves(inputs, "inputs")
+    check_leaves(inputs, "inputs", data=True)
     leaves, structure = jax.tree.flatten(inputs)
     sizes = {jnp.shape(x)[:1] for x in leaves}
     if len(sizes) != 1 or sizes & {(), (0,)}:

@@ -326,6 +326,25 @@ def recurrent_power(params, xs):
     return jnp.sum(lax.scan(step, jnp.zeros(6), xs)[0])
 
 
+@program(
+    {"w": normal(0, 4, 6, 6) / 2, "s": normal(1, 6)},
+    normal(2, B, 6),
+    "outer product",
+    "reduction",
+)
+def scanned_layers_with_a_shared_scale(params, x):
+    def layer(h, w):
+        return jnp.tanh(h @ w) * params["s"][0], None
+
+    return jnp.sum(lax.scan(layer, x, params["w"])[0] ** 2)
+
+
+@program({"w": normal(0, 6, 6)}, normal(1, B, 6), "fallback")
+def rounded_on_the_way(params, x):
+    """Rounding is not linear."""
+    return jnp.sum(jnp.tanh(x @ lax.reduce_precision(params["w"], 8, 7)) ** 2)
+
+
 FALLBACKS = {}
 
 
@@ -654,6 +673,74 @@ def test_double_precision_stays(x64):
     oracles.assert_close(sums, expected, tolerance=1e-12)
 
 
+def test_fourth_powers_stay_in_range_where_those_of_the_gradients_do():
+    sizes = jnp.array([1.0, 1e12, 1.0, 1e-12, 1e13])
+    scores = normal(6, 2, 3)
+
+    def cotangents(h, size):
+        return scores / size
+
+    def model(w, x):
+        return x @ w
+
+    args = model, MLP["w0"][:, :3], X * sizes[:, None], cotangents, sizes
+    oracles.assert_close(
+        jitted(*args, powers=POWERS), oracles.power_sums(*args, POWERS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [
+        ("highest", True),
+        (lax.DotAlgorithmPreset.F32_F32_F32, True),
+        (lax.DotAlgorithmPreset.F16_F16_F32, False),
+    ],
+)
+@pytest.mark.parametrize("positions", [1, 2])
+def test_squares_have_the_precision_asked_for(precision, kept, positions):
+    def loss_fn(w, x):
+        return jnp.sum(jnp.dot(x, w, precision=precision) ** 2)
+
+    jaxpr = jax.make_jaxpr(lambda *args: loss_power_sums(loss_fn, *args))(
+        jnp.ones((4, 3)), jnp.ones((B, positions, 4))
+    )
+    products = [
+        eqn
+        for eqn in equations(jaxpr.jaxpr)
+        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape == (3, 4)
+    ]
+    assert len(products) == 1
+    plain = jax.make_jaxpr(lambda w: jnp.dot(w, w.T, precision=precision))(MLP["w0"])
+    expected = plain.eqns[-1].params["precision"] if kept else None
+    assert products[0].params["precision"] == expected
+
+
+def equations(jaxpr):
+    """Yields all equations, those of loops and calls included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
+@pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
+def test_narrow_indices(dtype, mode):
+    table, rows = normal(0, 200, 3), np.arange(B * 2, dtype=dtype).reshape(B, 2)
+
+    def loss_fn(p, i):
+        i = lax.convert_element_type(i, dtype)
+        return jnp.sum(jnp.tanh(p.at[i].get(mode=mode, wrap_negative_indices=False)))
+
+    (leaf,) = explain_loss(loss_fn, table, rows)
+    assert leaf.rule == "embedding"
+    (sums,) = loss_power_sums(loss_fn, table, rows)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, table, rows)[0])
+
+
 # Cost.
 
 
@@ -742,6 +829,18 @@ def test_falls_back_with_a_warning_if_rewriting_breaks(monkeypatch):
             )
         assert len(caught) == 1
         oracles.assert_close(sums, expected)
+
+
+def test_the_report_names_what_runs_if_planning_breaks_halfway(monkeypatch):
+    from fsam_optax._engine import example
+
+    def broken(*args):
+        raise AttributeError("moved in a later version")
+
+    monkeypatch.setattr(example, "run", broken)
+    with pytest.warns(UserWarning, match="moved in a later version"):
+        rules = explain_loss(dense, MLP, X)
+    assert [leaf.rule for leaf in rules] == ["fallback"] * len(MLP)
 
 
 def normalised_by_batch(params, x):

@@ -152,8 +152,11 @@ def check_like(name: str, tree: Any, like_name: str, like: Any) -> None:
         )
 
 
-def check_leaves(tree: Any, name: str, real: bool = False) -> None:
-    """Raises TypeError for a leaf that is complex, no array or, if asked, not real."""
+def check_leaves(tree: Any, name: str, real: bool = False, data: bool = False) -> None:
+    """Raises TypeError for a leaf that is complex, no array or, if asked, not real.
+
+    Data may be complex: nothing is differentiated by it.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = f"leaf {jax.tree_util.keystr(path) or 'at the root'} of `{name}`"
         if leaf_shape(leaf) is None:
@@ -162,7 +165,7 @@ def check_leaves(tree: Any, name: str, real: bool = False) -> None:
                 "(for Equinox, `eqx.filter(model, eqx.is_inexact_array)`)."
             )
         dtype = getattr(leaf, "dtype", np.dtype(type(leaf)))
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        if jnp.issubdtype(dtype, jnp.complexfloating) and not data:
             raise TypeError(
                 f"{where} is complex. Optax does not say whether a complex gradient "
                 "is conjugated, so uphill is not defined: keep the real and the "

@@ -103,6 +103,8 @@ def _entered(flow, v, limit) -> Any:
         (eqn,) = (e for e in flow.jaxpr.eqns if v in e.invars)
         name = eqn.primitive.name
         others = [x for x in eqn.invars if x is not v]
+        if not all(jnp.issubdtype(x.aval.dtype, jnp.floating) for x in eqn.outvars):
+            break
         if name in LINEAR and (name != "gather" or eqn.invars[0] is v):
             return eqn.outvars[0]
         if name not in MOVES or others or len(eqn.outvars) != 1:

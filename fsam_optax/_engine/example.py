@@ -140,14 +140,15 @@ def _rewritten(program, powers, chunk_bytes, devices, report):
     limit = max([largest(flow, kept), *(size(v) for v in kept if flow.varies(v))])
     what = Summation(powers, _axes(cs), chunk_bytes, limit, devices)
     plan = make_plan(flow, consts, wanted, outputs, what)
-    if report is not None:
-        report += [plan.rules(v) for v in wanted]
 
     def pull(weight, c):
         given = dict(zip(jaxpr.invars[len(known) :], c, strict=True))
         return run(plan, env | given, weight, what)
 
-    return _over_cotangents(pull, weight, cs), h
+    sums = _over_cotangents(pull, weight, cs)
+    if report is not None:
+        report[:] = [plan.rules(v) for v in wanted]
+    return sums, h
 
 
 def _as_it_is(program, powers, chunk_bytes, devices, report):
@@ -165,7 +166,7 @@ def _as_it_is(program, powers, chunk_bytes, devices, report):
     rule = looped(pulled, gradients, powers, Steps(held, chunk_bytes, devices))
     summed = reduced(rule, _axes(cs))
     if report is not None:
-        report += [[("fallback", math.inf, 1)] for _ in gradients]
+        report[:] = [[("fallback", math.inf, 1)] for _ in gradients]
     return _over_cotangents(lambda w, c: summed(w, *known, *c), weight, cs), h
 
 

@@ -31,7 +31,6 @@ MOVES = (
     "copy_p",
     "expand_dims",
     "neg",
-    "reduce_precision",
     "reshape",
     "rev",
     "sharding_constraint",

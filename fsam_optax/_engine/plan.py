@@ -114,11 +114,11 @@ class Plan:
         """Returns name, cost and size of the rules that a wanted variable uses."""
         found = []
         for base in _origins(self.flow, v)[0]:
-            loop = next((x for x in self.loops if base in x.eqn.outvars), None)
-            if loop is None:
-                source = self.sources[id(base)]
+            source = self.sources.get(id(base))
+            if source is not None:
                 found.append((source.rule, source.cost, _entries(base)))
             else:
+                loop = next(x for x in self.loops if base in x.eqn.outvars)
                 k = loop.outputs.index(loop.eqn.outvars.index(base))
                 found += loop.plan.rules(loop.plan.wanted[k])
         return found
@@ -227,8 +227,13 @@ def _moved_operand(flow, eqn):
         or (name == "div" and i == 0)
         or (name == "dynamic_update_slice" and i == 1 and flow.is_zero(eqn.invars[0]))
     )
-    floating = jnp.issubdtype(eqn.invars[i].aval.dtype, jnp.inexact)
-    return i if moves and floating else None
+    # (re + i im)^2 is not re^2 + im^2: nothing complex on either side.
+    real = all(_is_real(v) for v in (eqn.invars[i], *eqn.outvars))
+    return i if moves and real else None
+
+
+def _is_real(v):
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
 
 
 def _is_disjoint_sum(flow, v):
@@ -266,9 +271,11 @@ def _parts(flow: Dataflow, v: Any) -> tuple[Any, int | None, Sequence[Any]]:
     i = _moved_operand(flow, eqn)
     if i is not None:
         return eqn, i, [eqn.invars[i]]
-    if eqn is not None and flow.varies(v) and eqn.primitive.name == "concatenate":
+    if eqn is None or not flow.varies(v) or not _is_real(v):
+        return None, None, []
+    if eqn.primitive.name == "concatenate":
         return eqn, None, eqn.invars
-    if flow.varies(v) and _is_disjoint_sum(flow, v):
+    if _is_disjoint_sum(flow, v):
         return None, None, flow.summands(v)
     return None, None, []
 
@@ -308,7 +315,7 @@ def _moved(flow, v, sums, env, powers) -> list[Any]:
 
 def _move(eqn, i, v, s, p, env):
     name = eqn.primitive.name
-    if name in ("convert_element_type", "reduce_precision"):
+    if name == "convert_element_type":
         return s.astype(widened(jnp.promote_types(s.dtype, v.aval.dtype)))
     if name == "neg":
         return -s if p % 2 else s

@@ -303,13 +303,13 @@ def one_of_batch(apply_fn: Callable) -> Callable:
 
 def _check_model(apply_fn, inputs):
     check_function("apply_fn", apply_fn)
-    check_leaves(inputs, "inputs")
+    check_leaves(inputs, "inputs", data=True)
     _count(inputs)
 
 
 def _explain(fn, params, examples, cotangents):
     check_leaves(params, "params")
-    check_leaves(examples, "(inputs, targets)")
+    check_leaves(examples, "(inputs, targets)", data=True)
     report = []
 
     def record(params, examples):
@@ -345,7 +345,7 @@ def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report
         raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers!r}.")
     powers = tuple(powers)
     check_leaves(params, "params")
-    check_leaves(examples, "(inputs, targets)")
+    check_leaves(examples, "(inputs, targets)", data=True)
     check_leaves(weights, "weights")
     params, examples = jax.tree.map(jnp.asarray, (params, examples))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -186,10 +186,24 @@ def _weighted_sum(weight, x, lead=0):
 
 
 def precision_of(eqn: Any) -> Any:
-    """Returns the precision of a product; None for one that prescribes its dtypes."""
-    precision = eqn.params["precision"]
-    plain = isinstance(precision, tuple) and isinstance(precision[0], lax.Precision)
-    return precision if plain else None
+    """Returns the precision of a product, as it was asked for.
+
+    None for an algorithm that would not hold squares: of the range of float16, or one
+    that adds up in half precision.
+    """
+    precision, out = eqn.params["precision"], widened(eqn.outvars[0].aval.dtype)
+    if precision is None or isinstance(precision, tuple):
+        return precision
+    if isinstance(precision, lax.DotAlgorithmPreset):
+        narrow = ("F16_", "ANY_F8", "BF16_BF16_BF16")
+        double = precision.name.startswith("F64")
+        holds = not precision.name.startswith(narrow)
+        return precision if holds and double == (out == jnp.float64) else None
+    kinds = precision.lhs_precision_type, precision.rhs_precision_type
+    holds = precision.accumulation_type == out and all(
+        jnp.finfo(kind).maxexp >= jnp.finfo(jnp.float32).maxexp for kind in kinds
+    )
+    return precision if holds else None
 
 
 def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
@@ -236,8 +250,10 @@ def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
                 w, [*axes], x, [*axes, *body], [*lead, *body], precision=precision
             )
 
+        balanced = _balance(a, g, has) if max(powers) > 2 else (a, g)
+
         def sums(p):
-            left, right = power(a, p), power(g, p)
+            left, right = (power(x, p) for x in (balanced if p > 2 else (a, g)))
             if many == 0:
                 left = weighted(left)
             else:
@@ -248,6 +264,34 @@ def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
         return [[sums(p) for p in powers]]
 
     return reduce
+
+
+def _balance(a, g, has):
+    """Returns two factors of one magnitude, of the same product, for each example.
+
+    So that the powers of both stay in range where that of their product does.
+    """
+    both = [x and y for x, y in zip(*has, strict=True)]
+
+    def own(carried):
+        """Returns which of the leading axes carried are those of both factors."""
+        return [shared for shared, b in zip(both, carried, strict=True) if b]
+
+    def magnitude(x, carried):
+        shared = own(carried)
+        axes = [d for d in range(x.ndim) if d >= len(shared) or not shared[d]]
+        largest = jnp.max(jnp.abs(x), axis=tuple(axes), initial=0)
+        return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+
+    left, right = (magnitude(x, h) for x, h in zip((a, g), has, strict=True))
+    scale = jnp.sqrt(right) / jnp.sqrt(left)
+
+    def scaled(x, carried, factor):
+        shared = own(carried)
+        axes = [d for d in range(x.ndim) if d >= len(shared) or not shared[d]]
+        return x * jnp.expand_dims(factor, axes)
+
+    return scaled(a, has[0], scale), scaled(g, has[1], 1 / scale)
 
 
 def scattered_rows(eqn: Any, powers: tuple[int, ...]) -> Callable:
@@ -267,9 +311,14 @@ def scattered_rows(eqn: Any, powers: tuple[int, ...]) -> Callable:
 
     def reduce(has, weight, index, rows):
         _, has_index, has_rows = has
+        if jnp.iinfo(index.dtype).bits < 32:
+            index = index.astype(jnp.int32)
         axes = range(weight.ndim)
         if mode == lax.GatherScatterMode.CLIP:
-            index = jnp.clip(index, 0, jnp.array(bounds, index.dtype))
+            last = jnp.array(bounds, index.dtype).reshape(
+                (1,) * (index.ndim - 1) + (-1,)
+            )
+            index = jnp.clip(index, 0, last)
         lead = index.shape[: sum(has_index)]
         index = index.reshape(*lead, -1, len(bounds))
         window = [sum(has_rows) + d for d in numbers.update_window_dims]

@@ -65,7 +65,7 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
             "`batch` must be a pair, `batch=(inputs, targets)`, got "
             f"{type(batch).__name__}."
         )
-    check_leaves(batch, "batch")
+    check_leaves(batch, "batch", data=True)
     shapes = [shape_of(x) for x in jax.tree.leaves(batch[0])]
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
