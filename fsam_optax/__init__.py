@@ -44,12 +44,12 @@ from fsam_optax._fisher.negative_log_likelihood import (
     negative_log_likelihood as negative_log_likelihood,
 )
 from fsam_optax._fisher.refresh_every import refresh_every as refresh_every
-from fsam_optax._step.ascent import Metrics as Metrics
 from fsam_optax._step.by_name import (
     asam as asam,
     fisher_sam as fisher_sam,
     sam as sam,
 )
+from fsam_optax._step.metrics import Metrics as Metrics
 from fsam_optax._step.sharpness_aware import (
     sharpness_aware as sharpness_aware,
     SharpnessAwareState as SharpnessAwareState,

@@ -12,6 +12,7 @@ from flax import nnx
 
 from fsam_optax._common.mapped_axes import AxisName, merge, merge_stacked
 from fsam_optax._step import value_and_grad as _value_and_grad
+from fsam_optax._step.passes import loss_and_aux
 from fsam_optax._step.value_and_grad import ValueAndGrad
 
 
@@ -92,7 +93,7 @@ def value_and_grad(
         def pure_loss(params, batch, *args, **kwargs):
             copy = nnx.merge(graphdef, params, rest, copy=True)
             result = loss_fn(copy, batch, *args, **kwargs)
-            loss, aux = _value_and_grad.loss_and_aux(result, has_aux)
+            loss, aux = loss_and_aux(result, has_aux)
             return loss, (aux, nnx.split(copy, wrt, ...)[2])
 
         oracle = _value_and_grad.value_and_grad(pure_loss, perturbation, **options)

@@ -232,6 +232,16 @@ def test_m_sharp_sam_by_oracle(how, every, micro_batches):
     check(spread(how, step), init, "fisher", parts, every)
 
 
+def strided(batch, parts):
+    """The batch in the order in which contiguous parts are its micro-batches."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1).reshape(
+            x.shape
+        ),
+        batch,
+    )
+
+
 def test_micro_batches_are_devices_without_synchronisation():
     f = value_and_grad(loss, PERTURBATIONS["fisher"], micro_batches=DEVICES)
     init, step = by_oracle("fisher")
@@ -239,7 +249,7 @@ def test_micro_batches_are_devices_without_synchronisation():
     spread_step, call = shard_map(step, True), jax.jit(f.apply)
     for _ in range(2):
         _, grads, state = call(PARAMS, state, BATCH)
-        other_grads, other = spread_step(PARAMS, other, BATCH)
+        other_grads, other = spread_step(PARAMS, other, strided(BATCH, DEVICES))
         assert_close(grads, other_grads, 1e-6)
         assert_close(state, other, 1e-6)
 
@@ -718,7 +728,7 @@ def test_estimators_on_devices_are_those_on_micro_batches(name, how):
     loss_fn = negative_log_likelihood(net, categorical)
     estimator = optax.chain(ESTIMATORS[name], optax.ema(0.9))
     f = value_and_grad(loss_fn, fisher_ellipsoid(RHO, estimator), axis_name="d")
-    result = spread(how, f.apply)(NET, f.init(NET), LABELLED)
+    result = spread(how, f.apply)(NET, f.init(NET), strided(LABELLED, DEVICES))
     assert_close(result, with_micro_batches(name), 1e-6)
 
 
@@ -740,5 +750,5 @@ def test_fault_27_batch_over_one_axis_and_parameters_by_hand_over_another():
     mapped = jax.shard_map(
         f.apply, mesh=mesh, in_specs=(specs, P(), P("d")), out_specs=(P(), specs, P())
     )
-    result = jax.jit(mapped)(NET, f.init(NET), LABELLED)
+    result = jax.jit(mapped)(NET, f.init(NET), strided(LABELLED, 2))
     assert_close(result, expected, 1e-6)

@@ -147,7 +147,7 @@ def test_equinox_model_with_functions_in_it_is_explained():
     model = eqx.nn.MLP(6, 3, 4, 1, key=jax.random.key(0))
     f = value_and_grad(lambda m, b: cross_entropy(jax.vmap(m)(b)), euclidean_ball(0.1))
     params = eqx.filter(model, eqx.is_inexact_array)
-    with pytest.raises(TypeError, match=r"not an array.*eqx.filter\(model"):
+    with pytest.raises(TypeError, match=r"not an array.*eqx.partition\(model"):
         f(model, f.init(params), X)
 
 

@@ -117,8 +117,8 @@ def test_gradient_is_that_at_the_perturbed_weights_with_the_same_mask():
 def test_micro_batches_average_the_rest():
     batch = make_batch()
     halves = [
-        jax.tree.map(lambda x: x[:16], batch),
-        jax.tree.map(lambda x: x[16:], batch),
+        jax.tree.map(lambda x: x[::2], batch),
+        jax.tree.map(lambda x: x[1::2], batch),
     ]
     f = fsam_nnx.value_and_grad(loss_fn, fsam_optax.euclidean_ball(0.1))
     rests = []
@@ -134,7 +134,9 @@ def test_micro_batches_average_the_rest():
     rest = rest_of(model)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, rests[0]["norm"], rests[1]["norm"])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), rest["norm"], mean
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        rest["norm"],
+        mean,
     )
     jax.tree.map(np.testing.assert_array_equal, rest["dropout"], rests[0]["dropout"])
 

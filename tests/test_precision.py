@@ -111,7 +111,7 @@ def test_half_precision_steps_are_those_of_float32(front_end):
 
     def run(params, perturb_dtype):
         if front_end == "value_and_grad":
-            f = value_and_grad(LOSS, tx, perturb_dtype=perturb_dtype, fused=False)
+            f = value_and_grad(LOSS, tx, perturb_dtype=perturb_dtype)
             return f(params, f.init(params), BATCH)[1]
         optimizer = sharpness_aware(optax.identity(), tx, perturb_dtype=perturb_dtype)
         grads = cast(gradient(cast(params, "float32"), BATCH), "bfloat16")

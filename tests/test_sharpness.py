@@ -196,7 +196,7 @@ def drawn():
 )
 def test_one_step_is_the_metric_of_value_and_grad(tx):
     loss_fn = fsam.negative_log_likelihood(net, fsam.categorical)
-    oracle = fsam.value_and_grad(loss_fn, tx, fused=False)
+    oracle = fsam.value_and_grad(loss_fn, tx)
     _, _, state = jax.jit(oracle)(PARAMS, oracle.init(PARAMS), (X, Y))
     found = sharpness(loss_fn, PARAMS, (X, Y), tx)
     np.testing.assert_allclose(found, state.sharpness, rtol=1e-6)

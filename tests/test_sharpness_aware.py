@@ -271,7 +271,7 @@ def test_metrics():
     first = {"k": jnp.full((3, 2), 3.0), "b": jnp.full(2, 4.0)}
     tx = sharpness_aware(optax.sgd(1.0), adaptive_ellipsoid(0.5))
     state = tx.init(PARAMS)
-    assert all(x == 0 and x.dtype == jnp.float32 for x in state.metrics)
+    assert all(x == 0 and x.dtype == "float32" for x in jax.tree.leaves(state.metrics))
     _, state = step(tx, state, grads=first, grad_fn=second)
     g, h = (oracles.flat(tree) for tree in (first, second(None)))
     eps, dual_norm = oracles.perturbation(0.5, first, oracles.asam_scale(PARAMS, 0.01))
@@ -289,6 +289,22 @@ def test_metrics():
         assert metric.shape == ()
         assert metric.dtype == (jnp.int32 if name == "skipped" else jnp.float32)
         np.testing.assert_allclose(metric, value, rtol=1e-6)
+    leaves = optax.tree.get(state, "leaf_perturbation_norms")
+    assert_close(leaves, {n: np.linalg.norm(e) for n, e in eps.items()}, rtol=1e-6)
+
+
+def test_metrics_show_what_is_perturbed_though_the_base_freezes_it():
+    labels = {"k": "frozen", "b": "trained"}
+    base = optax.partition(
+        {"trained": optax.sgd(1.0), "frozen": optax.set_to_zero()}, labels
+    )
+    for mask, where in ((None, "k"), ({"k": False, "b": True}, "b")):
+        tx = sharpness_aware(base, euclidean_ball(0.5, mask=mask))
+        _, state = step(tx, tx.init(PARAMS))
+        norms = optax.tree.get(state, "leaf_perturbation_norms")
+        assert max(norms, key=norms.get) == where
+    assert norms["k"] == 0
+    assert_close(norms["b"], 0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("every", "jit"), [(2, False), (3, True)])

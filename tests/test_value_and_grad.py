@@ -28,9 +28,9 @@ def call(f, *args, params=PARAMS, batch=BATCH, **kwargs):
 
 
 def cut(batch, parts):
-    """Returns the micro-batches of a batch."""
+    """Returns the micro-batches of a batch: row i is in part i mod m."""
     return [
-        jax.tree.map(lambda x, i=i: np.array_split(np.asarray(x), parts)[i], batch)
+        jax.tree.map(lambda x, i=i: np.asarray(x)[i::parts], batch)
         for i in range(parts)
     ]
 
@@ -144,7 +144,9 @@ def test_extra_args_go_to_the_perturbation_and_not_to_the_loss():
 
     spy = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
     call(value_and_grad(loss, spy), extra_args={"fisher": "f"})
-    assert seen == {"batch": BATCH, "fisher": "f", "params": PARAMS}
+    assert_close(seen.pop("grad_fn")(PARAMS), gradient(PARAMS, BATCH), rtol=1e-6)
+    told = {"batch": BATCH, "fisher": "f", "loss_args": (), "loss_kwargs": {}}
+    assert seen == {**told, "params": PARAMS}
     call(value_and_grad(loss, spy), extra_args={"batch": "other"})
     assert seen["batch"] == "other"
 
@@ -216,7 +218,7 @@ def test_micro_batches_have_a_perturbation_each(geometry, parts):
     )
     assert_close(grads, expected, rtol=1e-6)
     assert_close(value, loss(PARAMS, BATCH), rtol=1e-6)
-    assert_equal(aux["first"], np.asarray(BATCH[0])[:: 8 // parts])
+    assert_equal(aux["first"], np.asarray(BATCH[0])[:parts])
     assert state.step == state.perturbation.count == 1
     norms = [np.linalg.norm(oracles.flat(g)) for _, g in singles]
     assert_close(state.metrics.grad_norm, np.mean(norms), rtol=1e-6)
@@ -295,11 +297,7 @@ def test_micro_batches_with_every_and_keys_and_integers():
 
 
 def cut_keys(batch, parts):
-    size = len(batch["x"]) // parts
-    return [
-        jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch)
-        for i in range(parts)
-    ]
+    return [jax.tree.map(lambda x, i=i: x[i::parts], batch) for i in range(parts)]
 
 
 @pytest.mark.parametrize(

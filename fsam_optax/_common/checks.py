@@ -2,6 +2,7 @@
 
 import numbers
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,37 @@ def check_count(name: str, value: Any) -> None:
         isinstance(value, numbers.Integral) and int(value) >= 1
     ):
         raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
+
+
+def check_every(every: Any) -> None:
+    """Raises unless `every` is a count of steps or a function of the step."""
+    if not callable(every):
+        check_count("every", every)
+
+
+def check_state(
+    caller: str,
+    state: Any,
+    kind: type,
+    init: Callable[[Any], Any],
+    params: Any,
+) -> None:
+    """Raises unless `state` is what `init(params)` returns, in structure and shapes."""
+    first = f"`{caller}.init(params)`"
+    how = f"the first one is {first}, each other what the step before returned"
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`state` must be a {kind.__name__}, got {type(state).__name__}: {how}."
+        )
+    try:
+        check_like(
+            "state", state, f"{caller}.init(params)", jax.eval_shape(init, params)
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"`state` does not belong to these parameters and settings: {error} Here "
+            f"{how}; one of another perturbation, optimizer or model does not fit."
+        ) from None
 
 
 def check_function(name: str, value: Any) -> None:
@@ -161,8 +193,11 @@ def check_leaves(tree: Any, name: str, real: bool = False, data: bool = False) -
         where = f"leaf {jax.tree_util.keystr(path) or 'at the root'} of `{name}`"
         if leaf_shape(leaf) is None:
             raise TypeError(
-                f"{where} is {leaf!r}, not an array: pass only the arrays of the model "
-                "(for Equinox, `eqx.filter(model, eqx.is_inexact_array)`)."
+                f"{where} is {leaf!r}, not an array: pass only the arrays of the "
+                "model. For Equinox: `params, static = eqx.partition(model, "
+                "eqx.is_inexact_array)`, `init(params)`, and a loss or `grad_fn` of "
+                "these params that calls `eqx.combine(params, static)`: `grad_fn="
+                "jax.grad(lambda params: loss(eqx.combine(params, static), batch))`."
             )
         dtype = getattr(leaf, "dtype", np.dtype(type(leaf)))
         if jnp.issubdtype(dtype, jnp.complexfloating) and not data:

@@ -95,7 +95,8 @@ def is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _is_mean(x: Any) -> bool:
+def is_mean(x: Any) -> bool:
+    """Tells whether a leaf is merged by its mean: it is floating-point."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
@@ -104,56 +105,98 @@ def _is_random(x: Any) -> bool:
     return is_key(x) or jnp.issubdtype(x.dtype, jnp.unsignedinteger)
 
 
-def merge(tree: Any, axis_name: AxisName, took_part: Any = True) -> Any:
-    """Merges states that were updated by each device on its own.
+def merge(
+    tree: Any,
+    axis_name: AxisName,
+    weight: jax.Array | None = None,
+    before: Any | None = None,
+) -> Any:
+    """Merges what the devices of `axis_name` made, each on its own part of the data.
 
-    Floating-point leaves are averaged and keys taken over the devices that took part;
-    the others kept the state as it was, which must not count. If none took part, all
-    are as they were. Counters are the largest of all.
+        floating point    sum_i weight_i x_i / sum_i weight_i
+        PRNG keys         those of a device of positive weight: they agree
+        counters          the largest
+
+    A device of weight 0 does not count. What is known to be the same on all devices
+    stays as it is.
+
+    Args:
+        tree: What each device made.
+        axis_name: The mapped axes; None or () merges nothing.
+        weight: The weight of this device, >= 0, shape (); None where all are equal.
+        before: What to return where no device has a weight: the tree as it was. None
+            returns zeros.
+
+    Returns:
+        The merged tree, the same on all devices.
     """
+    if not _names(axis_name):
+        return tree
 
-    def leaf(x):
+    def leaf(x, old):
         axes = axes_over_which_differs(x, axis_name)
         if not axes:
             return x
         if is_key(x):
-            data = leaf(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        if not (_is_mean(x) or _is_random(x)):
+            impl = jax.random.key_impl(x)
+            data = leaf(jax.random.key_data(x), jax.random.key_data(old))
+            return jax.random.wrap_key_data(data, impl=impl)
+        if not (is_mean(x) or _is_random(x)):
             return jax.lax.pmax(x, axes)
-        if took_part is True:
-            reduce = jax.lax.pmean if _is_mean(x) else jax.lax.pmax
-            return reduce(x, axes)
-        count = jax.lax.psum(vary(took_part.astype(jnp.float32), axis_name), axes)
-        counts = took_part | (count == 0)
-        x = jnp.where(counts, x, jnp.zeros_like(x))
+        if weight is None:
+            return (jax.lax.pmean if is_mean(x) else jax.lax.pmax)(x, axes)
+        share = vary(weight, axes)
+        total = jax.lax.psum(share, axes)
+        x = jnp.where(share > 0, x, jnp.zeros_like(x))
         if _is_random(x):
-            return jax.lax.pmax(x, axes)
-        number = jax.lax.psum(counts.astype(x.dtype), axes)
-        return jax.lax.psum(x, axes) / number
+            return jnp.where(total > 0, jax.lax.pmax(x, axes), old)
+        number = jnp.where(total > 0, total, 1).astype(x.dtype)
+        mean = jax.lax.psum(share.astype(x.dtype) * x, axes) / number
+        return jnp.where(total > 0, mean, old)
 
-    return jax.tree.map(leaf, tree)
+    if before is None:
+        before = jax.tree.map(lambda x: jnp.zeros([], x.dtype), tree)
+    return jax.tree.map(leaf, tree, before)
 
 
-def merge_next(
-    merged: Any, new: Any, index: jax.Array, before: Any, took_part: Any = True
-) -> Any:
-    """Merges the state of micro-batch `index` into that of the ones before it.
+def add_part(merged: Any, part: Any, index: jax.Array, weight: jax.Array) -> Any:
+    """Adds what part `index` of a batch made to the sum over the parts before it.
 
-    The same rules as `merge`, one micro-batch at a time; `before` is the number of
-    those that took part already. Equal states merge to themselves exactly.
+    The rules of `merge`, one part at a time; `mean_of_parts` divides at the end. The
+    sum starts at `no_parts`.
     """
 
     def leaf(x, y):
+        if is_mean(y):
+            y = jnp.where(weight > 0, y, jnp.zeros_like(y)).astype(x.dtype)
+            return x + weight.astype(x.dtype) * y
         if _is_random(y):
-            return jnp.where(took_part | (before == 0), y, x)
-        if not _is_mean(y):
-            return jnp.where(index == 0, y, jnp.maximum(x, y))
-        y = y.astype(x.dtype)
-        mean = x + (y - x) / (before + 1).astype(x.dtype)
-        return jnp.where(before == 0, y, jnp.where(took_part, mean, x))
+            return jnp.where(weight > 0, y, x)
+        return jnp.where(index == 0, y, jnp.maximum(x, y))
 
-    return jax.tree.map(leaf, merged, new)
+    return jax.tree.map(leaf, merged, part)
+
+
+def no_parts(before: Any) -> Any:
+    """Returns what `add_part` starts from: sums of 0, in float32 or wider."""
+
+    def leaf(x):
+        wide = jnp.promote_types(x.dtype, jnp.float32) if is_mean(x) else x.dtype
+        return vary_like(jnp.zeros_like(x, wide), x) if is_mean(x) else x
+
+    return jax.tree.map(leaf, before)
+
+
+def mean_of_parts(merged: Any, total: jax.Array, before: Any) -> Any:
+    """Divides a sum over parts by their total weight; `before` where that is 0."""
+
+    def leaf(x, old):
+        if not is_mean(old):
+            return x
+        number = jnp.where(total > 0, total, 1).astype(x.dtype)
+        return jnp.where(total > 0, x / number, old).astype(old.dtype)
+
+    return jax.tree.map(leaf, merged, before)
 
 
 def merge_stacked(tree: Any) -> Any:
@@ -165,6 +208,6 @@ def merge_stacked(tree: Any) -> Any:
     def leaf(x):
         if _is_random(x):
             return x[-1]
-        return jnp.mean(x, 0) if _is_mean(x) else jnp.max(x, 0)
+        return jnp.mean(x, 0) if is_mean(x) else jnp.max(x, 0)
 
     return jax.tree.map(leaf, tree)

@@ -174,18 +174,7 @@ def fisher_empirical(
 
         return mean_powers(problem, cotangents, problem.targets)[0]
 
-    separate = closed_form("fisher_empirical", apply_fn, estimate)
-
-    def update_fn(updates, state, params=None, *, squared_scores=None, **extra_args):
-        # On a part of the parameters or examples, what is at hand would not fit.
-        whole = not {"full_params", "example_weights"} & extra_args.keys()
-        if squared_scores is not None and whole:
-            diagonal = squared_scores.take(apply_fn, likelihood)
-            if diagonal is not None:
-                return jax.lax.stop_gradient(diagonal), state
-        return separate.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(separate.init, update_fn)
+    return closed_form("fisher_empirical", apply_fn, estimate)
 
 
 def fisher_i1(

@@ -60,43 +60,11 @@ def negative_log_likelihood(
     return NegativeLogLikelihood(apply_fn, likelihood)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SquaredScores:
-    """An empirical Fisher that is at hand, passed to the estimators to be taken.
-
-    Attributes:
-        loss: The loss it belongs to.
-        diagonal: Mean over examples of the squared gradient of the loss.
-    """
-
-    loss: NegativeLogLikelihood
-    diagonal: Any
-
-    def take(self, apply_fn: Any, likelihood: Any) -> Any | None:
-        """Returns the diagonal if it is that of this model, else None."""
-        # Equal, not identical: `model.apply` is a new object at every mention.
-        same = self.loss == NegativeLogLikelihood(apply_fn, likelihood)
-        return self.diagonal if same else None
-
-
-class _Taken(BaseException):
-    """Tells that an estimator would take the scores, and ends the probe there.
-
-    No `Exception`, which functions on its way might catch.
-    """
-
-
-class _Probe(SquaredScores):
-    def take(self, apply_fn, likelihood):
-        if super().take(apply_fn, likelihood) is not None:
-            raise _Taken
-        return None
-
-
-def value_grad_and_scores(
-    loss: NegativeLogLikelihood, params: Any, batch: Any
-) -> tuple[jax.Array, Any, Any]:
+def value_grad_and_fisher(
+    loss: NegativeLogLikelihood, params: Any, batch: Any, args: Any, kwargs: Any
+) -> tuple[tuple[jax.Array, Any], Any, Any]:
     """Returns the loss, its gradient and the empirical Fisher, from one pass."""
+    del args, kwargs
 
     def example_loss(params, example):
         inputs, targets = jax.tree.map(lambda x: x[None], example)
@@ -107,17 +75,33 @@ def value_grad_and_scores(
     )
     count = max(len(jax.tree.leaves(batch)[0]), 1)
     grads = jax.tree.map(lambda g, w: (g / count).astype(w.dtype), grads, params)
-    return value / count, grads, jax.tree.map(lambda f: f / count, squares)
+    return (value / count, None), grads, jax.tree.map(lambda f: f / count, squares)
 
 
-def takes_scores(
-    loss: NegativeLogLikelihood, update: Callable[..., Any], params: Any
-) -> bool:
-    """Tells whether `update(grads, squared_scores=...)` would take the scores."""
-    try:
-        jax.eval_shape(
-            lambda params: update(params, squared_scores=_Probe(loss, params)), params
-        )
-    except _Taken:
-        return True
-    return False
+def total_weight(
+    loss: NegativeLogLikelihood, params: Any, batch: Any, args: Any, kwargs: Any
+) -> jax.Array:
+    """Returns the divisor of the loss."""
+    del loss, params, args, kwargs
+    return jnp.asarray(len(jax.tree.leaves(batch)[0]), jnp.float32)
+
+
+def value_grad_and_pull(
+    loss: NegativeLogLikelihood, params: Any, batch: Any, args: Any, kwargs: Any
+) -> tuple[tuple[jax.Array, Any], Any, Callable[[Any], tuple[jax.Array, Any]]]:
+    """Returns loss and gradient, and the pull-back of its output gradient."""
+    del args, kwargs
+    inputs, targets = batch
+
+    def of_outputs(h):
+        log_prob = loss.likelihood.log_prob(h, targets)
+        return -jnp.sum(log_prob) / max(len(log_prob), 1)
+
+    h, pull = jax.vjp(lambda p: loss.apply_fn(p, inputs), params)
+    value, output_grads = jax.value_and_grad(of_outputs)(h)
+
+    def pulled_back(point):
+        h, pull = jax.vjp(lambda p: loss.apply_fn(p, inputs), point)
+        return of_outputs(h), pull(output_grads)[0]
+
+    return (value, None), pull(output_grads)[0], pulled_back

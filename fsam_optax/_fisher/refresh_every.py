@@ -75,8 +75,6 @@ def refresh_every(
 
     def update_fn(updates, state, params=None, **extra_args):
         check_params("refresh_every", params)
-        # What is passed at hand was computed outside of the branch, at every update.
-        extra_args.pop("squared_scores", None)
 
         def compute():
             diagonal, estimator_state = estimator.update(

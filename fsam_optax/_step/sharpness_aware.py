@@ -1,5 +1,7 @@
 """Sharpness-aware minimisation as an ordinary Optax transformation."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,22 +9,23 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._common.checks import (
-    check_count,
     check_dtype,
+    check_every,
     check_leaves,
     check_like,
     check_params,
+    check_state,
     check_transformation,
     is_real,
 )
-from fsam_optax._common.mapped_axes import AxisName, merge, replica_index, vary
-from fsam_optax._step.ascent import (
-    cast_like,
-    displace,
-    every_kth,
-    measure,
-    no_metrics,
-    took_part,
+from fsam_optax._common.mapped_axes import AxisName, merge, replica_index
+from fsam_optax._step.step import (
+    first_memory,
+    Memory,
+    on_schedule,
+    perturbed_step,
+    plain_step,
+    Rule,
 )
 
 
@@ -32,21 +35,24 @@ class SharpnessAwareState(NamedTuple):
     Attributes:
         step: Updates made so far; saturates.  # shape=(), dtype=int32
         perturbation: State of the perturbation.
-        base: State of the base optimizer.
+        descent: State of the descent; empty without one.
         metrics: Metrics of the last perturbed step; None if not asked for.
+        base: State of the base optimizer.
     """
 
     step: jax.Array
     perturbation: optax.OptState
-    base: optax.OptState
+    descent: optax.OptState
     metrics: Any
+    base: optax.OptState
 
 
 def sharpness_aware(
     base: optax.GradientTransformation,
     perturbation: optax.GradientTransformation,
     *,
-    every: jax.typing.ArrayLike = 1,
+    descent: optax.GradientTransformation | None = None,
+    every: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 1,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
     metrics: bool = True,
@@ -64,13 +70,19 @@ def sharpness_aware(
     transformation needs a `grad_fn` over all the accumulated batches.)
 
     Args:
-        base: The optimizer that makes the step. It receives every extra argument.
+        base: The optimizer that makes the step. It receives every extra argument but
+            `grad_fn`. What it freezes is perturbed all the same: leave that out with
+            the perturbation's `mask` too (the metric `leaf_perturbation_norms` shows
+            where eps lies).
         perturbation: Maps a gradient to eps, such as `euclidean_ball`,
             `adaptive_ellipsoid` or `fisher_ellipsoid`. Masks belong there: inside
             `optax.masked` or `optax.partition` no `grad_fn` can see all parameters.
             It receives every extra argument, `grad_fn` included.
-        every: Perturb only each `every`-th step, from the first on. The steps between
-            are those of `base` and cost the one gradient that was passed in.
+        descent: Makes the direction of the step from both gradients, such as
+            `surrogate_gap`, `extrapolate` or `reuse`. None is SAM: the second one.
+        every: Perturb only each `every`-th step, from the first on, or the steps for
+            which a function of the step, counted from 0, returns True. The others are
+            those of `base` and cost the one gradient that was passed in.
         perturb_dtype: Dtype in which `grad_fn` sees w + eps. None keeps the dtype of
             the parameters: w + eps then rounds to w in most bfloat16 weights, since
             bfloat16 resolves 1 part in 256 and eps is often smaller.
@@ -88,9 +100,11 @@ def sharpness_aware(
 
     Returns:
         A transformation whose `update(grads, state, params, *, grad_fn, **extra)`
-        takes `grad_fn(params) -> grads`. Read the metrics in its state with
-        `optax.tree.get(state, "gradient_cosine")`, and likewise for every field of
-        `Metrics`, and `rho`, `dual_norm` and `skipped` of the perturbation.
+        takes `grad_fn(params) -> grads`, or in its place the loss, `value_fn` or
+        `obj_fn(params) -> loss`, which then reaches `base` as well. Read the metrics
+        in its state with `optax.tree.get(state, "gradient_cosine")`, and likewise for
+        every field of `Metrics`, and `rho`, `dual_norm` and `skipped` of the
+        perturbation.
 
     Raises:
         ValueError: If every < 1; in `update`, if `params` is missing, differs from the
@@ -118,63 +132,111 @@ def sharpness_aware(
     """
     check_transformation("base", base, "optax.sgd(0.1)")
     check_transformation("perturbation", perturbation, "euclidean_ball(0.05)")
-    check_count("every", every)
+    if descent is not None:
+        check_transformation("descent", descent, "surrogate_gap(0.4)")
+        descent = optax.with_extra_args_support(descent)
+    check_every(every)
     check_dtype("perturb_dtype", perturb_dtype)
     base = optax.with_extra_args_support(base)
     ascend = optax.with_extra_args_support(perturbation)
+    rule = Rule(ascend, descent, every, perturb_dtype, axis_name, metrics)
 
     def init_fn(params):
         return SharpnessAwareState(
             step=jnp.zeros([], jnp.int32),
-            perturbation=ascend.init(params),
+            **first_memory(rule, params)._asdict(),
             base=base.init(params),
-            metrics=no_metrics() if metrics else None,
         )
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        grad_fn=None,
+        value_fn=None,
+        obj_fn=None,
+        **extra_args,
+    ):
         check_params("sharpness_aware", params)
         _check_whole(params)
         check_leaves(params, "params")
         check_like("grads", updates, "params", params)
-        if not callable(grad_fn):
-            raise TypeError(
-                "`sharpness_aware` needs the gradient as a function of the parameters, "
-                "on the same batch: `update(grads, state, params, "
-                "grad_fn=lambda p: jax.grad(loss)(p, batch))`; got "
-                f"`grad_fn={grad_fn!r}`."
-            )
+        check_state("optimizer", state, SharpnessAwareState, init_fn, params)
+        gradient = _gradient_function(grad_fn, value_fn, obj_fn)
+        passed_on = {"value_fn": value_fn, "obj_fn": obj_fn}
+        passed_on = {k: v for k, v in passed_on.items() if v is not None} | extra_args
+        extra = {"grad_fn": gradient, **replica_index(axis_name), **extra_args}
+        memory = Memory(state.perturbation, state.descent, state.metrics)
 
-        def perturbed():
-            eps, perturbation_state = ascend.update(
-                updates,
-                state.perturbation,
-                params,
-                **{"grad_fn": grad_fn, **replica_index(axis_name), **extra_args},
-            )
-            point = vary(displace(params, eps, perturb_dtype), axis_name)
-            grads = grad_fn(point)
+        def checked_gradient(point):
+            grads = gradient(point)
             _check_gradient(grads, params)
-            measured = measure(updates, grads, params, point) if metrics else None
-            grads = cast_like(merge(grads, axis_name), updates)
-            found = took_part(state.perturbation, perturbation_state)
-            perturbation_state = merge(perturbation_state, axis_name, found)
-            return grads, (perturbation_state, merge(measured, axis_name))
+            return None, grads
 
-        def plain():
-            return merge(updates, axis_name), (state.perturbation, state.metrics)
+        def merged(stride):
+            weight = jnp.where(stride.found, jnp.ones([], jnp.float32), 0)
+            return (
+                merge(stride.direction, axis_name),
+                merge(stride.memory, axis_name, weight, memory),
+            )
 
-        grads, (perturbation_state, measured) = every_kth(
-            every, state.step, perturbed, plain
+        grads, memory = on_schedule(
+            every,
+            state.step,
+            lambda: merged(
+                perturbed_step(rule, memory, params, updates, checked_gradient, extra)
+            ),
+            lambda: merged(plain_step(rule, memory, params, updates, extra)),
         )
-        updates, base_state = base.update(grads, state.base, params, **extra_args)
+        updates, base_state = base.update(grads, state.base, params, **passed_on)
         return updates, SharpnessAwareState(
             step=jnp.asarray(optax.safe_increment(state.step)),
-            perturbation=perturbation_state,
+            **memory._asdict(),
             base=base_state,
-            metrics=measured,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _gradient_function(grad_fn, value_fn, obj_fn) -> Callable[[Any], Any]:
+    """Returns the gradient as a function of the parameters, or says how to pass it."""
+    if grad_fn is None:
+        objective = value_fn if value_fn is not None else obj_fn
+        if callable(objective):
+            return jax.grad(objective)
+    if not callable(grad_fn):
+        raise TypeError(
+            "`sharpness_aware` needs the gradient as a function of the parameters, on "
+            "the same batch: `update(grads, state, params, grad_fn=lambda p: "
+            f"jax.grad(loss)(p, batch))`; got `grad_fn={grad_fn!r}`. Where a trainer "
+            "passes nothing on, as Flax's `TrainState.apply_gradients` does with "
+            "`grad_fn=`, call `tx.update` yourself, or give the trainer the base "
+            "optimizer and take the gradients from `fsam_optax.value_and_grad(loss, "
+            "perturbation)`."
+        )
+    if _requires_more_than_params(grad_fn):
+        raise TypeError(
+            "`grad_fn` must take the parameters alone, got a function of "
+            f"`{inspect.signature(grad_fn)}`. Close over the batch: `grad_fn=lambda p: "
+            "jax.grad(loss)(p, batch)`."
+        )
+    return grad_fn
+
+
+def _requires_more_than_params(function):
+    if not inspect.isfunction(inspect.unwrap(function)):
+        return False
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    required = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in positional and p.default is p.empty
+    ]
+    return len(required) > 1
 
 
 def _check_whole(params: Any) -> None:

@@ -1,6 +1,7 @@
-"""Sharpness-aware minimisation as a drop-in for `jax.value_and_grad`."""
+"""Sharpness-aware minimisation as the stateful counterpart of `jax.value_and_grad`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,36 +12,33 @@ import optax
 from fsam_optax._common.checks import (
     check_count,
     check_dtype,
+    check_every,
     check_leaves,
     check_params,
+    check_state,
     check_transformation,
-    is_real,
-    leaf_shape,
 )
-from fsam_optax._common.mapped_axes import (
-    AxisName,
-    merge,
-    merge_next,
-    replica_index,
-    vary,
-    vary_like,
-)
+from fsam_optax._common.mapped_axes import AxisName, vary
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
-    SquaredScores,
-    takes_scores,
-    value_grad_and_scores,
+    total_weight,
 )
-from fsam_optax._step.ascent import (
-    always,
-    cast_like,
-    displace,
-    every_kth,
-    measure,
-    Metrics,
-    no_metrics,
-    took_part,
+from fsam_optax._step.metrics import Metrics
+from fsam_optax._step.parts import Data, mean_over_parts, Part
+from fsam_optax._step.passes import (
+    clean_pass,
+    clean_pass_with_fisher,
+    CleanPass,
+    functional_clean_pass,
+)
+from fsam_optax._step.step import (
+    first_memory,
+    Memory,
+    on_schedule,
+    perturbed_step,
+    plain_step,
+    Rule,
 )
 
 
@@ -50,6 +48,7 @@ class ValueAndGradState(NamedTuple):
     Attributes:
         step: Calls made so far; saturates.  # shape=(), dtype=int32
         perturbation: State of the perturbation.
+        descent: State of the descent; empty without one.
         metrics: Metrics of the last perturbed step; None if not asked for.
         sharpness: Loss at w + eps minus loss at w, at the last perturbed step.
             # shape=(), dtype=float32
@@ -57,8 +56,12 @@ class ValueAndGradState(NamedTuple):
 
     step: jax.Array
     perturbation: optax.OptState
+    descent: optax.OptState
     metrics: Metrics | None
     sharpness: jax.Array
+
+
+_MISSING: Any = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +79,44 @@ class ValueAndGrad:
     def __call__(
         self,
         params: optax.Params,
-        state: ValueAndGradState,
-        batch: Any,
+        state: ValueAndGradState = _MISSING,
+        batch: Any = _MISSING,
         *args,
         **kwargs,
     ) -> tuple[Any, optax.Updates, ValueAndGradState]:
         """Returns `(value, grads, state)`, or `((value, aux), grads, state)`."""
+        if state is _MISSING or batch is _MISSING:
+            raise TypeError(
+                "Call it as `value, grads, state = f(params, state, batch)`; the first "
+                "state is `f.init(params)`."
+            )
         return self.apply(params, state, batch, *args, **kwargs)
+
+
+class _Oracle(NamedTuple):
+    """What `value_and_grad` was called with."""
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    rule: Rule
+    pass_before_ascent: Callable[..., CleanPass]
+    micro_batches: int | None
+    merge_aux: Callable[[Any], Any] | None
 
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
     perturbation: optax.GradientTransformation,
     *,
+    descent: optax.GradientTransformation | None = None,
     has_aux: bool = False,
     micro_batches: int | None = None,
-    every: jax.typing.ArrayLike = 1,
+    merge_aux: Callable[[Any], Any] | None = None,
+    every: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 1,
+    empirical_fisher: bool = False,
+    functional: bool = False,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
-    fused: bool = True,
     metrics: bool = True,
 ) -> ValueAndGrad:
     """Returns the loss at w and its gradient at the perturbed parameters w + eps.
@@ -110,24 +132,41 @@ def value_and_grad(
     Args:
         loss_fn: `loss_fn(params, batch, *args, **kwargs)` returns a scalar, a mean
             over the batch, or `(scalar, aux)`.
-        perturbation: Maps a gradient to eps. It receives `batch` and the entries of
-            `extra_args` as extra arguments.
+        perturbation: Maps a gradient to eps. It receives as extra arguments `batch`,
+            `grad_fn`, what the loss was called with beside the batch as `loss_args`
+            and `loss_kwargs`, and the entries of `extra_args`.
+        descent: Makes the direction of the step from both gradients, such as
+            `surrogate_gap`, `extrapolate` or `reuse`. None is SAM: the second one.
         has_aux: Whether `loss_fn` returns `(scalar, aux)`.
-        micro_batches: Number of equal parts into which the leading axis of every leaf
-            of `batch` is cut. They are worked through one after the other, so memory
-            falls with their number. `aux` gains a leading axis of this size.
-        every: Perturb only each `every`-th step, from the first on. The steps between
+        micro_batches: Number m of equal parts into which the leading axis of every leaf
+            of `batch` is cut, with a stride: row i goes to part i mod m, so that a
+            batch sharded over devices stays so (a part needs a row for each device; if
+            it has fewer, its rows are gathered). They are worked through one after the
+            other, so memory falls with their number. PRNG keys among `*args` and
+            `**kwargs` are folded with the number of the part; anything else there goes
+            whole to every part. Parts are weighted by their labels where the loss is a
+            `negative_log_likelihood`.
+        merge_aux: Makes of the aux of all parts, stacked in their order along a new
+            leading axis, what is returned: `lambda aux: jax.tree.map(lambda x:
+            x.mean(0), aux)` for BatchNorm statistics. None returns the stack; rows of
+            examples come into the order of the batch by `x.swapaxes(0, 1).reshape(-1,
+            *x.shape[2:])`.
+        every: Perturb only each `every`-th step, from the first on, or the steps for
+            which a function of the step, counted from 0, returns True. The others
             return the plain gradient and cost only that.
+        empirical_fisher: Take the exact empirical Fisher, the mean over examples of
+            the squared gradient, from the same pass as the gradient, and hand it to
+            the perturbation as the extra argument `fisher`, which `given()` reads.
+            `loss_fn` must be `negative_log_likelihood(apply_fn, likelihood)`.
+        functional: Take as the second gradient that of the outputs at w, pulled back
+            at w + eps (Functional SAM). `loss_fn` must be a `negative_log_likelihood`.
         perturb_dtype: Dtype in which the second pass sees w + eps. None keeps the
             dtype of the parameters; see `sharpness_aware`.
         axis_name: Mapped axes of `jax.shard_map` or `jax.pmap`: each device perturbs
             for the batch it holds, then value and gradient are averaged (m-sharpness
-            over devices). `aux` is left as each device has it. For one eps over all
-            devices, use `jax.jit` on a sharded batch instead.
-        fused: Take gradient and empirical Fisher from one pass, if `loss_fn` is
-            `negative_log_likelihood(apply_fn, likelihood)`, the perturbation contains
-            `fisher_empirical` of the same two, and `every` is 1. The result is the
-            same up to rounding; anything else costs a pass of its own.
+            over devices). `aux` is left as each device has it, PRNG keys are folded
+            with the number of the device. For one eps over all devices, use `jax.jit`
+            on a sharded batch instead.
         metrics: Whether to measure each perturbed step; see `sharpness_aware`. The
             rise of the loss, `sharpness`, costs nothing and is always there.
 
@@ -142,10 +181,11 @@ def value_and_grad(
 
     Raises:
         ValueError: If every or micro_batches < 1; in a call, if a leaf of the batch
-            cannot be cut into `micro_batches` parts.
-        TypeError: If `perturbation` is no transformation, or perturb_dtype no
-            floating-point dtype; in a call, if `loss_fn`
-            does not return what `has_aux` says.
+            cannot be cut into `micro_batches` parts, if an argument beside it looks as
+            if it should have been, or if the state is that of other parameters.
+        TypeError: If `perturbation` is no transformation, perturb_dtype no
+            floating-point dtype, or the loss has no model for `empirical_fisher` or
+            `functional`; in a call, if `loss_fn` does not return what `has_aux` says.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -166,171 +206,162 @@ def value_and_grad(
         m-sharpness: section 4.1).
     """
     if not callable(loss_fn):
-        raise TypeError(f"`loss_fn` must be a function, got {loss_fn!r}.")
+        swapped = isinstance(loss_fn, optax.GradientTransformation)
+        raise TypeError(
+            f"`loss_fn` must be a function, got {loss_fn!r}."
+            + (
+                " Its place is the first: `value_and_grad(loss_fn, perturbation)`."
+                * swapped
+            )
+        )
     check_transformation("perturbation", perturbation, "euclidean_ball(0.05)")
-    check_count("every", every)
+    if descent is not None:
+        check_transformation("descent", descent, "surrogate_gap(0.4)")
+        descent = optax.with_extra_args_support(descent)
+    check_every(every)
     check_dtype("perturb_dtype", perturb_dtype)
     if micro_batches is not None:
         check_count("micro_batches", micro_batches)
-    ascend = optax.with_extra_args_support(perturbation)
-
-    def init_fn(params):
-        return ValueAndGradState(
-            step=jnp.zeros([], jnp.int32),
-            perturbation=ascend.init(params),
-            metrics=no_metrics() if metrics else None,
-            sharpness=jnp.zeros([], jnp.float32),
+        micro_batches = int(micro_batches)
+    if merge_aux is not None and (micro_batches is None or not has_aux):
+        raise ValueError(
+            "`merge_aux` merges the aux of several micro-batches: it needs "
+            "`has_aux=True` and `micro_batches`."
         )
-
-    def apply_fn(
-        params,
-        state,
-        batch,
-        *args,
-        extra_args: Mapping[str, Any] | None = None,
-        **kwargs,
-    ):
-        check_params("value_and_grad", params)
-        check_leaves(params, "params", real=True)
-
-        def checked_loss(params, batch):
-            return loss_and_aux(loss_fn(params, batch, *args, **kwargs), has_aux)
-
-        gradient = jax.value_and_grad(checked_loss, has_aux=True)
-        alone = always(every) and not (args or kwargs or has_aux)
-        likelihood_loss = None
-        if isinstance(loss_fn, NegativeLogLikelihood) and fused and alone:
-            likelihood_loss = loss_fn
-
-        def sam_gradient(batch, index=None):
-            replica = replica_index(axis_name, index, micro_batches)
-
-            def perturbation_of(grads, **scores):
-                extra = {"batch": batch, **replica, **scores, **(extra_args or {})}
-                return ascend.update(grads, state.perturbation, params, **extra)
-
-            local_params = vary(params, axis_name)
-            if likelihood_loss and takes_scores(
-                likelihood_loss, perturbation_of, params
-            ):
-                aux = None
-                value, grads, squares = value_grad_and_scores(
-                    likelihood_loss, local_params, batch
-                )
-                scores = {"squared_scores": SquaredScores(likelihood_loss, squares)}
-            else:
-                (value, aux), grads = gradient(local_params, batch)
-                scores = {}
-
-            def perturbed():
-                eps, perturbation_state = perturbation_of(grads, **scores)
-                point = vary(displace(params, eps, perturb_dtype), axis_name)
-                (perturbed_value, _), perturbed_grads = gradient(point, batch)
-                perturbed_grads = cast_like(perturbed_grads, grads)
-                wide = widen(value, perturbed_value)
-                rise = perturbed_value.astype(wide) - value.astype(wide)
-                return (
-                    perturbed_grads,
-                    perturbation_state,
-                    measure(grads, perturbed_grads, params, point) if metrics else None,
-                    jnp.asarray(rise, jnp.float32),
-                )
-
-            def plain():
-                return grads, state.perturbation, state.metrics, state.sharpness
-
-            # Both branches must agree on what may differ between the devices.
-            perturbed, plain = (
-                lambda branch=branch: vary(branch(), axis_name)
-                for branch in (perturbed, plain)
-            )
-            grads, perturbation_state, step_metrics, sharpness = every_kth(
-                every, state.step, perturbed, plain
-            )
-            found = took_part(state.perturbation, perturbation_state)
-            measured = grads, step_metrics, sharpness
-            return measured, (perturbation_state, found), (value, aux)
-
-        if micro_batches is None:
-            measured, (perturbation_state, found), (value, aux) = sam_gradient(batch)
-        else:
-            # Overwritten by the first micro-batch, but of the right types.
-            zeros = vary_like(jax.tree.map(jnp.zeros_like, params), params)
-            start = (zeros, state.metrics, state.sharpness), state.perturbation
-
-            def body(merged, indexed_batch):
-                (measured, perturbation_state), before = merged
-                index, micro_batch = indexed_batch
-                new, (new_state, found), value_and_aux = sam_gradient(
-                    micro_batch, index
-                )
-                merged = (
-                    merge_next(measured, new, index, index),
-                    merge_next(perturbation_state, new_state, index, before, found),
-                )
-                return (merged, before + found), value_and_aux
-
-            (merged, number_found), (value, aux) = jax.lax.scan(
-                body,
-                vary((jax.tree.map(_widened, start), jnp.zeros([], int)), axis_name),
-                (jnp.arange(micro_batches), _cut(batch, micro_batches)),
-            )
-            measured, perturbation_state = jax.tree.map(_narrowed, merged, start)
-            value, found = jnp.mean(value), number_found > 0
-        value, (grads, step_metrics, sharpness) = merge((value, measured), axis_name)
-        perturbation_state = merge(perturbation_state, axis_name, found)
-        state = ValueAndGradState(
-            step=jnp.asarray(optax.safe_increment(state.step)),
-            perturbation=perturbation_state,
-            metrics=step_metrics,
-            sharpness=sharpness,
-        )
-        return ((value, aux) if has_aux else value), grads, state
-
-    return ValueAndGrad(init_fn, apply_fn)
+    rule = Rule(
+        optax.with_extra_args_support(perturbation),
+        descent,
+        every,
+        perturb_dtype,
+        axis_name,
+        metrics,
+    )
+    pass_before_ascent = _pass_before_ascent(loss_fn, empirical_fisher, functional)
+    oracle = _Oracle(
+        loss_fn, has_aux, rule, pass_before_ascent, micro_batches, merge_aux
+    )
+    return ValueAndGrad(
+        functools.partial(_init, rule), functools.partial(_apply, oracle)
+    )
 
 
-def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
-    """Returns (loss, aux), or raises TypeError if `loss_fn` returned anything else."""
-    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+def _pass_before_ascent(loss_fn, empirical_fisher, functional):
+    """Returns the clean pass of a perturbed step; an error if there is no such one."""
+    asked = {"empirical_fisher": empirical_fisher, "functional": functional}
+    names = [f"`{name}=True`" for name, is_asked in asked.items() if is_asked]
+    if len(names) == 2:
+        raise ValueError(f"{names[0]} and {names[1]} are two clean passes: take one.")
+    if names and not isinstance(loss_fn, NegativeLogLikelihood):
         raise TypeError(
-            "With `has_aux=True`, `loss_fn` must return `(loss, aux)`, got "
-            f"{type(result).__name__}."
+            f"{names[0]} needs a loss that knows its model: "
+            "`negative_log_likelihood(apply_fn, likelihood)` as `loss_fn`, got "
+            f"{loss_fn!r}."
         )
-    loss, aux = result if has_aux else (result, None)
-    if leaf_shape(loss) != ():
-        hint = (
-            "Pass `has_aux=True` if it returns `(loss, aux)`."
-            if isinstance(loss, tuple)
-            else "Take the mean over the batch."
-        )
+    if empirical_fisher:
+        return clean_pass_with_fisher
+    return functional_clean_pass if functional else clean_pass
+
+
+def _init(rule: Rule, params: optax.Params) -> ValueAndGradState:
+    return ValueAndGradState(
+        step=jnp.zeros([], jnp.int32),
+        **first_memory(rule, params)._asdict(),
+        sharpness=jnp.zeros([], jnp.float32),
+    )
+
+
+def _apply(
+    oracle: _Oracle,
+    params: optax.Params,
+    state: ValueAndGradState,
+    batch: Any,
+    *args: Any,
+    extra_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, optax.Updates, ValueAndGradState]:
+    rule = oracle.rule
+    if isinstance(params, ValueAndGradState):
         raise TypeError(
-            "`loss_fn` must return a scalar loss, got "
-            f"{getattr(loss, 'shape', type(loss).__name__)}. {hint}"
+            "`params` is a state of `value_and_grad`: call `f(params, state, batch)`."
         )
-    return jnp.asarray(loss), aux
+    check_params("value_and_grad", params)
+    check_leaves(params, "params", real=True)
+    check_state("f", state, ValueAndGradState, functools.partial(_init, rule), params)
+    memory = Memory(state.perturbation, state.descent, state.metrics)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    average = functools.partial(
+        mean_over_parts,
+        data=Data(batch, args, kwargs),
+        before=((zeros, state.sharpness), memory),
+        micro_batches=oracle.micro_batches,
+        axis_name=rule.axis_name,
+    )
+    given = params, memory, state.sharpness, dict(extra_args or {})
+    (grads, sharpness), memory, value, aux = on_schedule(
+        rule.every,
+        state.step,
+        lambda: average(functools.partial(_perturbed_part, oracle, *given)),
+        lambda: average(functools.partial(_plain_part, oracle, *given)),
+    )
+    if oracle.merge_aux is not None:
+        aux = oracle.merge_aux(aux)
+    state = ValueAndGradState(
+        step=jnp.asarray(optax.safe_increment(state.step)),
+        **memory._asdict(),
+        sharpness=sharpness,
+    )
+    return ((value, aux) if oracle.has_aux else value), grads, state
 
 
-def _widened(x: jax.Array) -> jax.Array:
-    """Returns floating-point leaves as what means are accumulated in."""
-    return x.astype(widen(x)) if is_real(x) else x
+def _perturbed_part(oracle, params, memory, sharpness, extra, data, numbers) -> Part:
+    """Takes a perturbed step on one part of the batch."""
+    del sharpness
+    local = vary(params, oracle.rule.axis_name)
+    clean = oracle.pass_before_ascent(oracle.loss_fn, oracle.has_aux, local, data)
+    extra = {**_names(clean.gradient, data), **numbers, **clean.extra, **extra}
+    stride = perturbed_step(
+        oracle.rule, memory, params, clean.grads, clean.gradient, extra
+    )
+    wide = widen(clean.value, stride.value)
+    rise = jnp.asarray(stride.value, wide) - jnp.asarray(clean.value, wide)
+    return Part(
+        means=(stride.direction, rise.astype(jnp.float32)),
+        memory=stride.memory,
+        found=stride.found,
+        weight=_weight(oracle.loss_fn, params, data),
+        value=clean.value,
+        aux=clean.aux,
+    )
 
 
-def _narrowed(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns what was accumulated in the dtype it has at the end."""
-    return x.astype(like.dtype) if is_real(like) else x
+def _plain_part(oracle, params, memory, sharpness, extra, data, numbers) -> Part:
+    """Takes a step without perturbation on one part of the batch."""
+    local = vary(params, oracle.rule.axis_name)
+    clean = clean_pass(oracle.loss_fn, oracle.has_aux, local, data)
+    extra = {**_names(clean.gradient, data), **numbers, **extra}
+    stride = plain_step(oracle.rule, memory, params, clean.grads, extra)
+    return Part(
+        means=(stride.direction, sharpness),
+        memory=stride.memory,
+        found=stride.found,
+        weight=_weight(oracle.loss_fn, params, data),
+        value=clean.value,
+        aux=clean.aux,
+    )
 
 
-def _cut(batch: Any, parts: int) -> Any:
-    """Reshapes the leading axis of every leaf from (n,) to (parts, n / parts)."""
+def _names(gradient, data):
+    """Returns what perturbation and descent may ask for by name."""
+    return {
+        "batch": data.batch,
+        "loss_args": data.args,
+        "loss_kwargs": data.kwargs,
+        "grad_fn": lambda point: gradient(point)[1],
+    }
 
-    def cut(path, x):
-        if not jnp.ndim(x) or len(x) % parts:
-            raise ValueError(
-                f"`batch` leaf {jax.tree_util.keystr(path) or 'at the root'} of shape "
-                f"{jnp.shape(x)} cannot be cut into `micro_batches={parts}` equal "
-                "parts along its leading axis."
-            )
-        return jnp.reshape(x, (parts, len(x) // parts, *jnp.shape(x)[1:]))
 
-    return jax.tree_util.tree_map_with_path(cut, batch)
+def _weight(loss_fn, params, data):
+    """Returns how much a part counts: by its labels, where the loss knows them."""
+    if isinstance(loss_fn, NegativeLogLikelihood):
+        return total_weight(loss_fn, params, *data)
+    return jnp.ones([], jnp.float32)

@@ -20,7 +20,7 @@ from fsam_optax._common.checks import (
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher.estimation import ApplyFn
 from fsam_optax._fisher.likelihoods import check_model, factor_product, Likelihood
-from fsam_optax._step.ascent import displace
+from fsam_optax._step.step import displace
 
 
 def _scalar(loss: Any) -> jax.Array:

@@ -1,0 +1,64 @@
+"""Metrics: what the last perturbed step was like."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fsam_optax._common.checks import is_real
+from fsam_optax._common.mapped_axes import axes_of_shards
+from fsam_optax._common.norms import norm, norm_and_cosine, total, widen
+
+
+class Metrics(NamedTuple):
+    """What the last perturbed step was like; every number is a float32 of shape ().
+
+    Attributes:
+        grad_norm: Euclidean norm of the gradient at the parameters w.
+        perturbed_grad_norm: Euclidean norm of the gradient at w + eps.
+        perturbation_norm: Euclidean norm of eps, whatever the geometry, as the loss saw
+            it: after w + eps was rounded.
+        gradient_cosine: Cosine of the angle between the two gradients, 0 if one is 0,
+            NaN if one is not finite. Near 1, the perturbation changes nothing but the
+            length of the step.
+        leaf_perturbation_norms: The norm of eps in each array, in the structure of the
+            parameters. It shows what is perturbed though the base optimizer freezes
+            it: leave that out with the perturbation's `mask`.
+    """
+
+    grad_norm: jax.Array
+    perturbed_grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    gradient_cosine: jax.Array
+    leaf_perturbation_norms: Any
+
+
+def no_metrics(params: Any) -> Metrics:
+    """Returns the metrics before the first step: zeros, each in a buffer of its own."""
+    leaves = jax.tree.map(lambda _: jnp.zeros([], jnp.float32), params)
+    a, b, c, d = (jnp.zeros([], jnp.float32) for _ in range(4))
+    return Metrics(a, b, c, d, leaves)
+
+
+def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metrics:
+    """Computes the metrics of one step from params to `point` = params + eps."""
+
+    def real_leaves(tree):
+        return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_real(x)]
+
+    def squared_step(w, v):
+        if not is_real(w):
+            return jnp.zeros([], widen())
+        wide = widen(w, v)
+        return jnp.sum(jnp.square(jnp.asarray(v, wide) - jnp.asarray(w, wide)))
+
+    g, h = real_leaves(grads), real_leaves(perturbed_grads)
+    axes = axes_of_shards(real_leaves(params))
+    g_norm = norm(g, 2, axes)
+    h_norm, h_cosine = norm_and_cosine(h, g, g_norm, axes)
+    squares = jax.tree.map(squared_step, params, point)
+    leaf_norms = jax.tree.map(lambda x: jnp.sqrt(total([x], axes)), squares)
+    terms = jax.tree.leaves(squares)
+    step_norm = jnp.sqrt(total(terms, axes)) if terms else jnp.zeros([], widen())
+    values = Metrics(g_norm, h_norm, step_norm, h_cosine, leaf_norms)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)

@@ -1,0 +1,222 @@
+"""One step of sharpness-aware minimisation, from the gradient to the direction.
+
+    eps = perturbation(g)     h = grad(w + eps)     d = descent(h, g, eps)
+
+Both front ends are thin around `perturbed_step` and `plain_step`: they find the clean
+gradient g, hand over the second one as a function, and merge what several parts of a
+batch made. The base optimizer steps with d, at w.
+"""
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fsam_optax._ball.perturbation import PerturbationState
+from fsam_optax._common.checks import check_like, is_real
+from fsam_optax._common.mapped_axes import AxisName, vary
+from fsam_optax._common.norms import widen
+from fsam_optax._step.metrics import measure, Metrics, no_metrics
+
+
+class Rule(NamedTuple):
+    """How a step is made; it does not change from step to step.
+
+    Attributes:
+        perturbation: Makes eps of the clean gradient.
+        descent: Makes the direction d of both gradients; None is d = h.
+        every: Which steps are perturbed: each `every`-th from the first on, or those
+            for which a function of the step returns True.
+        perturb_dtype: Dtype in which w + eps is formed; None for that of w.
+        axis_name: Mapped axes whose devices hold parts of the batch.
+        metrics: Whether to measure.
+    """
+
+    perturbation: optax.GradientTransformationExtraArgs
+    descent: optax.GradientTransformationExtraArgs | None
+    every: Any
+    perturb_dtype: Any
+    axis_name: AxisName
+    metrics: bool
+
+
+class Memory(NamedTuple):
+    """What a step leaves for the next one.
+
+    Attributes:
+        perturbation: State of the perturbation.
+        descent: State of the descent; empty without one.
+        metrics: Metrics of the last perturbed step; None if not asked for.
+    """
+
+    perturbation: optax.OptState
+    descent: optax.OptState
+    metrics: Metrics | None
+
+
+class Stride(NamedTuple):
+    """What one part of a batch makes of a step.
+
+    Attributes:
+        direction: What the base optimizer is to step with; like the clean gradient.
+        memory: The memory after the step.
+        found: Whether there was a perturbation; without one no memory was touched.
+        value: Loss at w + eps; None if the second pass does not tell.
+    """
+
+    direction: Any
+    memory: Memory
+    found: jax.Array
+    value: jax.Array | None
+
+
+def first_memory(rule: Rule, params: Any) -> Memory:
+    """Returns the memory before the first step."""
+    return Memory(
+        perturbation=rule.perturbation.init(params),
+        descent=rule.descent.init(params) if rule.descent else optax.EmptyState(),
+        metrics=no_metrics(params) if rule.metrics else None,
+    )
+
+
+def perturbed_step(
+    rule: Rule,
+    memory: Memory,
+    params: Any,
+    grads: Any,
+    gradient: Callable[[Any], tuple[jax.Array | None, Any]],
+    extra: dict[str, Any],
+) -> Stride:
+    """Ascends, takes the second gradient, and descends.
+
+    Args:
+        rule: How the step is made.
+        memory: What the step before left.
+        params: The parameters w.
+        grads: The clean gradient g at w.
+        gradient: `gradient(point) -> (loss or None, gradient)` on the same batch.
+        extra: What the perturbation and the descent are given by name.
+    """
+    eps, ascent, found = _ascend(rule, memory.perturbation, params, grads, extra)
+    point = vary(displace(params, eps, rule.perturb_dtype), rule.axis_name)
+    value, h = gradient(point)
+    metrics = measure(grads, h, params, point) if rule.metrics else None
+    d, descent = _descend(rule, memory.descent, params, h, grads, eps, extra)
+    descent = _keep_unless(found, descent, memory.descent)
+    return Stride(d, Memory(ascent, descent, metrics), found, value)
+
+
+def plain_step(
+    rule: Rule, memory: Memory, params: Any, grads: Any, extra: dict[str, Any]
+) -> Stride:
+    """Descends with the clean gradient alone: a step without perturbation."""
+    d, descent = _descend(rule, memory.descent, params, grads, grads, None, extra)
+    return Stride(d, memory._replace(descent=descent), jnp.array(True), None)
+
+
+def _ascend(rule, before, params, grads, extra):
+    """Returns eps, the state of the perturbation, and whether there is an eps.
+
+    Where the gradient is not finite eps is 0 everywhere and no memory is touched. A
+    ball guards what is inside it and counts what it skips; this guards what stands
+    beside or in front of it.
+    """
+    eps, after = rule.perturbation.update(grads, before, params, **extra)
+    check_like("the perturbation's output", eps, "params", params)
+    balls = list(zip(_balls(before), _balls(after), strict=True))
+    if not balls:
+        sums = [jnp.sum(e) for e in jax.tree.leaves(eps) if is_real(e)]
+        finite = found = functools.reduce(
+            jnp.logical_and, map(jnp.isfinite, sums), jnp.array(True)
+        )
+    else:
+        norms = [jnp.isfinite(new.dual_norm) for _, new in balls]
+        finite = functools.reduce(jnp.logical_and, norms)
+        moved = [new.skipped == old.skipped for old, new in balls]
+        found = finite & functools.reduce(jnp.logical_or, moved)
+    if len(balls) != 1:
+        eps = jax.tree.map(lambda e: jnp.where(finite, e, 0) if is_real(e) else e, eps)
+    return eps, _keep_unless(finite, after, before), found
+
+
+def _balls(state):
+    nodes = jax.tree.leaves(state, is_leaf=_is_ball)
+    return [node for node in nodes if _is_ball(node)]
+
+
+def _is_ball(node):
+    return isinstance(node, PerturbationState)
+
+
+def _keep_unless(usable, after, before):
+    """Returns the state `after` where it is usable; balls see to themselves."""
+
+    def select(new, old):
+        if _is_ball(new):
+            return new
+        return jax.tree.map(functools.partial(jnp.where, usable), new, old)
+
+    return jax.tree.map(select, after, before, is_leaf=_is_ball)
+
+
+def _descend(rule, before, params, h, grads, eps, extra):
+    """Returns the direction, in the dtypes of the clean gradient, and the state."""
+    if rule.descent is None:
+        return cast_like(h, grads), before
+    d, after = rule.descent.update(
+        h, before, params, **{**extra, "clean_grads": grads, "eps": eps}
+    )
+    check_like("the descent's output", d, "params", params)
+    return cast_like(d, grads), after
+
+
+def displace(params: Any, eps: Any, dtype: Any | None) -> Any:
+    """Returns w + eps, added in float32 or wider; `params` itself is not touched.
+
+    The sum is rounded to `dtype`, or to the dtype of each leaf if that is None.
+    Leaves that hold no real numbers are returned as they are.
+    """
+
+    def move(w, e):
+        if not is_real(w):
+            return w
+        w = jnp.asarray(w)
+        return (w.astype(widen(w, e)) + e).astype(dtype or w.dtype)
+
+    return jax.tree.map(move, params, eps)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Returns the real leaves of `tree` in the dtypes of `like`."""
+    return jax.tree.map(
+        lambda x, y: jnp.asarray(x, jnp.asarray(y).dtype) if is_real(y) else x,
+        tree,
+        like,
+    )
+
+
+def always(every: Any) -> bool:
+    """Tells whether every step is known to be perturbed."""
+    return isinstance(every, numbers.Integral) and int(every) == 1
+
+
+def on_schedule(
+    every: Any, step: jax.Array, perturbed: Callable[[], Any], plain: Callable[[], Any]
+) -> Any:
+    """Returns `perturbed()` at the steps that `every` names, else `plain()`.
+
+    Only one of the two is computed at run time, except under `jax.vmap`.
+    """
+    if always(every):
+        return perturbed()
+    now: Any = every(step) if callable(every) else step % every == 0
+    if jnp.shape(now) != ():
+        raise ValueError(
+            "`every` must return one bool for a step, True where it is perturbed, got "
+            f"shape {jnp.shape(now)}."
+        )
+    return jax.lax.cond(jnp.asarray(now, bool), perturbed, plain)
