@@ -97,7 +97,7 @@ CIFAR10 = Source(
 NAMES = ("digits", "fashion-mnist", "mnist", "cifar10")
 
 
-def load(name: str, folder: Path) -> Dataset:
+def load(name: str, folder: Path = Path("data")) -> Dataset:
     """Returns the data set called `name`; `folder` is unused for the digits."""
     if name == "digits":
         return load_digits()

@@ -1,10 +1,12 @@
 """What the experiments with a small ReLU network share: the model and its training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
 import optax
 
@@ -34,45 +36,41 @@ def initial(key: jax.Array, sizes: Sequence[int]) -> list[dict[str, jax.Array]]:
     ]
 
 
-def oracle(perturbation: optax.GradientTransformation | None) -> tuple[Any, Any]:
-    """Returns `init(params)` and `f(params, state, batch)`; None is no perturbation."""
-    if perturbation is not None:
-        f = fsam.value_and_grad(LOSS, perturbation, metrics=False)
-        return f.init, f
-    plain = jax.value_and_grad(LOSS)
-    return lambda params: (), lambda params, state, batch: (
-        *plain(params, batch),
-        state,
-    )
-
-
 def train(
     params: Any,
-    gradient: tuple[Callable, Callable],
+    make: Callable[[Any], methods.Stepper],
     data: tuple[jax.Array, jax.Array],
     rate: Any,
     steps: int,
     batch: int,
     key: jax.Array,
 ) -> Any:
-    """Returns the parameters after SGD with momentum, weight decay and cosine decay."""
-    init, f = gradient
+    """Returns the parameters after SGD with momentum, weight decay and cosine decay.
+
+    Args:
+        params: Where to begin.
+        make: Maps the base optimizer to a training step.
+        data: Images and labels.
+        rate: Learning rate at the start.
+        steps: How many.
+        batch: Images a step, drawn with replacement.
+        key: Of the batches.
+    """
     images, labels = data
     optimizer = optax.chain(
         optax.add_decayed_weights(5e-4),
         optax.sgd(lambda t: rate * 0.5 * (1 + jnp.cos(jnp.pi * t / steps)), 0.9),
     )
+    stepper = make(optimizer)
 
     def step(carry, key):
-        params, state, opt_state = carry
         rows = jax.random.randint(key, (batch,), 0, len(labels))
-        _, grads, state = f(params, state, (images[rows], labels[rows]))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), state, opt_state), None
+        _, *carry = stepper.step(*carry, (images[rows], labels[rows]))
+        return tuple(carry), None
 
-    carry = params, init(params), optimizer.init(params)
-    (params, _, _), _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
-    return params
+    carry = params, stepper.init(params)
+    carry, _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
+    return stepper.weights(*carry)
 
 
 def score(
@@ -88,3 +86,73 @@ def noisy_labels(labels: np.ndarray, noise: float, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     wrong = random.random(len(labels)) < noise
     return np.where(wrong, (labels + random.integers(1, 10, len(labels))) % 10, labels)
+
+
+def compare(
+    train: Callable,
+    points: Sequence[Mapping[str, float]],
+    data: tuple[Any, np.ndarray],
+    test: tuple[Any, Any],
+    *,
+    noise: float,
+    seeds: int,
+    tuning_seeds: int,
+    held: tuple[Any, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Chooses a point of the grid, trains anew at it, and returns what is to be known.
+
+    Chosen is the greatest accuracy on held-out images whose labels are as wrong. Not
+    the least loss: with most labels wrong, that is of a network which answers the same
+    to everything.
+
+    Args:
+        train: `train(seed, images, labels, rho, rate)` returns parameters.
+        points: The grid.
+        data: Training images and labels.
+        test: Test images and labels.
+        noise: Share of wrong labels, in training and in what is held out.
+        seeds: How many to train at the end.
+        tuning_seeds: How many at each point of the grid; others than at the end.
+        held: The images held out; default a fifth of the training images.
+    """
+    images, labels = data
+    rhos, rates = methods.columns(points, "rho", "rate")
+
+    def held_out(seed, labels, others, rho, rate):
+        if held is not None:
+            params = train(seed, images, labels, rho, rate)
+            return score(params, held[0], others)[1]
+        order = jax.random.permutation(jax.random.key(seed), len(labels))
+        kept, used = order[: len(labels) // 5], order[len(labels) // 5 :]
+        params = train(seed, images[used], labels[used], rho, rate)
+        return score(params, images[kept], labels[kept])[1]
+
+    def noisy(labels, seeds):
+        return jnp.stack([noisy_labels(labels, noise, seed) for seed in seeds])
+
+    over_grid = jax.vmap(held_out, in_axes=(None, None, None, 0, 0))
+    some = 1000 + np.arange(tuning_seeds)
+    others = noisy(labels if held is None else held[1], some)
+    search = jax.jit(jax.vmap(over_grid, in_axes=(0, 0, 0, None, None)))
+    found = search(jnp.asarray(some), noisy(labels, some), others, rhos, rates)
+    best = harness.choose(points, np.mean(found, axis=0))
+    params, every = trained(train, best, data, noise, seeds)
+    loss, accuracy = jax.vmap(lambda w: score(w, *test))(params)
+    answers = jnp.argmax(jax.vmap(apply, in_axes=(0, None))(params, images), -1)
+    wrong = every != jnp.asarray(labels)[None]
+    learnt = jnp.sum(wrong & (answers == every), 1) / jnp.maximum(jnp.sum(wrong, 1), 1)
+    return best | {
+        "accuracy": accuracy,
+        "loss": loss,
+        "wrong labels learnt": learnt,
+    }
+
+
+def trained(train, point, data, noise, seeds):
+    """Returns the parameters of all seeds at a point, and their labels."""
+    images, labels = data
+    every = [noisy_labels(labels, noise, seed) for seed in range(seeds)]
+    every = jnp.stack(every)
+    final = jax.jit(jax.vmap(train, in_axes=(0, None, 0, None, None)))
+    params = final(jnp.arange(seeds), images, every, point["rho"], point["rate"])
+    return params, every

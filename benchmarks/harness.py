@@ -1,0 +1,299 @@
+"""What all experiments share: arguments, cells, the choice of settings.
+
+An experiment asks a question, names its cells, and makes tables and pictures of them:
+
+    def experiment(run):
+        facts = {m: run.cell(partial(train, m), method=m) for m in METHODS}
+        show.table("Accuracy", ["method", "%"], ...)
+
+    def main(arguments=None):
+        return harness.main(__doc__, experiment, arguments, smoke={"steps": 3})
+
+A cell is the unit of resume: its settings are its key, and what made it (command,
+versions, device, seconds) is kept beside its result. It is written as it ends, all or
+nothing: a run may be killed at any time, run twice at once or fill the disk, and what
+was finished stays; a result of other settings is never taken for one of these.
+"""
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+
+HERE = pathlib.Path(__file__).resolve().parent
+PACKAGES = ("jax", "optax", "flax", "numpy", "torch", "kfac_jax")
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Run(NamedTuple):
+    """One call of an experiment: its options, and the cells that are finished."""
+
+    options: argparse.Namespace
+    file: pathlib.Path
+    pictures: pathlib.Path
+    cells: dict[str, dict[str, Any]]
+    used: list[str]
+
+    def cell(self, compute: Callable[[], Any], **settings: Any) -> Any:
+        """Returns the result that is kept for these settings, or computes and keeps it.
+
+        The settings must hold everything that the result depends on.
+        """
+        settings = plain(settings | ({"smoke": True} if self.options.smoke else {}))
+        key = key_of(settings)
+        if key not in self.cells:
+            say(f"{self.file.stem}: {describe(settings)}")
+            start = time.perf_counter()
+            result = plain(compute())
+            made = provenance(self.options.command)
+            made["seconds"] = round(time.perf_counter() - start, 1)
+            cell = {"settings": settings, "result": result, "made": made}
+            self.cells.update(keep(self.file, cell))
+        self.used.append(key)
+        return self.cells[key]["result"]
+
+    def picture(self, suffix: str = "") -> pathlib.Path:
+        """Returns where a picture goes."""
+        return self.pictures / f"{self.file.stem}{suffix}.png"
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Returns settings as a string that is the same for equal settings."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Returns the settings that fit one line."""
+    shown = (f"{k} {v}" for k, v in settings.items() if not isinstance(v, dict | list))
+    return ", ".join(shown)
+
+
+def say(text: str) -> None:
+    """Says where the work is, on the error stream."""
+    messages.print(text, style="dim", markup=False)
+
+
+def read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Returns the cells of a file by key."""
+    if not file.exists():
+        return {}
+    try:
+        cells = json.loads(file.read_text())["cells"]
+        return {key_of(cell["settings"]): cell for cell in cells}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{file} does not hold cells of an experiment ({type(error).__name__}: "
+            f"{error}); move it away or name another folder in --out"
+        ) from None
+
+
+def keep(file: pathlib.Path, cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Adds a cell to a file, all or nothing; returns all that it holds then.
+
+    Where another process has kept a cell of these settings meanwhile, that one stays.
+    """
+    temporary = file.with_name(f".{file.name}.unfinished")
+    try:
+        with locked(file.parent):
+            cells = read(file)
+            cells.setdefault(key_of(cell["settings"]), cell)
+            # One cell a line, for the sake of differences between versions.
+            lines = ",\n".join(json.dumps(c, allow_nan=False) for c in cells.values())
+            try:
+                with temporary.open("w") as stream:
+                    stream.write(f'{{"cells": [\n{lines}\n]}}\n')
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(
+            f"{file}: {error.strerror}. Not kept: {describe(cell['settings'])}. "
+            "All earlier cells are."
+        ) from None
+    return cells
+
+
+@contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Lets one process at a time write in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Returns what a reader needs to repeat a cell."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in PACKAGES:
+        if name in sys.modules:
+            versions[name] = importlib.metadata.version(name.replace("_", "-"))
+    device = f"CPU, {os.cpu_count()} cores"
+    if "jax" in sys.modules:
+        found = sys.modules["jax"].devices()[0]
+        device = device if found.platform == "cpu" else found.device_kind
+    versions["fsam_optax"] = code()
+    return {"command": command, "device": device, "versions": versions}
+
+
+@functools.cache
+def code() -> str:
+    """Returns the version of the library: the commit, or a digest of its source."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
+        found = subprocess.run(command, cwd=HERE, capture_output=True, check=True)
+        return found.stdout.decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        parts = sorted((HERE.parent / "fsam_optax").rglob("*.py"))
+        digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts))
+        return f"source {digest.hexdigest()[:8]}"
+
+
+def plain(value: Any) -> Any:
+    """Returns a tree of arrays as JSON: six digits, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "dtype"):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return str(value) if isinstance(value, pathlib.Path) else value
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, False, argparse.SUPPRESS):
+            return (action.help or "").lstrip("=")
+        if isinstance(default, Mapping):
+            default = [f"{k}={v:g}" for k, v in default.items()]
+        if isinstance(default, list | tuple):
+            default = " ".join(map(str, default))
+        return f"{action.help}; default {default}".replace("%", "%%").lstrip("=; ")
+
+
+def main(
+    doc: str | None,
+    experiment: Callable[[Run], None],
+    arguments: Sequence[str] | None = None,
+    *,
+    options: Callable[[Callable], Any] = lambda add: None,
+    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda found: {},
+    smoke: Mapping[str, Any] | None = None,
+) -> int:
+    """Reads the command line, runs the experiment and returns the exit code.
+
+    Args:
+        doc: Docstring of the script.
+        experiment: What to run.
+        arguments: Command line; default that of the process.
+        options: Receives `add_argument`.
+        defaults: Maps options to defaults that depend on them.
+        smoke: Defaults of smoke mode: seconds, to see that it runs.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    module = pathlib.Path(sys.modules[experiment.__module__].__file__ or "").stem
+    parser = argparse.ArgumentParser(
+        prog=f"{module}.py", description=doc, formatter_class=_Help, add_help=False
+    )
+
+    def add(*names, help="=", **settings):  # Without a help text no default is shown.
+        parser.add_argument(*names, help=help, **settings)
+
+    options(add)
+    parser.add_argument("--out", type=pathlib.Path, help="folder of all that is made")
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
+    early, _ = parser.parse_known_args(arguments)
+    chosen = dict(defaults(early)) | (
+        dict(smoke or {}, out=None) if early.smoke else {}
+    )
+    parser.set_defaults(**chosen)
+    parser.add_argument("-h", "--help", action="help", help="show this and stop")
+    found = parser.parse_args(arguments)
+    found.command = shlex.join(["python", f"benchmarks/{module}.py", *arguments])
+    if found.smoke and found.out and found.out.resolve().is_relative_to(HERE):
+        parser.error("--out: what smoke mode writes does not belong to the results")
+    if found.smoke and not found.out:
+        found.out = pathlib.Path(tempfile.mkdtemp(prefix=f"{module}-smoke-"))
+    results, pictures = (found.out or HERE / part for part in ("results", "figures"))
+    usable(results)
+    usable(pictures)
+    file = results / f"{module}.json"
+    run = Run(found, file, pictures, read(file), [])
+    try:
+        experiment(run)
+    except KeyboardInterrupt:
+        say(f"Interrupted: {file} has what is finished; the same command goes on")
+        return 130
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
+    made = [run.cells[key]["made"] for key in dict.fromkeys(run.used)]
+    made = [f"{m['device']}; {describe(m['versions'])}" for m in made]
+    for what in dict.fromkeys(made):
+        say(f"{made.count(what)} of {len(made)} cells: {what}")
+    say(f"{file}")
+    return 0
+
+
+def usable(folder: pathlib.Path) -> None:
+    """Raises SystemExit where one cannot write into a folder, before anything runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder), tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"x" * 4096)
+    except OSError as error:
+        raise SystemExit(f"--out {folder}: {error.strerror}") from None
+
+
+def whole(text: str) -> int:
+    """Reads a positive whole number for argparse."""
+    if int(text) <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """Reads a positive number for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return float(text)
+
+
+def choose(points: Sequence[Mapping[str, Any]], scores: Any) -> dict[str, Any]:
+    """Returns the point of the greatest score, and the edges of the grid that it is on.
+
+    An edge tells that a wider grid might hold a better point.
+    """
+    scores = np.nan_to_num(np.array(scores, float), nan=-math.inf, neginf=-math.inf)
+    best = points[int(np.argmax(scores))]
+    edges = []
+    for axis, value in best.items():
+        values = sorted({point[axis] for point in points})
+        if len(values) > 1 and value in (values[0], values[-1]):
+            edges.append(f"{'least' if value == values[0] else 'largest'} {axis}")
+    return {**best, "edges": edges, "score": float(scores.max())}

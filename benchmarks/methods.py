@@ -1,0 +1,161 @@
+"""The methods that are compared, each as a training step at its published defaults."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fsam_optax
+
+
+fsam: Any = fsam_optax
+
+
+RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
+DAMPING = 1e-3  # of the absolute form
+
+
+class Method(NamedTuple):
+    """A method, and the radii that a search offers it.
+
+    Attributes:
+        radii: From the least on; none where there is no perturbation.
+        ball: Maps a radius to a perturbation.
+        settings: Of `value_and_grad`.
+        passes: Gradients a step.
+    """
+
+    radii: tuple[float, ...] = RADII
+    ball: Callable[[Any], Any] = fsam.euclidean_ball
+    settings: Mapping[str, Any] = {}
+    passes: int = 2
+
+
+def fisher(estimator, form, rho):
+    """Returns the ball of Fisher SAM in one of its two forms."""
+    if form == "relative":  # T^2 = 1 / (1 + F / mean F)
+        return fsam.fisher_ellipsoid(rho, estimator)
+    return fsam.fisher_ellipsoid(rho, estimator, damping=DAMPING, relative=False)
+
+
+def friendly(rho):
+    return optax.chain(fsam.friendly(1.0, 0.9), fsam.euclidean_ball(rho))
+
+
+# ASAM's radius is relative to the weights, and a few times that of SAM; the absolute
+# one is of the square root of a divergence.
+ABSOLUTE = (0.0015, 0.005, 0.015, 0.05, 0.15)
+# Known where it is used: a method may be newer than the library.
+DESCENTS = {"GSAM": ("surrogate_gap", 0.1), "WSAM": ("extrapolate", 9.0)}
+METHODS = {
+    "base": Method((), passes=1),
+    "SAM": Method(),
+    "ASAM": Method(tuple(3 * rho for rho in RADII), fsam.adaptive_ellipsoid),
+    **{
+        f"Fisher SAM, {name}, {form}": Method(
+            radii, partial(fisher, estimator(), form), settings
+        )
+        for name, estimator, settings in (
+            ("squared", fsam.squared_gradient, {}),
+            ("empirical", fsam.given, {"empirical_fisher": True}),
+        )
+        for form, radii in (("relative", RADII), ("absolute", ABSOLUTE))
+    },
+    "GSAM": Method(settings={"descent": "GSAM"}),
+    "WSAM": Method(settings={"descent": "WSAM"}),
+    "Friendly SAM": Method(ball=friendly),
+    "MSAM": Method(passes=1),
+}
+
+
+class Stepper(NamedTuple):
+    """How a method trains.
+
+    Attributes:
+        init: Maps parameters to a state.
+        step: Maps parameters, state and arguments of the loss to loss, parameters and
+            state.
+        weights: Maps parameters and state to the weights to evaluate.
+    """
+
+    init: Callable
+    step: Callable
+    weights: Callable
+
+
+def stepper(name: str, loss: Any, optimizer: Any, rho: Any) -> Stepper:
+    """Returns the training step of a method around a base optimizer.
+
+    Args:
+        name: One of `METHODS`.
+        loss: `loss(params, batch, ...)`, a `negative_log_likelihood` where the method
+            takes the exact empirical Fisher from the pass of the gradient.
+        optimizer: The base optimizer.
+        rho: The radius.
+    """
+    method, weights = METHODS[name], None
+    if name == "MSAM":
+        optimizer = fsam.msam(optimizer, rho, 0.9)
+        weights = lambda params, state: fsam.eval_params(state[1], params)  # noqa: E731
+    if name in ("base", "MSAM"):
+        plain = jax.value_and_grad(loss)
+        oracle_init = lambda params: ()  # noqa: E731
+
+        def oracle(params, state, *args):
+            return *plain(params, *args), state
+    else:
+        settings = dict(method.settings)
+        if "descent" in settings:
+            make, alpha = DESCENTS[settings["descent"]]
+            settings["descent"] = getattr(fsam, make)(alpha)
+        ball = method.ball(rho)
+        if "empirical_fisher" in settings and not _NEW:
+            del settings["empirical_fisher"]
+            estimator = fsam.fisher_empirical(loss.apply_fn, loss.likelihood)
+            ball = fisher(estimator, name.split(", ")[-1], rho)
+        oracle = fsam.value_and_grad(loss, ball, metrics=False, **settings)
+        oracle_init = oracle.init
+
+    return around(oracle, optimizer, oracle_init, weights)
+
+
+def around(oracle: Any, optimizer, oracle_init=None, weights=None) -> Stepper:
+    """Returns the step of an oracle, by default with an `init` of its own."""
+    oracle_init = oracle_init or oracle.init
+
+    def init(params):
+        return oracle_init(params), optimizer.init(params)
+
+    def step(params, state, *args):
+        value, grads, oracle_state = oracle(params, state[0], *args)
+        updates, base_state = optimizer.update(grads, state[1], params)
+        return value, optax.apply_updates(params, updates), (oracle_state, base_state)
+
+    return Stepper(init, step, weights or (lambda params, state: params))
+
+
+_NEW = "empirical_fisher" in inspect.signature(fsam.value_and_grad).parameters
+
+
+def grid(
+    name: str, rates: Sequence[float], ends: tuple[float, float] = (0.002, 0.5)
+) -> list[dict[str, float]]:
+    """Returns the points of a search, as many for each method.
+
+    The base optimizer, which has no radius, is offered as many learning rates.
+    """
+    radii = METHODS[name].radii
+    if radii:
+        return [{"rho": rho, "rate": rate} for rho in radii for rate in rates]
+    every = np.geomspace(*ends, len(RADII) * len(rates))
+    return [{"rho": 0.0, "rate": rate} for rate in every.tolist()]
+
+
+def columns(points: Sequence[Mapping[str, float]], *names: str) -> list[jax.Array]:
+    """Returns one array for each axis of a grid."""
+    return [jnp.array([point[name] for point in points]) for name in names]

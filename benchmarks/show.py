@@ -1,0 +1,138 @@
+"""What all experiments show: tables of 80 columns, and pictures in one style."""
+
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+
+WIDTH = 80
+
+# Okabe and Ito's palette, told apart by colour-blind readers too: one look a method.
+BLACK, BLUE, VERMILLION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+ORANGE, SKY, PURPLE, GREY = "#E69F00", "#56B4E9", "#CC79A7", "#7F7F7F"
+LOOKS = {
+    "base": (BLACK, "-", "o"),
+    "SAM": (BLUE, "--", "s"),
+    "ASAM": (VERMILLION, "-.", "D"),
+    "Fisher SAM": (GREEN, "-", "^"),
+    "Fisher SAM, squared": (GREEN, ":", "v"),
+    "GSAM": (ORANGE, "--", "P"),
+    "WSAM": (SKY, "-.", "X"),
+    "Friendly SAM": (PURPLE, "--", "p"),
+    "MSAM": (GREY, "-", "<"),
+}
+
+
+def look(method: str, *, line: bool = True) -> dict[str, Any]:
+    """Returns colour, line style and marker: of the longest name that begins so."""
+    names = [name for name in LOOKS if method.startswith(name)]
+    color, style, marker = LOOKS[max(names, key=len, default="MSAM")]
+    return {"color": color, "marker": marker} | ({"linestyle": style} if line else {})
+
+
+# Tables.
+
+
+def mean_and_error(values: Any, factor: float = 1.0) -> tuple[float, float]:
+    """Returns the mean over seeds and its standard error, NaN of one."""
+    values = factor * np.array(values, float)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def cell(values: Any, form: str = ".1f", factor: float = 1.0) -> str:
+    """Writes the mean over seeds and its standard error."""
+    mean, error = mean_and_error(values, factor)
+    return f"{mean:{form}}" + (
+        f" ± {error:{form.lstrip('+')}}" if error == error else ""
+    )
+
+
+def table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    caption: str = "",
+) -> None:
+    """Prints a table of at most 80 columns; what does not fit follows in another.
+
+    The first column names the rows and is repeated.
+    """
+    texts = [[str(entry) for entry in row] for row in rows]
+    columns = list(zip(headings, *texts, strict=True))
+    widths = [1 + max(len(x) for e in c for x in e.split("\n")) for c in columns]
+    first = min(widths[0], WIDTH // 2)
+    groups: list[list[int]] = [[]]
+    for index in range(1, len(columns)):
+        used = first + sum(widths[i] for i in groups[-1])
+        if groups[-1] and used + widths[index] > WIDTH - 1:
+            groups.append([])
+        groups[-1].append(index)
+    console = Console(width=WIDTH, highlight=False, markup=False)
+    console.print(f"\n{title}", style="bold")
+    for group in groups:
+        shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        shown.add_column(headings[0], max_width=first, overflow="fold")
+        for index in group:
+            shown.add_column(headings[index], justify="right", no_wrap=True)
+        for text in texts:
+            shown.add_row(text[0], *(text[i] for i in group))
+        console.print(shown)
+    if caption:
+        console.print(caption)
+
+
+# Pictures.
+
+
+def figure(rows: int, columns: int, headline: str, **settings: Any) -> tuple[Any, Any]:
+    """Returns a figure under a headline that says what it shows, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"axes.titlesize": 10, "axes.labelsize": 9, "axes.grid": True})
+    plt.rcParams.update(
+        {"xtick.labelsize": 8, "ytick.labelsize": 8, "grid.alpha": 0.25}
+    )
+    plt.rcParams.update({"axes.titlelocation": "left", "legend.frameon": False})
+    found, axes = plt.subplots(
+        rows, columns, squeeze=False, layout="constrained", **settings
+    )
+    found.suptitle(headline, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return found, axes
+
+
+def dots(axis: Any, x: float, values: Any, method: str, **settings: Any) -> None:
+    """Draws one dot a seed, and a bar at their mean."""
+    values = np.array(values, float)
+    places = x + np.linspace(-0.15, 0.15, len(values)) * (len(values) > 1)
+    style = look(method, line=False) | settings
+    axis.plot(places, values, ls="", ms=4, alpha=0.6, **style)
+    axis.hlines(values.mean(), x - 0.3, x + 0.3, color=style["color"], lw=2)
+
+
+def save(picture: Any, file: pathlib.Path) -> None:
+    """Writes a picture, all or nothing."""
+    import matplotlib.pyplot as plt
+
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        picture.savefig(temporary, dpi=150)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise SystemExit(f"{file}: {error.strerror}; no picture") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(picture)
+    harness.say(f"{file}")
