@@ -105,4 +105,14 @@ def value_and_grad(
         nnx.update(model, merge(new_rest, axis_name))
         return ((value, aux) if has_aux else value), grads, state
 
-    return ValueAndGrad(init_fn, apply_fn)
+    def explain_fn(model, batch, *args, extra_args=None, **kwargs):
+        graphdef, params, rest = nnx.split(model, wrt, ...)
+
+        def pure_loss(params, batch, *args, **kwargs):
+            copy = nnx.merge(graphdef, params, rest, copy=True)
+            return loss_and_aux(loss_fn(copy, batch, *args, **kwargs), has_aux)
+
+        oracle = _value_and_grad.value_and_grad(pure_loss, perturbation, **options)
+        return oracle.explain(params, batch, *args, extra_args=extra_args, **kwargs)
+
+    return ValueAndGrad(init_fn, apply_fn, explain_fn)

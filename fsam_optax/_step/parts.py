@@ -36,6 +36,16 @@ class Data(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
+def names(grad_fn: Callable[[Any], Any], data: Data) -> dict[str, Any]:
+    """Returns what perturbation and descent may ask for by name."""
+    return {
+        "batch": data.batch,
+        "loss_args": data.args,
+        "loss_kwargs": data.kwargs,
+        "grad_fn": grad_fn,
+    }
+
+
 class Part(NamedTuple):
     """What one part of a batch makes of a step.
 

@@ -31,6 +31,10 @@ class CleanPass(NamedTuple):
     extra: dict[str, Any]
     gradient: Callable[[Any], tuple[jax.Array, Any]]
 
+    def grad_fn(self, point: Any) -> Any:
+        """Returns the gradient alone."""
+        return self.gradient(point)[1]
+
 
 def clean_pass(loss_fn: Any, has_aux: bool, params: Any, data: Data) -> CleanPass:
     """Takes the gradient at w, and the second one like it at w + eps."""

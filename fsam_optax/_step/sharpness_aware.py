@@ -21,6 +21,7 @@ from fsam_optax._common.checks import (
 from fsam_optax._common.mapped_axes import AxisName, merge, replica_index
 from fsam_optax._step.step import (
     first_memory,
+    first_metrics,
     Memory,
     on_schedule,
     perturbed_step,
@@ -145,6 +146,7 @@ def sharpness_aware(
         return SharpnessAwareState(
             step=jnp.zeros([], jnp.int32),
             **first_memory(rule, params)._asdict(),
+            metrics=first_metrics(rule, params),
             base=base.init(params),
         )
 
@@ -167,7 +169,7 @@ def sharpness_aware(
         passed_on = {"value_fn": value_fn, "obj_fn": obj_fn}
         passed_on = {k: v for k, v in passed_on.items() if v is not None} | extra_args
         extra = {"grad_fn": gradient, **replica_index(axis_name), **extra_args}
-        memory = Memory(state.perturbation, state.descent, state.metrics)
+        memory = Memory(state.perturbation, state.descent)
 
         def checked_gradient(point):
             grads = gradient(point)
@@ -177,22 +179,25 @@ def sharpness_aware(
         def merged(stride):
             weight = jnp.where(stride.found, jnp.ones([], jnp.float32), 0)
             return (
-                merge(stride.direction, axis_name),
+                *merge((stride.direction, stride.metrics), axis_name),
                 merge(stride.memory, axis_name, weight, memory),
             )
 
-        grads, memory = on_schedule(
+        grads, metrics, memory = on_schedule(
             every,
             state.step,
             lambda: merged(
                 perturbed_step(rule, memory, params, updates, checked_gradient, extra)
             ),
-            lambda: merged(plain_step(rule, memory, params, updates, extra)),
+            lambda: merged(
+                plain_step(rule, memory, params, updates, extra, state.metrics)
+            ),
         )
         updates, base_state = base.update(grads, state.base, params, **passed_on)
         return updates, SharpnessAwareState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             **memory._asdict(),
+            metrics=metrics,
             base=base_state,
         )
 

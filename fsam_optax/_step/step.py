@@ -50,12 +50,10 @@ class Memory(NamedTuple):
     Attributes:
         perturbation: State of the perturbation.
         descent: State of the descent; empty without one.
-        metrics: Metrics of the last perturbed step; None if not asked for.
     """
 
     perturbation: optax.OptState
     descent: optax.OptState
-    metrics: Metrics | None
 
 
 class Stride(NamedTuple):
@@ -65,12 +63,14 @@ class Stride(NamedTuple):
         direction: What the base optimizer is to step with; like the clean gradient.
         memory: The memory after the step.
         found: Whether there was a perturbation; without one no memory was touched.
+        metrics: What the step was like; None if not asked for.
         value: Loss at w + eps; None if the second pass does not tell.
     """
 
     direction: Any
     memory: Memory
     found: jax.Array
+    metrics: Metrics | None
     value: jax.Array | None
 
 
@@ -79,8 +79,12 @@ def first_memory(rule: Rule, params: Any) -> Memory:
     return Memory(
         perturbation=rule.perturbation.init(params),
         descent=rule.descent.init(params) if rule.descent else optax.EmptyState(),
-        metrics=no_metrics(params) if rule.metrics else None,
     )
+
+
+def first_metrics(rule: Rule, params: Any) -> Metrics | None:
+    """Returns the metrics before the first step; None if not asked for."""
+    return no_metrics(params) if rule.metrics else None
 
 
 def perturbed_step(
@@ -107,15 +111,23 @@ def perturbed_step(
     metrics = measure(grads, h, params, point) if rule.metrics else None
     d, descent = _descend(rule, memory.descent, params, h, grads, eps, extra)
     descent = _keep_unless(found, descent, memory.descent)
-    return Stride(d, Memory(ascent, descent, metrics), found, value)
+    return Stride(d, Memory(ascent, descent), found, metrics, value)
 
 
 def plain_step(
-    rule: Rule, memory: Memory, params: Any, grads: Any, extra: dict[str, Any]
+    rule: Rule,
+    memory: Memory,
+    params: Any,
+    grads: Any,
+    extra: dict[str, Any],
+    metrics: Metrics | None,
 ) -> Stride:
-    """Descends with the clean gradient alone: a step without perturbation."""
-    d, descent = _descend(rule, memory.descent, params, grads, grads, None, extra)
-    return Stride(d, memory._replace(descent=descent), jnp.array(True), None)
+    """Descends with the clean gradient alone: a step without perturbation.
+
+    It reads the memory and leaves it, and the metrics of the step before, as they are.
+    """
+    d, _ = _descend(rule, memory.descent, params, grads, grads, None, extra)
+    return Stride(d, memory, jnp.array(False), metrics, None)
 
 
 def _ascend(rule, before, params, grads, extra):

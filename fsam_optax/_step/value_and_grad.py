@@ -24,8 +24,9 @@ from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
     total_weight,
 )
+from fsam_optax._step.explain import explain_step, StepExplanation
 from fsam_optax._step.metrics import Metrics
-from fsam_optax._step.parts import Data, mean_over_parts, Part
+from fsam_optax._step.parts import Data, mean_over_parts, names, Part
 from fsam_optax._step.passes import (
     clean_pass,
     clean_pass_with_fisher,
@@ -33,7 +34,9 @@ from fsam_optax._step.passes import (
     functional_clean_pass,
 )
 from fsam_optax._step.step import (
+    always,
     first_memory,
+    first_metrics,
     Memory,
     on_schedule,
     perturbed_step,
@@ -71,10 +74,13 @@ class ValueAndGrad:
     Attributes:
         init: `init(params) -> state`.
         apply: What calling the oracle does.
+        explain: `explain(params, batch, *args, **kwargs)` tells what each pass of a
+            perturbed step computes and costs, as a table when printed.
     """
 
     init: Callable[[optax.Params], ValueAndGradState]
     apply: Callable[..., tuple[Any, optax.Updates, ValueAndGradState]]
+    explain: Callable[..., StepExplanation]
 
     def __call__(
         self,
@@ -99,7 +105,7 @@ class _Oracle(NamedTuple):
     loss_fn: Callable[..., Any]
     has_aux: bool
     rule: Rule
-    pass_before_ascent: Callable[..., CleanPass]
+    pass_at_w: Callable[..., CleanPass]
     micro_batches: int | None
     merge_aux: Callable[[Any], Any] | None
 
@@ -236,16 +242,16 @@ def value_and_grad(
         axis_name,
         metrics,
     )
-    pass_before_ascent = _pass_before_ascent(loss_fn, empirical_fisher, functional)
-    oracle = _Oracle(
-        loss_fn, has_aux, rule, pass_before_ascent, micro_batches, merge_aux
-    )
+    pass_at_w = _clean_pass_of(loss_fn, empirical_fisher, functional)
+    oracle = _Oracle(loss_fn, has_aux, rule, pass_at_w, micro_batches, merge_aux)
     return ValueAndGrad(
-        functools.partial(_init, rule), functools.partial(_apply, oracle)
+        functools.partial(_init, rule),
+        functools.partial(_apply, oracle),
+        functools.partial(_explain, oracle),
     )
 
 
-def _pass_before_ascent(loss_fn, empirical_fisher, functional):
+def _clean_pass_of(loss_fn, empirical_fisher, functional):
     """Returns the clean pass of a perturbed step; an error if there is no such one."""
     asked = {"empirical_fisher": empirical_fisher, "functional": functional}
     names = [f"`{name}=True`" for name, is_asked in asked.items() if is_asked]
@@ -266,6 +272,7 @@ def _init(rule: Rule, params: optax.Params) -> ValueAndGradState:
     return ValueAndGradState(
         step=jnp.zeros([], jnp.int32),
         **first_memory(rule, params)._asdict(),
+        metrics=first_metrics(rule, params),
         sharpness=jnp.zeros([], jnp.float32),
     )
 
@@ -287,81 +294,98 @@ def _apply(
     check_params("value_and_grad", params)
     check_leaves(params, "params", real=True)
     check_state("f", state, ValueAndGradState, functools.partial(_init, rule), params)
-    memory = Memory(state.perturbation, state.descent, state.metrics)
+    memory = Memory(state.perturbation, state.descent)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    average = functools.partial(
-        mean_over_parts,
-        data=Data(batch, args, kwargs),
-        before=((zeros, state.sharpness), memory),
-        micro_batches=oracle.micro_batches,
-        axis_name=rule.axis_name,
-    )
-    given = params, memory, state.sharpness, dict(extra_args or {})
-    (grads, sharpness), memory, value, aux = on_schedule(
-        rule.every,
-        state.step,
-        lambda: average(functools.partial(_perturbed_part, oracle, *given)),
-        lambda: average(functools.partial(_plain_part, oracle, *given)),
+    (grads, metrics, sharpness), memory, value, aux = mean_over_parts(
+        functools.partial(_step_on_part, oracle, params, state, dict(extra_args or {})),
+        Data(batch, args, kwargs),
+        ((zeros, state.metrics, state.sharpness), memory),
+        oracle.micro_batches,
+        rule.axis_name,
     )
     if oracle.merge_aux is not None:
         aux = oracle.merge_aux(aux)
     state = ValueAndGradState(
         step=jnp.asarray(optax.safe_increment(state.step)),
         **memory._asdict(),
+        metrics=metrics,
         sharpness=sharpness,
     )
     return ((value, aux) if oracle.has_aux else value), grads, state
 
 
-def _perturbed_part(oracle, params, memory, sharpness, extra, data, numbers) -> Part:
-    """Takes a perturbed step on one part of the batch."""
-    del sharpness
-    local = vary(params, oracle.rule.axis_name)
-    clean = oracle.pass_before_ascent(oracle.loss_fn, oracle.has_aux, local, data)
-    extra = {**_names(clean.gradient, data), **numbers, **clean.extra, **extra}
+def _step_on_part(oracle, params, state, extra, data, numbers) -> Part:
+    """Takes the step on one part of the batch: a perturbed one if it is its turn."""
+    rule, local = oracle.rule, vary(params, oracle.rule.axis_name)
+    given = oracle, params, state, {**numbers, **extra}, data
+
+    def pass_at_w(kind):
+        return kind(oracle.loss_fn, oracle.has_aux, local, data)
+
+    def step(clean_if_perturbed, clean_if_plain):
+        return on_schedule(
+            rule.every,
+            state.step,
+            lambda: _perturbed_part(*given, clean_if_perturbed()),
+            lambda: _plain_part(*given, clean_if_plain()),
+        )
+
+    if oracle.pass_at_w is clean_pass_with_fisher and not always(rule.every):
+        # Inside of the branch: plain steps are to cost one gradient and no more.
+        return step(
+            lambda: pass_at_w(clean_pass_with_fisher), lambda: pass_at_w(clean_pass)
+        )
+    # Outside of it: inside, convolutions take many times longer on a CPU.
+    clean = pass_at_w(oracle.pass_at_w)
+    return step(lambda: clean, lambda: clean)
+
+
+def _perturbed_part(oracle, params, state, extra, data, clean) -> Part:
+    memory = Memory(state.perturbation, state.descent)
+    extra = {**names(clean.grad_fn, data), **clean.extra, **extra}
     stride = perturbed_step(
         oracle.rule, memory, params, clean.grads, clean.gradient, extra
     )
     wide = widen(clean.value, stride.value)
     rise = jnp.asarray(stride.value, wide) - jnp.asarray(clean.value, wide)
-    return Part(
-        means=(stride.direction, rise.astype(jnp.float32)),
+    return _part(oracle, params, data, clean, stride, rise.astype(jnp.float32))
+
+
+def _plain_part(oracle, params, state, extra, data, clean) -> Part:
+    memory = Memory(state.perturbation, state.descent)
+    extra = {**names(clean.grad_fn, data), **extra}
+    stride = plain_step(oracle.rule, memory, params, clean.grads, extra, state.metrics)
+    return _part(oracle, params, data, clean, stride, state.sharpness)
+
+
+def _part(oracle, params, data, clean, stride, sharpness) -> Part:
+    weight = jnp.ones([], jnp.float32)
+    if isinstance(oracle.loss_fn, NegativeLogLikelihood):
+        weight = total_weight(oracle.loss_fn, params, *data)
+    part = Part(
+        means=(stride.direction, stride.metrics, sharpness),
         memory=stride.memory,
         found=stride.found,
-        weight=_weight(oracle.loss_fn, params, data),
+        weight=weight,
         value=clean.value,
-        aux=clean.aux,
+        aux=None,
     )
+    # Both branches of a step agree on what may differ between the devices.
+    return vary(part, oracle.rule.axis_name)._replace(aux=clean.aux)
 
 
-def _plain_part(oracle, params, memory, sharpness, extra, data, numbers) -> Part:
-    """Takes a step without perturbation on one part of the batch."""
-    local = vary(params, oracle.rule.axis_name)
-    clean = clean_pass(oracle.loss_fn, oracle.has_aux, local, data)
-    extra = {**_names(clean.gradient, data), **numbers, **extra}
-    stride = plain_step(oracle.rule, memory, params, clean.grads, extra)
-    return Part(
-        means=(stride.direction, sharpness),
-        memory=stride.memory,
-        found=stride.found,
-        weight=_weight(oracle.loss_fn, params, data),
-        value=clean.value,
-        aux=clean.aux,
+def _explain(
+    oracle: _Oracle,
+    params: optax.Params,
+    batch: Any,
+    *args: Any,
+    extra_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> StepExplanation:
+    passes = (
+        functools.partial(before_step, oracle.loss_fn, oracle.has_aux)
+        for before_step in (oracle.pass_at_w, clean_pass)
     )
-
-
-def _names(gradient, data):
-    """Returns what perturbation and descent may ask for by name."""
-    return {
-        "batch": data.batch,
-        "loss_args": data.args,
-        "loss_kwargs": data.kwargs,
-        "grad_fn": lambda point: gradient(point)[1],
-    }
-
-
-def _weight(loss_fn, params, data):
-    """Returns how much a part counts: by its labels, where the loss knows them."""
-    if isinstance(loss_fn, NegativeLogLikelihood):
-        return total_weight(loss_fn, params, *data)
-    return jnp.ones([], jnp.float32)
+    data = Data(batch, args, kwargs)
+    costs = explain_step(oracle.rule, *passes, params, data, dict(extra_args or {}))
+    return StepExplanation(costs, None)
