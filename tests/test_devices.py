@@ -344,7 +344,7 @@ SPECS = {"k": P("d"), "b": P(), "w": P("d"), "s": P()}
 
 @functools.cache
 def by_hand(name, leaves="bksw", check_vma=True):
-    tx = GEOMETRIES[name](axis_name="d")
+    tx = GEOMETRIES[name](shard_axes="d")
     specs = {leaf: SPECS[leaf] for leaf in leaves}
 
     def step(grads, params):
@@ -417,8 +417,8 @@ def test_fault_26_all_shards_scale_what_all_have_out_of_range(factor):
 
 @pytest.mark.parametrize("ord", [2, 1.5, jnp.inf])
 def test_the_dual_norm_of_shards_has_its_derivative(ord):
-    def slope(leaf, axis_name=None):
-        ball = euclidean_ball(RHO, ord=ord, axis_name=axis_name)
+    def slope(leaf, shard_axes=None):
+        ball = euclidean_ball(RHO, ord=ord, shard_axes=shard_axes)
 
         def dual_norm(value, grads):
             grads = {**grads, leaf: value}
@@ -741,7 +741,7 @@ def test_fault_27_batch_over_one_axis_and_parameters_by_hand_over_another():
 
     def oracle(apply_fn, **kwargs):
         loss_fn = negative_log_likelihood(apply_fn, categorical)
-        ball = euclidean_ball(RHO, axis_name="m" if apply_fn is local_net else None)
+        ball = euclidean_ball(RHO, shard_axes="m" if apply_fn is local_net else None)
         return value_and_grad(loss_fn, ball, **kwargs)
 
     whole = oracle(net, micro_batches=2)

@@ -91,10 +91,10 @@ def ones():
         ({"norm": {"offset": ones(), "scale": ones()}}, [False, True]),
         ({"norm": {"beta": ones(), "gamma": ones()}}, [False, True]),
         ([Layer(ones(), ones()), Layer(ones(), ones())], [True, False, True, False]),
-        # Only the last key counts, and only as a whole.
+        # Only the last name counts.
         ({"bias": {"kernel": ones()}}, [True]),
-        ({"bias": [ones()]}, [True]),
-        ({"bias2": ones(), "biases": ones(), "wb": ones()}, [True, True, True]),
+        ({"bias": [ones()]}, [False]),
+        ({"bias2": ones(), "biases": ones(), "wb": ones()}, [False, False, True]),
         ([ones(), ones()], [True, True]),
         ({0: ones()}, [True]),
         (ones(), [True]),
@@ -168,7 +168,7 @@ def test_default_eta():
         ({"eta": float("nan")}, "`eta` must be"),
         ({"scope": "tensor"}, '`scope` must be "element", "filter" or "layer"'),
         ({"scope": None}, "`scope` must be"),
-        ({"scope": "filter", "axis_name": "i"}, "cannot be combined with `axis_name`"),
+        ({"scope": "filter", "shard_axes": "i"}, "cannot be combined with `shard_axes`"),
     ],
     ids=arguments,
 )

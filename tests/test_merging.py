@@ -88,7 +88,7 @@ def test_cosine_compares_gradients_of_the_same_device():
 @pytest.mark.parametrize("every", [1, 2])
 def test_metrics_of_parameters_sharded_by_hand_are_global(every):
     tx = fsam.sharpness_aware(
-        optax.sgd(0.1), fsam.euclidean_ball(0.1, axis_name="d"), every=every
+        optax.sgd(0.1), fsam.euclidean_ball(0.1, shard_axes="d"), every=every
     )
     w = jnp.array([3.0, -4.0])
 

@@ -90,7 +90,9 @@ GEOMETRIES = {
     ),
     **{
         scope: (
-            functools.partial(fsam_optax.adaptive_ellipsoid, scope=scope),
+            functools.partial(
+                fsam_optax.adaptive_ellipsoid, scope=scope, normalize=True
+            ),
             functools.partial(oracles.asam_scale, eta=0.01, scope=scope),
             2,
         )
@@ -155,7 +157,8 @@ def test_perturbations_of_any_tree_and_magnitude(problem, geometry, rho):
 def test_asam_of_weights_of_any_magnitude(problem):
     params, grads, nest = problem
     assume(sum(w.size for w in params))
-    _, state = ascend(fsam_optax.adaptive_ellipsoid(0.5), params, grads, nest)
+    tx = fsam_optax.adaptive_ellipsoid(0.5, normalize=True)
+    _, state = ascend(tx, params, grads, nest)
     assume(oracles.flat(named(grads)).any())
     _, dual_norm = oracles.perturbation(
         0.5, named(grads), oracles.asam_scale(named(params), 0.01)

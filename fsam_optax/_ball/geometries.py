@@ -7,7 +7,9 @@ import jax
 import optax
 
 from fsam_optax._ball import operators
-from fsam_optax._ball.perturbation import perturbation
+from fsam_optax._ball.arguments import check_radius
+from fsam_optax._ball.operators import Axes
+from fsam_optax._ball.perturbation import Length, perturbation
 from fsam_optax._common.checks import check_choice, check_number, check_transformation
 from fsam_optax._common.mapped_axes import AxisName
 
@@ -17,7 +19,9 @@ def euclidean_ball(
     *,
     ord: jax.typing.ArrayLike = 2,
     mask: Any | None = None,
-    axis_name: AxisName = None,
+    length: Length | None = None,
+    per_leaf: bool = False,
+    shard_axes: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Perturbation of SAM: the same radius in every direction.
 
@@ -32,7 +36,9 @@ def euclidean_ball(
             0.05 is the usual start, 0.1 on harder data.
         ord: The p of the ball, in (1, inf].
         mask: Which leaves to perturb; see `perturbation`.
-        axis_name: For parameters sharded by hand; see `perturbation`.
+        length: Factor on rho, by the dual norm; see `perturbation`.
+        per_leaf: Whether every array has a ball of its own; see `perturbation`.
+        shard_axes: For parameters sharded by hand; see `perturbation`.
 
     Returns:
         A transformation from the gradient to eps, float32 or wider, to be added.
@@ -52,7 +58,15 @@ def euclidean_ball(
         Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization for Efficiently
         Improving Generalization, 2021, https://arxiv.org/abs/2010.01412 (equation 2).
     """
-    return perturbation(rho, ord=ord, mask=mask, axis_name=axis_name)
+    check_radius(rho, "euclidean_ball(rho)")
+    return perturbation(
+        rho,
+        ord=ord,
+        mask=mask,
+        length=length,
+        per_leaf=per_leaf,
+        shard_axes=shard_axes,
+    )
 
 
 def adaptive_ellipsoid(
@@ -62,9 +76,12 @@ def adaptive_ellipsoid(
     scope: Literal["element", "filter", "layer"] = "element",
     ord: jax.typing.ArrayLike = 2,
     normalize: Callable[[tuple[Any, ...], Any], bool] | Any | None = None,
-    filter_axis: int = -1,
+    filter_axis: Axes = -1,
+    layer_axis: Axes = None,
     mask: Any | None = None,
-    axis_name: AxisName = None,
+    length: Length | None = None,
+    per_leaf: bool = False,
+    shard_axes: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Perturbation of ASAM: a radius in proportion to the weights themselves.
 
@@ -82,21 +99,39 @@ def adaptive_ellipsoid(
     Args:
         rho: Radius relative to the weights: a number >= 0 or a schedule.
         eta: Added to every |w|, >= 0.
-        scope: Over what |w| is taken. A filter is the kernel of one output channel,
-            all of a leaf but `filter_axis`; leaves of fewer than two axes have none
-            and stay at element scope.
+        scope: Over what |w| is taken. A layer is a leaf. A filter is the kernel of one
+            output channel, all of a leaf but `filter_axis`; leaves of fewer than two
+            axes have none and stay at element scope.
         ord: The p of the ball, in (1, inf].
         normalize: Which leaves get T from w; the others get T = 1 and are perturbed
             as in SAM. A function of the key path and the leaf, or a tree of bools that
-            is a prefix of the parameters. None is everything but biases, by the last
-            key: `bias`, `b`, `beta`, `offset`.
-        filter_axis: Output channels of a kernel: the last axis in Flax and Haiku, 0 in
-            Equinox and PyTorch. (Name it in `static_args` of
-            `optax.inject_hyperparams`, as `mask` and `normalize` if they are
-            functions.)
+            is a prefix of the parameters. None is everything but biases, by this rule.
+            A leaf is a bias (1) by its name, whatever its shape: if the last word of it
+            is `bias`, or the first is and no other says weight (`in_proj_bias`,
+            `bias_hh_l0`, not `bias_kernel`), or it is `beta` or `offset`; (2) by the
+            weight beside it, if it has fewer axes, or fewer that are longer than 1: if
+            it is called as that with a `b` for the `w` (`b1` and `W1`, `bq` and `wq`),
+            unless there is an `a` of as many axes too (LoRA), or if it comes after it
+            without a name (`[(W, b)]`); (3) if it is called `b`, numbered or not, and
+            has at most one axis. The name is the last key that is no number, in a flat
+            dictionary what follows the last `.` or `/`.
+        filter_axis: Axis, or tuple of axes, that the filters of a kernel are numbered
+            by: its output channels, the last axis in Flax and Haiku, 0 in Equinox and
+            PyTorch, (-2, -1) for a query kernel of shape (d, heads, head_dim). Or a
+            function of the key path and the leaf that returns these, or None where
+            there are no filters. (Name it in `static_args` of
+            `optax.inject_hyperparams`, as `layer_axis`, `mask` and `normalize`.)
+        layer_axis: Axis, or axes, along which layers of one shape are stacked, as by
+            `nn.scan` and `nnx.vmap`; likewise or a function, None for a leaf that holds
+            one layer. Each layer then has its own norms, and `filter_axis` counts the
+            axes of one layer. No effect at element scope.
         mask: Which leaves to perturb at all; see `perturbation`.
-        axis_name: For parameters sharded by hand; see `perturbation`. Not with filter
-            scope, whose norms may be cut through by such sharding.
+        length: Factor on rho, by the dual norm; see `perturbation`.
+        per_leaf: Whether every array has a ball of its own; see `perturbation`. With
+            layer scope, eta = 0 and a mask of the kernels it is adversarial weight
+            perturbation: eps = rho ||w|| g / ||g|| for every array.
+        shard_axes: For parameters sharded by hand; see `perturbation`. Not with filters
+            or `layer_axis`, whose norms may be cut through by such sharding.
 
     Returns:
         A transformation from the gradient to eps, float32 or wider, to be added. Its
@@ -122,15 +157,27 @@ def adaptive_ellipsoid(
         https://arxiv.org/abs/2102.11600. Which leaves are normalised, and eta, follow
         the authors' code.
     """
+    check_radius(rho, "adaptive_ellipsoid(rho)")
     check_number("eta", eta, 0)
     check_choice("scope", scope, "element", "filter", "layer")
-    if scope == "filter" and axis_name is not None:
+    cut = '`scope="filter"`' if scope == "filter" else "`layer_axis`"
+    if shard_axes is not None and (scope == "filter" or layer_axis is not None):
         raise ValueError(
-            '`scope="filter"` cannot be combined with `axis_name`: a filter may be cut '
+            f"{cut} cannot be combined with `shard_axes`: a filter or layer may be cut "
             "by the sharding. Shard under `jax.jit` instead, or use another scope."
         )
-    operator = operators.adaptive(eta, scope, normalize, filter_axis, axis_name)
-    return perturbation(rho, operator, ord=ord, mask=mask, axis_name=axis_name)
+    operator = operators.adaptive(
+        eta, scope, normalize, filter_axis, layer_axis, shard_axes
+    )
+    return perturbation(
+        rho,
+        operator,
+        ord=ord,
+        mask=mask,
+        length=length,
+        per_leaf=per_leaf,
+        shard_axes=shard_axes,
+    )
 
 
 def fisher_ellipsoid(
@@ -141,7 +188,9 @@ def fisher_ellipsoid(
     damping: jax.typing.ArrayLike | None = None,
     relative: bool = True,
     mask: Any | None = None,
-    axis_name: AxisName = None,
+    length: Length | None = None,
+    per_leaf: bool = False,
+    shard_axes: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Perturbation of Fisher SAM: a radius in units of the model's output.
 
@@ -167,7 +216,9 @@ def fisher_ellipsoid(
             and damping have no unit. Without it the usual F is so small beside 1 that
             eta = 1 is SAM to five digits, and eta has to grow as the loss falls.
         mask: Which leaves to perturb; see `perturbation`.
-        axis_name: For parameters sharded by hand; see `perturbation`.
+        length: Factor on rho, by the dual norm; see `perturbation`.
+        per_leaf: Whether every array has a ball of its own; see `perturbation`.
+        shard_axes: For parameters sharded by hand; see `perturbation`.
 
     Returns:
         A transformation from the gradient to eps, float32 or wider, to be added.
@@ -193,6 +244,7 @@ def fisher_ellipsoid(
         Minimisation, 2022, https://arxiv.org/abs/2206.04920. `relative` is this
         library's addition.
     """
+    check_radius(rho, "fisher_ellipsoid(rho, estimator)")
     check_transformation("estimator", estimator, "squared_gradient()")
     if eta is not None and damping is not None:
         raise ValueError(
@@ -203,5 +255,12 @@ def fisher_ellipsoid(
     check_number("eta", eta, 0)
     if damping is not None:
         check_number("damping", damping, 0)
-    operator = operators.fisher(estimator, eta, damping, relative, mask, axis_name)
-    return perturbation(rho, operator, mask=mask, axis_name=axis_name)
+    operator = operators.fisher(estimator, eta, damping, relative, mask, shard_axes)
+    return perturbation(
+        rho,
+        operator,
+        mask=mask,
+        length=length,
+        per_leaf=per_leaf,
+        shard_axes=shard_axes,
+    )

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from fsam_optax._ball.biases import biases
 from fsam_optax._common.checks import (
     broadcast_mask,
     check_like,
@@ -19,20 +21,14 @@ from fsam_optax._common.checks import (
     movable,
 )
 from fsam_optax._common.mapped_axes import AxisName
-from fsam_optax._common.norms import norm, scaled_norm, total, widen
-
-
-_BIASES = frozenset({"bias", "b", "beta", "offset"})
-
-
-def not_a_bias(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Tells whether a leaf is something else than a bias, from its last key."""
-    del leaf
-    names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-    # Flax NNX keeps the array of a variable one attribute further down.
-    while len(names) > 1 and names[-1] in ("value", "raw_value"):
-        names.pop()
-    return not names or names[-1] not in _BIASES
+from fsam_optax._common.norms import (
+    divisor,
+    norm,
+    Reciprocal,
+    scaled_norm,
+    total,
+    widen,
+)
 
 
 def identity() -> optax.GradientTransformation:
@@ -40,12 +36,60 @@ def identity() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(lambda _: 1.0, updates))
 
 
+Axes = int | tuple[int, ...] | Callable[[tuple[Any, ...], Any], Any] | None
+
+
+def _axes(name: str, axes: Axes, path: Any, ndim: int, of: str) -> tuple[int, ...]:
+    """Returns axes as numbers in [0, ndim), or raises an error that names the leaf."""
+    axes = () if axes is None else axes
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    where = f"leaf {jax.tree_util.keystr(path) or 'at the root'}"
+    for axis in axes:
+        if not isinstance(axis, int | np.integer) or isinstance(axis, bool):
+            raise TypeError(
+                f"`{name}` must be an axis, a tuple of axes, None, or a function of "
+                f"the key path and the leaf that returns one of these; got {axis!r} "
+                f"for {where}. (In `optax.inject_hyperparams`, name it in "
+                "`static_args`.)"
+            )
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"`{name}` is {axis}, but {where} has {ndim} axes{of}. Leave it out "
+                f"with `normalize`, or give `{name}` as a function of the key path and "
+                "the leaf."
+            )
+    return tuple(int(axis) % ndim for axis in axes)
+
+
+def _group_axes(
+    scope: str, filter_axis: Axes, layer_axis: Axes, path: Any, w: Any
+) -> tuple[int, ...] | None:
+    """Returns the axes over which |w| is a norm; None if it is that of each element."""
+    if scope == "element":
+        return None
+    ask = (path, w)
+    layers = layer_axis(*ask) if callable(layer_axis) else layer_axis
+    layers = _axes("layer_axis", layers, path, w.ndim, "")
+    inside = [axis for axis in range(w.ndim) if axis not in layers]
+    if scope == "layer":
+        return tuple(inside)
+    if len(inside) < 2:
+        return None
+    filters = filter_axis(*ask) if callable(filter_axis) else filter_axis
+    if filters is None:
+        return None
+    of = " in each layer" if layers else ""
+    filters = _axes("filter_axis", filters, path, len(inside), of)
+    return tuple(axis for i, axis in enumerate(inside) if i not in filters)
+
+
 def adaptive(
     eta: Any,
     scope: Literal["element", "filter", "layer"],
     normalize: Callable[[tuple[Any, ...], Any], bool] | Any | None,
-    filter_axis: int,
-    axis_name: AxisName,
+    filter_axis: Axes,
+    layer_axis: Axes,
+    shard_axes: AxisName,
 ) -> optax.GradientTransformation:
     """Returns the operator T = |w| + eta, with |w| by element, filter or layer.
 
@@ -54,22 +98,18 @@ def adaptive(
 
     def magnitude(path, w):
         w = jnp.asarray(w, widen(w))
-        if scope == "layer":
-            return norm([w], axis_name=axis_name)
-        if scope == "filter" and w.ndim > 1:
-            if not -w.ndim <= filter_axis < w.ndim:
-                raise ValueError(
-                    f"`filter_axis` is {filter_axis}, but leaf "
-                    f"{jax.tree_util.keystr(path)} has {w.ndim} axes. Leave it out "
-                    "with `normalize`, or give the axis of the output channels."
-                )
-            axes = tuple(i for i in range(w.ndim) if i != filter_axis % w.ndim)
-            return scaled_norm(w, axes)
-        return jnp.abs(w)
+        axes = _group_axes(scope, filter_axis, layer_axis, path, w)
+        if axes is None:
+            return jnp.abs(w)
+        if len(axes) == w.ndim:
+            return norm([w], shard_axes=shard_axes)
+        return scaled_norm(w, axes)
 
     def normalized(params):
-        if normalize is None or callable(normalize):
-            return jax.tree_util.tree_map_with_path(normalize or not_a_bias, params)
+        if normalize is None:
+            return jax.tree.map(lambda is_bias: not is_bias, biases(params))
+        if callable(normalize):
+            return jax.tree_util.tree_map_with_path(normalize, params)
         return broadcast_mask(normalize, params, "normalize")
 
     def operator(updates, params):
@@ -86,8 +126,11 @@ def adaptive(
     return optax.stateless(operator)
 
 
-def _mean(diagonal: Any, moves: Any, axis_name: AxisName) -> jax.Array:
-    """Returns the mean over the perturbed parameters, 1 for 0, NaN if not finite."""
+def _unit(diagonal: Any, moves: Any, shard_axes: AxisName) -> jax.Array:
+    """Returns 1 / the mean over the perturbed parameters.
+
+    1 where the mean is 0, NaN where it is not finite.
+    """
     sums_and_sizes = [
         jnp.stack([jnp.sum(f), jnp.asarray(f.size, f.dtype)])
         for f, move in zip(
@@ -97,9 +140,10 @@ def _mean(diagonal: Any, moves: Any, axis_name: AxisName) -> jax.Array:
     ]
     if not sums_and_sizes:
         return jnp.ones([])
-    amount, size = total(sums_and_sizes, axis_name)
+    amount, size = total(sums_and_sizes, shard_axes)
     mean = amount / size
-    return jnp.where(mean == 0, 1, jnp.where(jnp.isfinite(mean), mean, jnp.nan))
+    unit = Reciprocal.of(divisor(mean))
+    return jnp.where(jnp.isfinite(mean), unit.first * unit.second, jnp.nan)
 
 
 def fisher(
@@ -108,7 +152,7 @@ def fisher(
     damping: Any | None,
     relative: bool,
     mask: Any | None,
-    axis_name: AxisName,
+    shard_axes: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the operator T^2 = 1 / (1 + eta F), or 1 / (F + damping).
 
@@ -122,19 +166,25 @@ def fisher(
     def update_fn(updates, state, params=None, **extra_args):
         diagonal, state = estimator.update(updates, state, params, **extra_args)
         check_like("the estimator's output", diagonal, "grads", updates)
-        diagonal = jax.tree.map(
-            lambda f: jnp.maximum(jnp.asarray(f, widen(f)), 0), diagonal
+        diagonal = jax.tree.map(lambda f: jnp.asarray(f, widen(f)), diagonal)
+        # Not a maximum: that has half a derivative at 0, which F may well be. What is
+        # not finite comes back below: here, it would have a derivative.
+        positive = jax.tree.map(
+            lambda f: jnp.where((f >= 0) & (f < jnp.inf), f, 0), diagonal
         )
         moves = movable(updates, params, mask)
         # A factor, not a divisor: cheap enough for compilers to compute twice, where
         # they would keep the quotients of all entries.
-        unit = 1 / _mean(diagonal, moves, axis_name) if relative else 1.0
+        unit = _unit(positive, moves, shard_axes) if relative else 1.0
 
-        def inverse_root(f):
-            metric = 1 + (eta * unit) * f if damping is None else unit * f + damping
+        def inverse_root(f, positive):
+            if damping is None:
+                metric = 1 + (eta * unit) * positive
+            else:
+                metric = unit * positive + damping
             root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
-            return jnp.where(jnp.isfinite(metric), root, jnp.nan)
+            return jnp.where((f < jnp.inf) & jnp.isfinite(metric), root, jnp.nan)
 
-        return jax.tree.map(inverse_root, diagonal), state
+        return jax.tree.map(inverse_root, diagonal, positive), state
 
     return optax.GradientTransformationExtraArgs(estimator.init, update_fn)

@@ -1,21 +1,43 @@
 """The worst-case perturbation: the one place where its formula is written."""
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fsam_optax._ball.arguments import (
+    check_axes,
+    check_flag,
+    check_length,
+    check_operator,
+    check_order,
+    check_radius,
+    check_state,
+    length_at,
+    radius_at,
+)
 from fsam_optax._ball.operators import identity
 from fsam_optax._common.checks import (
     check_leaves,
     check_like,
-    check_number,
     check_transformation,
     movable,
 )
 from fsam_optax._common.mapped_axes import AxisName
-from fsam_optax._common.norms import direction, norm, Reciprocal, widen
+from fsam_optax._common.norms import (
+    direction,
+    norm,
+    norms,
+    Reciprocal,
+    widen,
+    with_derivative,
+)
+
+
+Length = Callable[[jax.Array, jax.Array], jax.typing.ArrayLike]
 
 
 class PerturbationState(NamedTuple):
@@ -25,9 +47,10 @@ class PerturbationState(NamedTuple):
         count: Updates made so far; saturates.  # shape=(), dtype=int32
         skipped: Updates that returned zero because the gradient was zero or not
             finite; saturates.  # shape=(), dtype=int32
-        rho: Radius of the last update.  # shape=(), dtype=float32
-        dual_norm: `||T g||_q` at the last update. The loss rises by `rho * dual_norm`
-            to first order.  # shape=(), dtype=float32
+        rho: Radius of the last update, before `length`.  # shape=(), dtype=float32
+        dual_norm: `||T g||_q` at the last update, with `per_leaf` the sum of those of
+            the arrays. Without `length`, the loss rises by `rho * dual_norm` to first
+            order.  # shape=(), dtype=float32
         operator: State of the operator.
     """
 
@@ -44,7 +67,9 @@ def perturbation(
     *,
     ord: jax.typing.ArrayLike = 2,
     mask: Any | None = None,
-    axis_name: AxisName = None,
+    length: Length | None = None,
+    per_leaf: bool = False,
+    shard_axes: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Maps a gradient to the worst-case perturbation inside a ball in any geometry.
 
@@ -53,9 +78,17 @@ def perturbation(
         p = 2:    rho T^2 g / ||T g||_2
         p = inf:  rho T sign(g)
 
-    The norm is one scalar over the whole tree, never one per leaf. Where the loss is
-    linear, eps raises it by `rho ||Tg||_q`; where it is not, eps is only the
-    first-order answer, and for a large rho the loss at w + eps may be anything.
+    The norm is one scalar over the whole tree; with `per_leaf`, one for every array.
+    Where the loss is linear, eps raises it by `rho ||Tg||_q`; where it is not, eps is
+    only the first-order answer, and for a large rho the loss at w + eps may be
+    anything.
+
+    Derivatives of eps by g, T and rho, in both modes, are right for gradients of any
+    magnitude, so that one can differentiate through training (see the last example). By
+    g they grow as `rho / ||Tg||`. Where eps is 0 because g is, or is not finite, they
+    are taken as 0; where p > 2, so is that of a single entry of eps that is 0, which is
+    infinite. (A front end calls eps a constant because no derivative goes through it
+    into the *step*; one through the whole step goes through eps too.)
 
     Args:
         rho: Radius of the ball, in the units of `T^-1 params`: a number >= 0, or a
@@ -66,24 +99,42 @@ def perturbation(
         ord: The p of the ball, in (1, inf].
         mask: Tree of bools that is a prefix of the parameters, or a function of the
             parameters that returns one. Leaves under False get a zero perturbation
-            and do not count in the norm.
-        axis_name: Mapped axes of `jax.shard_map` or `jax.pmap` over which the
-            *parameters* are sharded by hand: the norm is summed over them. Not for
+            and do not count in the norm. What the base optimizer freezes is perturbed
+            like all the rest, and can take most of eps: mask it here as well. (With
+            that mask and T = 1, `dual_norm / grad_norm` in the state of a step is the
+            part of eps that without it is left to the weights that learn.)
+        length: Function `(||Tg||_q, count) -> factor` by which rho is multiplied; count
+            is the number of updates before this one. None is SAM, a factor of 1.
+            `lambda n, count: n` is unnormalised SAM, rho T^2 g, and
+            `lambda n, count: (1 - c) * n + c` unified SAM. (In
+            `optax.inject_hyperparams`, name it in `static_args`, as `mask` if that is a
+            function.)
+        per_leaf: Whether every array has a norm of its own, and a `length`: a product
+            of balls of radius rho each, as in adversarial weight perturbation. Arrays
+            whose gradient is 0 stay while the others move.
+        shard_axes: Mapped axes of `jax.shard_map` or `jax.pmap` over which the
+            *parameters* are sharded by hand: norms are summed over them. Not for
             replicated parameters, and not needed for arrays sharded under `jax.jit`.
+            (The `axis_name` of a front end is another thing: what is averaged.)
 
     Returns:
         A transformation whose output is eps: structure and shapes of the gradient,
-        float32 or wider. It points uphill: *add* it to the parameters. It is exactly
-        zero where the gradient is zero, and for leaves that hold no real numbers. A
-        gradient or T that is not finite gives zero everywhere, leaves the state of
-        the operator as it was, and is counted in the state as `skipped`.
+        float32 or wider, pointing uphill, to be *added* to the parameters. It is
+        exactly zero where the gradient is zero, and for leaves that hold no real
+        numbers. A gradient, T or factor that is not finite gives zero everywhere,
+        leaves the state of the operator as it was, and is counted in the state as
+        `skipped`.
 
     Raises:
         ValueError: If rho or ord is a Python number out of range; in `update`, if the
-            gradient differs from the parameters in structure or shape.
-        TypeError: In `update`, if a leaf is complex or not an array.
+            gradient differs from the parameters in structure or shape, or rho or length
+            returns no scalar.
+        TypeError: If an argument is of another type; in `update`, if a leaf is complex
+            or not an array, or the state is that of something else.
+        NameError: In `update`, if `shard_axes` names no mapped axis.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> import optax
         >>> ball = perturbation(rho=0.5)
@@ -101,15 +152,50 @@ def perturbation(
         >>> print(eps)
         [ 1.  -0.5]
 
+        A ball for each array, and unnormalised SAM.
+
+        >>> grads = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([1e-3, 0.0])}
+        >>> balls = perturbation(0.5, per_leaf=True)
+        >>> eps, state = balls.update(grads, balls.init(grads))
+        >>> print(eps["a"], eps["b"], state.dual_norm)
+        [ 0.3 -0.4] [0.5 0. ] 5.001
+        >>> plain = perturbation(0.5, length=lambda norm, count: norm)
+        >>> eps, _ = plain.update(grads, plain.init(grads))
+        >>> print(eps["a"], eps["b"])
+        [ 1.5 -2. ] [0.0005 0.    ]
+
+        Meta-learning: the derivative of the loss after two steps of SAM by the radius
+        and by the initial parameters. The second step finds a gradient of 0.
+
+        >>> from fsam_optax import sam
+        >>> def loss_after(rho, w):
+        ...     optimizer = sam(optax.sgd(0.1), rho)
+        ...     state = optimizer.init(w)
+        ...     for weight in (1.0, 0.0):
+        ...         grad_fn = jax.grad(lambda w, c=weight: c * jnp.sum(w**2))
+        ...         g = grad_fn(w)
+        ...         update, state = optimizer.update(g, state, w, grad_fn=grad_fn)
+        ...         w = optax.apply_updates(w, update)
+        ...     return jnp.sum(w**2)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> d_rho, d_w = jax.grad(loss_after, argnums=(0, 1))(0.5, w)
+        >>> print(d_rho, d_w)  # w becomes (0.8 - 0.2 rho / |w|) w.
+        -1.56 [3.744 4.992]
+
     References:
         Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization for Efficiently
         Improving Generalization, 2021, https://arxiv.org/abs/2010.01412 (equation 2).
+        `length`: Oikonomou, Loizou, Sharpness-Aware Minimization: General Analysis and
+        Improved Rates, 2025, https://arxiv.org/abs/2503.02225. `per_leaf`: Wu, Xia,
+        Wang, Adversarial Weight Perturbation Helps Robust Generalization, 2020,
+        https://arxiv.org/abs/2004.05884.
     """
-    if not callable(rho):
-        check_number("rho", rho, 0)
-    check_number("ord", ord, 1, jnp.inf, open=True)
+    check_radius(rho, "perturbation(rho, operator)")
     if operator is not None:
         check_transformation("operator", operator, "optax.stateless(...)")
+    check_order(ord)
+    check_length(length)
+    check_flag("per_leaf", per_leaf, "To leave arrays out, use `mask`.")
     operator = optax.with_extra_args_support(operator or identity())
     exponent = 1 / (ord - 1)  # q - 1
     dual_ord = 1 / (1 - 1 / ord)  # q
@@ -123,61 +209,93 @@ def perturbation(
             operator=operator.init(params),
         )
 
+    def worst_case(ts, gs, radius, count):
+        """Returns eps, the dual norm, and whether there is one, of what may move."""
+        products = [jax.lax.stop_gradient(t * g) for t, g in zip(ts, gs, strict=True)]
+        known = (norms if per_leaf else norm)(products, dual_ord, shard_axes)
+        usable = jnp.all(jnp.isfinite(known)) & (known > 0)
+
+        def per_ball(x):
+            return list(x) if per_leaf else [x]
+
+        def per_array(xs):
+            return xs if per_leaf else xs * len(gs)
+
+        # Safe from here on: eps must have a derivative also where it must be 0.
+        oks = per_array(per_ball(usable))
+        ts = [_where(ok, t, 1) for ok, t in zip(oks, ts, strict=True)]
+        gs = [_where(ok, g, 0) for ok, g in zip(oks, gs, strict=True)]
+        products = [t * g for t, g in zip(ts, gs, strict=True)]
+        safe = jnp.where(usable, known, jnp.ones_like(known))
+        safe = with_derivative(safe, products, dual_ord, shard_axes)
+        dual_norm = jnp.sum(jnp.where(usable, safe, known))
+        if length is not None:
+            factors = [length_at(length, n, count) for n in per_ball(safe)]
+            factor = jnp.array(factors) if per_leaf else factors[0]
+            usable = usable & jnp.all(jnp.isfinite(factor))
+            radius = radius * factor
+        radii = per_array(per_ball(jnp.where(usable, radius, 0)))
+        units = per_array([Reciprocal.of(n) for n in per_ball(safe)])
+        eps = [
+            jnp.asarray(r, x.dtype) * (t * direction(x, n, exponent))
+            for r, t, x, n in zip(radii, ts, products, units, strict=True)
+        ]
+        return eps, dual_norm, jnp.any(usable)
+
     def update_fn(updates, state, params=None, **extra_args):
         check_leaves(updates, "grads")
         if params is not None:
             check_leaves(params, "params")
             check_like("grads", updates, "params", params)
+        check_state(state, PerturbationState)
+        check_axes(shard_axes)
         like = updates if params is None else params
         moves = movable(updates, params, mask)
-        radius = rho(state.count) if callable(rho) else rho
+        radius = radius_at(rho, state.count)
         t, operator_state = operator.update(
             updates, state.operator, params, **extra_args
         )
-
-        if jax.tree.structure(t) != jax.tree.structure(updates):
-            raise ValueError(
-                "`operator` must return a tree with the structure of `grads`, got "
-                f"{jax.tree.structure(t)} for {jax.tree.structure(updates)}."
+        check_operator(t, updates)
+        pairs = [
+            (_as_array(t, widen(g, w)), jnp.asarray(g, widen(g, w)))
+            for move, t, g, w in zip(
+                *map(jax.tree.leaves, (moves, t, updates, like)), strict=True
             )
-
-        def scale(path, move, g, w, t):
-            if not move:
-                return None
-            if jnp.broadcast_shapes(jnp.shape(t), jnp.shape(g)) != jnp.shape(g):
-                raise ValueError(
-                    f"`operator` returned shape {jnp.shape(t)} for leaf "
-                    f"{jax.tree_util.keystr(path) or 'at the root'} of shape "
-                    f"{jnp.shape(g)}."
-                )
-            dtype = widen(g, w)
-            return jnp.asarray(t, dtype) * jnp.asarray(g, dtype)
-
-        tg = jax.tree_util.tree_map_with_path(scale, moves, updates, like, t)
-        dual_norm = norm(jax.tree.leaves(tg), dual_ord, axis_name)
-        usable = jnp.isfinite(dual_norm) & (dual_norm > 0)
-        length = Reciprocal.of(dual_norm)
-
-        def worst_case(move, g, t, tg):
-            if not move:
-                return jnp.zeros(jnp.shape(g), widen())
-            eps = jnp.asarray(t, tg.dtype) * direction(tg, length, exponent)
-            eps = jnp.asarray(radius, tg.dtype) * eps
-            return jnp.where(usable, eps, 0).astype(tg.dtype)
-
-        eps = jax.tree.map(worst_case, moves, updates, t, tg)
+            if move
+        ]
+        moved, dual_norm, found = worst_case(
+            [t for t, _ in pairs], [g for _, g in pairs], radius, state.count
+        )
+        rest = iter(moved)
+        eps = jax.tree.map(
+            lambda move, g: next(rest) if move else jnp.zeros(jnp.shape(g), widen()),
+            moves,
+            updates,
+        )
         return eps, PerturbationState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             skipped=jnp.where(
-                usable, state.skipped, optax.safe_increment(state.skipped)
+                found, state.skipped, optax.safe_increment(state.skipped)
             ),
             rho=jnp.array(radius, jnp.float32),
             dual_norm=jnp.asarray(dual_norm, jnp.float32),
             operator=jax.tree.map(
-                lambda new, old: jnp.where(usable, new, old),
+                lambda new, old: jnp.where(found, new, old),
                 operator_state,
                 state.operator,
             ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _as_array(t: Any, dtype: jnp.dtype) -> Any:
+    """Returns T as an array; as it is if it is a number, such as 1."""
+    number = isinstance(t, float) and math.isfinite(t)
+    return t if number else jnp.asarray(t, dtype)
+
+
+def _where(usable: jax.Array, x: Any, instead: float) -> Any:
+    """Returns an array where it is usable; a finite number always is."""
+    number = isinstance(x, float)
+    return x if number else jnp.where(usable, x, jnp.full_like(x, instead))
