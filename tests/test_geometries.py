@@ -168,7 +168,8 @@ def test_default_eta():
         ({"eta": float("nan")}, "`eta` must be"),
         ({"scope": "tensor"}, '`scope` must be "element", "filter" or "layer"'),
         ({"scope": None}, "`scope` must be"),
-        ({"scope": "filter", "shard_axes": "i"}, "cannot be combined with `shard_axes`"),
+        ({"scope": "filter", "shard_axes": "i"}, "cannot be combined with `shard_ax"),
+        ({"layer_axis": 0, "shard_axes": "i"}, "`layer_axis` cannot be combined with"),
     ],
     ids=arguments,
 )

@@ -39,7 +39,7 @@ def identity() -> optax.GradientTransformation:
 Axes = int | tuple[int, ...] | Callable[[tuple[Any, ...], Any], Any] | None
 
 
-def _axes(name: str, axes: Axes, path: Any, ndim: int, of: str) -> tuple[int, ...]:
+def _axes(name: str, axes: Any, path: Any, ndim: int, of: str) -> tuple[int, ...]:
     """Returns axes as numbers in [0, ndim), or raises an error that names the leaf."""
     axes = () if axes is None else axes
     axes = axes if isinstance(axes, tuple) else (axes,)

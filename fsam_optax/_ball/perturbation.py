@@ -100,9 +100,8 @@ def perturbation(
         mask: Tree of bools that is a prefix of the parameters, or a function of the
             parameters that returns one. Leaves under False get a zero perturbation
             and do not count in the norm. What the base optimizer freezes is perturbed
-            like all the rest, and can take most of eps: mask it here as well. (With
-            that mask and T = 1, `dual_norm / grad_norm` in the state of a step is the
-            part of eps that without it is left to the weights that learn.)
+            like all the rest, and can take most of eps: mask it here as well. (The
+            metric `leaf_perturbation_norms` of a step shows where eps lies.)
         length: Function `(||Tg||_q, count) -> factor` by which rho is multiplied; count
             is the number of updates before this one. None is SAM, a factor of 1.
             `lambda n, count: n` is unnormalised SAM, rho T^2 g, and

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fsam_optax._common.checks import is_real
 from fsam_optax._common.mapped_axes import axes_of_shards
-from fsam_optax._common.norms import norm, norm_and_cosine, total, widen
+from fsam_optax._common.norms import norm, norm_and_cosine, root, total, widen
 
 
 class Metrics(NamedTuple):
@@ -57,8 +57,8 @@ def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metric
     g_norm = norm(g, 2, axes)
     h_norm, h_cosine = norm_and_cosine(h, g, g_norm, axes)
     squares = jax.tree.map(squared_step, params, point)
-    leaf_norms = jax.tree.map(lambda x: jnp.sqrt(total([x], axes)), squares)
+    leaf_norms = jax.tree.map(lambda x: root(total([x], axes)), squares)
     terms = jax.tree.leaves(squares)
-    step_norm = jnp.sqrt(total(terms, axes)) if terms else jnp.zeros([], widen())
+    step_norm = root(total(terms, axes)) if terms else jnp.zeros([], widen())
     values = Metrics(g_norm, h_norm, step_norm, h_cosine, leaf_norms)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
