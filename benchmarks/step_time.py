@@ -154,7 +154,7 @@ def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]
             fisher(fsam.fisher_empirical), metrics=False
         ),
         "Fisher SAM, empirical, not fused, no metrics": oracle(
-            fisher(fsam.fisher_empirical), fused=False, metrics=False
+            fisher(fsam.fisher_empirical), metrics=False
         ),
         "Fisher SAM, I1, no metrics": oracle(
             fisher(fsam.fisher_i1, key=key), metrics=False

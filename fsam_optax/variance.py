@@ -19,8 +19,9 @@ from fsam_optax._common.checks import (
     check_number,
 )
 from fsam_optax._common.norms import widen
-from fsam_optax._fisher.estimation import ApplyFn, key_data
-from fsam_optax._fisher.likelihoods import check_model, Likelihood, MomentBounds
+from fsam_optax._fisher.estimation import key_data
+from fsam_optax._fisher.likelihoods import Likelihood, MomentBounds
+from fsam_optax._fisher.negative_log_likelihood import resolve
 
 
 class Bounds(NamedTuple):
@@ -184,7 +185,7 @@ def _bounds(likelihood: Likelihood) -> Callable[[jax.Array], MomentBounds]:
 
 
 def fisher_variance_i1(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Any:
     """Variance of I1 over the labels: the fourth moment of the score, exactly.
 
@@ -220,7 +221,7 @@ def fisher_variance_i1(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (lemma 3.1).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     fourth_moment = _fourth_moment(likelihood)
 
@@ -232,7 +233,7 @@ def fisher_variance_i1(
 
 
 def fisher_variance_i2(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Any:
     """Variance of I2 over the labels: a second moment of the score, exactly.
 
@@ -265,7 +266,7 @@ def fisher_variance_i2(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (lemma 3.1).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
 
     def form(h, u):
@@ -275,7 +276,7 @@ def fisher_variance_i2(
 
 
 def fisher_bounds(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Bounds:
     """Bounds of the Fisher diagonal by the eigenvalues of I(h|x).
 
@@ -303,7 +304,7 @@ def fisher_bounds(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.1).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     return Bounds(
         *_mean_over_jacobians(_second_bounds(likelihood), apply_fn, params, inputs)
@@ -321,7 +322,7 @@ def _second_bounds(likelihood):
 
 
 def fisher_variance_i1_bounds(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Bounds:
     """Bounds of V1 by the extreme values of the fourth-moment form.
 
@@ -352,7 +353,7 @@ def fisher_variance_i1_bounds(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.1, corollary 4.2, theorem 5.2).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     bounds = _bounds(likelihood)
 
@@ -370,7 +371,7 @@ def fisher_variance_i1_bounds(
 
 
 def fisher_variance_i2_bounds(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Bounds:
     """Bounds of V2 by the eigenvalues of I(h|x).
 
@@ -398,14 +399,14 @@ def fisher_variance_i2_bounds(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.1).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     form = _second_bounds(likelihood)
     return Bounds(*_mean_over_second_derivatives(form, apply_fn, params, inputs))
 
 
 def fisher_variance_trace_bounds(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> TraceBounds:
     """Upper bounds of whole traces, for each array of parameters.
 
@@ -484,7 +485,7 @@ def _with_standard_error(moments, inputs):
 
 
 def fisher_variance_i1_sampled(
-    apply_fn: ApplyFn,
+    apply_fn: Callable,
     likelihood: Likelihood,
     params: Any,
     inputs: Any,
@@ -521,7 +522,7 @@ def fisher_variance_i1_sampled(
         >>> bool(abs(sampled.variance - 2.0) < 4 * sampled.standard_error)
         True
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     scores = _draw_scores(apply_fn, likelihood, params, inputs, num_draws, key)
     moments = _mean_over_jacobians(
@@ -531,7 +532,7 @@ def fisher_variance_i1_sampled(
 
 
 def fisher_variance_i2_sampled(
-    apply_fn: ApplyFn,
+    apply_fn: Callable,
     likelihood: Likelihood,
     params: Any,
     inputs: Any,
@@ -570,7 +571,7 @@ def fisher_variance_i2_sampled(
         >>> bool(abs(sampled.variance[0] - 4.0) < 4 * sampled.standard_error[0])
         True
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     scores = _draw_scores(apply_fn, likelihood, params, inputs, num_draws, key)
     moments = _mean_over_second_derivatives(
@@ -580,7 +581,7 @@ def fisher_variance_i2_sampled(
 
 
 def fisher_variance_between_inputs(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Any:
     """Variance over the inputs of their own Fisher diagonals, exactly.
 
@@ -608,7 +609,7 @@ def fisher_variance_between_inputs(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (theorem 4.7).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
 
     def form(h, u):
@@ -620,7 +621,7 @@ def fisher_variance_between_inputs(
 
 
 def fisher_variance_between_inputs_bound(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, inputs: Any
+    apply_fn: Callable, likelihood: Likelihood, params: Any, inputs: Any
 ) -> Any:
     """Upper bound of the variance over the inputs, by the eigenvalues of I(h|x).
 
@@ -652,7 +653,7 @@ def fisher_variance_between_inputs_bound(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (lemma 4.8).
     """
-    check_model(apply_fn, likelihood)
+    resolve("fisher_variance", apply_fn, likelihood)
     check_leaves(params, "params", real=True)
     bounds = _second_bounds(likelihood)
 

@@ -13,5 +13,6 @@ from fsam_optax._engine.power_sums import (
     Leaf as Leaf,
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
+    sums_of_powers as sums_of_powers,
     without_explicit_axes as without_explicit_axes,
 )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._engine.jaxpr import Dataflow, evaluate, flatten, MOVES, read, size
-from fsam_optax._engine.power_sums import one_of_batch, sums_of_powers
+from fsam_optax._engine.power_sums import sums_of_powers
 
 
 PyTree = Any
@@ -38,13 +38,12 @@ class Entry(NamedTuple):
 
 
 def entries(
-    apply_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, inputs: PyTree
+    fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, inputs: PyTree
 ) -> list[Entry | None]:
     """Finds the pre-activations of each array of parameters.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> outputs` on a batch, whose
-            output is one array.
+        fn: The model for one example, whose output is one array.
         params: Pytree of floating-point arrays.
         inputs: Pytree of arrays with a leading axis of examples.
 
@@ -59,7 +58,7 @@ def entries(
 
     def model(leaves, flat_example):
         x = example_tree.unflatten(flat_example)
-        return one_of_batch(apply_fn)(tree.unflatten(leaves), x)
+        return fn(tree.unflatten(leaves), x)
 
     closed = jax.make_jaxpr(model)(leaves, flat_example)
     flat = jax.make_jaxpr(flatten(closed))(*closed.in_avals)

@@ -118,6 +118,7 @@ def loss_power_sums(
     weights: jax.Array | None = None,
     chunk_bytes: int | None = None,
     has_value: bool = False,
+    has_aux: bool = False,
 ) -> Any:
     """Sums over examples of powers of the gradients of their losses.
 
@@ -132,10 +133,12 @@ def loss_power_sums(
         weights: Weights of the examples, shape (B,); None for ones.
         chunk_bytes: See `power_sums`.
         has_value: Whether to return the loss too, from the same pass.
+        has_aux: Whether `loss_fn` returns `(loss, aux)`, of which aux is returned too.
 
     Returns:
         For each power a pytree like `params`. With `has_value` the pair of
-        ``sum_n w_n loss_n`` and these.
+        ``sum_n w_n loss_n`` and these. With `has_aux` followed by aux, whose leaves
+        have a leading axis of B.
 
     Raises:
         TypeError: If a parameter is not floating-point, or the loss not a scalar.
@@ -154,12 +157,28 @@ def loss_power_sums(
         2.0 6.0 20.0
     """
     check_function("loss_fn", loss_fn)
-    sums, losses = _sums(
-        loss_fn, params, (batch, None), None, powers, weights, chunk_bytes
+    fn, cotangents = (_with_aux(loss_fn), _of_loss) if has_aux else (loss_fn, None)
+    sums, outputs = _sums(
+        fn, params, (batch, None), cotangents, powers, weights, chunk_bytes, keep=True
     )
-    if not has_value:
-        return sums
-    return jnp.sum(losses if weights is None else weights * losses), sums
+    losses, *aux = outputs if has_aux else (outputs,)
+    value = jnp.sum(losses if weights is None else weights * losses)
+    return (value, sums, *aux) if has_value else (sums, *aux) if has_aux else sums
+
+
+def _with_aux(loss_fn):
+    def fn(params, example):
+        loss, aux = loss_fn(params, example)
+        return loss, lax.stop_gradient(aux)
+
+    return fn
+
+
+def _of_loss(outputs, _):
+    """Returns the one cotangent of a loss with aux."""
+    loss, aux = outputs
+    zeros = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), aux)
+    return jnp.ones((1, *loss.shape), loss.dtype), zeros
 
 
 class Leaf(NamedTuple):
@@ -339,8 +358,18 @@ def sums_of_powers(
     return _sums(fn, params, examples, cotangents, powers, weights, None)[0]
 
 
-def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report=None):
-    """Returns the sums of powers; for a loss (no cotangents) all losses as well."""
+def _sums(
+    fn,
+    params,
+    examples,
+    cotangents,
+    powers,
+    weights,
+    chunk_bytes,
+    report=None,
+    keep=False,
+):
+    """Returns the sums of powers, and all outputs if they are to be kept."""
     if not isinstance(powers, Sequence) or not powers or {*powers} - {1, 2, 4}:
         raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers!r}.")
     powers = tuple(powers)
@@ -381,7 +410,7 @@ def _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes, report
                 devices,
                 report,
             )
-            return sums, h if cotangents is None else None
+            return sums, h if keep else None
 
         return jax.vmap(one, out_axes=(None, 0))(examples, weights)
 

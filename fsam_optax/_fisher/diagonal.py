@@ -48,9 +48,7 @@ def diagonal(
     if key is not None:
         state = jax.tree.map(
             lambda s: (
-                SampledState(key_data(key), s.standard_error)
-                if isinstance(s, SampledState)
-                else s
+                s._replace(key=key_data(key)) if isinstance(s, SampledState) else s
             ),
             state,
             is_leaf=lambda s: isinstance(s, SampledState),

@@ -7,19 +7,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._common.checks import (
-    check_leaves,
-    check_params,
-    is_real,
-    leaf_shape,
-    shape_of,
-)
+from fsam_optax._common.checks import check_leaves, check_params, is_real
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._common.norms import divisor, widen
-from fsam_optax._engine import power_sums
+from fsam_optax._engine import sums_of_powers
+from fsam_optax._fisher.labels import Labels, weigh
+from fsam_optax._fisher.negative_log_likelihood import (
+    call_of,
+    NegativeLogLikelihood,
+    outputs_like,
+    parts_of,
+)
+from fsam_optax._fisher.outputs import of_batch, of_example, row_numbers
 
 
-ApplyFn = Callable[[Any, Any], jax.Array]
+class EstimatorState(NamedTuple):
+    """State of an estimator in closed form.
+
+    Attributes:
+        batch_weight: The divisor D of the last batch; 0 before the first.  # shape=()
+    """
+
+    batch_weight: jax.Array
 
 
 class SampledState(NamedTuple):
@@ -30,52 +39,51 @@ class SampledState(NamedTuple):
             checkpoint can hold.
         standard_error: Standard error of the last diagonal, with its structure; None
             if not asked for, inf before the first update.
+        batch_weight: The divisor D of the last batch; 0 before the first.  # shape=()
     """
 
     key: jax.Array
     standard_error: Any
+    batch_weight: jax.Array
 
 
 class Problem(NamedTuple):
     """What an estimator works on.
 
     Attributes:
-        model: `model(params, inputs) -> h`, with the leaves below as its only ones.
+        likelihood: Distribution of the labels.
         params: The leaves to differentiate; `optax.MaskedNode` in place of the others.
         inputs: Inputs of the batch.
-        targets: Targets of the batch.
-        weights: Weights of the examples.  # shape=(N,)
+        rows: Numbers of the examples, if they fold them into keys; else None.
+        labels: Labels and their weights.
+        of_one: `of_one(params, (input, row)) -> h` of one example.
+        of_all: `of_all(params, inputs) -> h` of the batch.
     """
 
-    model: ApplyFn
+    likelihood: Any
     params: Any
     inputs: Any
-    targets: Any
-    weights: jax.Array
+    rows: Any
+    labels: Labels
+    of_one: Callable[[Any, Any], Any]
+    of_all: Callable[[Any, Any], Any]
 
 
 def _is_masked(x):
     return isinstance(x, optax.MaskedNode)
 
 
-def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """Returns the two parts of a batch, after checking that there are two of arrays."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(
-            "`batch` must be a pair, `batch=(inputs, targets)`, got "
-            f"{type(batch).__name__}."
-        )
-    check_leaves(batch, "batch", data=True)
-    shapes = [shape_of(x) for x in jax.tree.leaves(batch[0])]
-    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
-        raise ValueError(
-            "The inputs in `batch` must be arrays whose leading axes count the "
-            f"examples, got shapes {shapes}."
-        )
-    return batch[0], batch[1]
-
-
-def _problem(name, apply_fn, params, batch, example_weights, full_params):
+def _problem(
+    name: str,
+    nll: NegativeLogLikelihood,
+    needs_labels: bool,
+    params: Any,
+    batch: Any,
+    example_weights: Any,
+    full_params: Any,
+    loss_args: Any,
+    loss_kwargs: Any,
+) -> Problem:
     check_params(name, params)
     check_leaves(params, "params")
     if batch is None:
@@ -83,35 +91,50 @@ def _problem(name, apply_fn, params, batch, example_weights, full_params):
             f"`{name}` needs the batch as an extra argument: `update(grads, state, "
             "params, batch=(inputs, targets))`, where `inputs` goes to `apply_fn`."
         )
-    inputs, targets = inputs_and_targets(batch)
-    size = len(jax.tree.leaves(inputs)[0])
     check_leaves(example_weights, "example_weights")
-    if example_weights is not None and leaf_shape(example_weights) != (size,):
-        raise ValueError(
-            f"`example_weights` must have shape ({size},), one for each example, got "
-            f"{jax.tree.map(leaf_shape, example_weights)}."
+    inputs, targets, weights = parts_of(nll, batch)
+    if needs_labels and not jax.tree.leaves(targets):
+        raise TypeError(
+            f"`{name}` reads the labels, but the targets in `batch` are None: pass "
+            "`batch=(inputs, targets)`, or use an estimator that draws its labels."
         )
-    params, full_params, inputs, targets, example_weights = jax.lax.stop_gradient(
+    params, full_params, inputs, targets, weights, example_weights = _constant(
         (
             params,
             params if full_params is None else full_params,
             inputs,
             targets,
+            weights,
             example_weights,
         )
     )
-    if example_weights is None:
-        example_weights = jnp.ones(size, widen())
+    loss_args, loss_kwargs = _constant((tuple(loss_args), dict(loss_kwargs or {})))
+    call = call_of(nll, loss_args, loss_kwargs)
 
-    def model(variables, inputs):
-        complete = jax.tree.map(
+    def complete(variables):
+        return jax.tree.map(
             lambda w, v: w if _is_masked(v) else v, full_params, variables
         )
-        return apply_fn(complete, inputs)
 
     real = jax.tree.map(lambda w: w if is_real(w) else optax.MaskedNode(), params)
-    weights = jnp.asarray(example_weights, widen(example_weights))
-    return Problem(model, real, inputs, targets, weights)
+    h = outputs_like(nll, complete(real), inputs, call)
+    targets = targets if jax.tree.leaves(targets) else None
+    return Problem(
+        likelihood=nll.likelihood,
+        params=real,
+        inputs=inputs,
+        rows=row_numbers(inputs) if call.one_by_one else None,
+        labels=weigh(nll.likelihood, h, targets, weights, example_weights),
+        of_one=lambda params, example: of_example(call, complete(params), example)[0],
+        of_all=lambda params, inputs: of_batch(call, complete(params), inputs)[0],
+    )
+
+
+def _constant(tree):
+    """Returns a tree through whose arrays no derivative is taken."""
+    return jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if hasattr(x, "dtype") else x, tree
+    )
 
 
 def diagonal_dtype(w: Any) -> jnp.dtype:
@@ -119,37 +142,63 @@ def diagonal_dtype(w: Any) -> jnp.dtype:
     return widen(w) if is_real(w) else widen()
 
 
+def full_like(w: Any, value: float) -> jax.Array:
+    """Returns a diagonal of one value, sharded over devices as the parameter is."""
+    return jnp.full_like(jnp.asarray(w), value, dtype=diagonal_dtype(w))
+
+
 def _restore(diagonal: Any, params: Any) -> Any:
     """Sets the dtype by that of `params`, and zeros where these are not real."""
 
     def leaf(w, d):
-        d = jnp.zeros(jnp.shape(w)) if _is_masked(d) else d
-        return jnp.asarray(d, diagonal_dtype(w))
+        return full_like(w, 0) if _is_masked(d) else jnp.asarray(d, diagonal_dtype(w))
 
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
 
-def mean_powers(problem, cotangents, targets, *, draws=1, powers=(2,)):
-    """Returns 1/draws times the weighted means over examples of `power_sums`."""
-    sums = power_sums(
-        problem.model,
+def power_sums_of(problem: Problem, cotangents: Callable, extra: Any, powers: tuple):
+    """Returns the sums over examples, weighted, of powers of pulled-back cotangents.
+
+    `cotangents(h, label, extra)` maps the outputs of one example, its
+    `(targets, present, m)`, and its part of `extra`.
+    """
+    labels = problem.labels
+    return sums_of_powers(
+        problem.of_one,
         problem.params,
-        problem.inputs,
-        cotangents,
-        targets,
-        powers=powers,
-        weights=problem.weights,
+        ((problem.inputs, problem.rows), (labels.of_examples, extra)),
+        lambda h, target: cotangents(h, *target),
+        powers,
+        labels.examples,
     )
-    total = divisor(draws * jnp.sum(problem.weights))
+
+
+def mean_powers(problem, cotangents, extra=None, *, draws=1, powers=(2,)):
+    """Returns 1 / (draws D) times the `power_sums_of`."""
+    total = divisor(draws * problem.labels.total)
+    sums = power_sums_of(problem, cotangents, extra, powers)
     return tuple(jax.tree.map(lambda x: x / total, tree) for tree in sums)
 
 
-def closed_form(name, apply_fn, estimate) -> optax.GradientTransformationExtraArgs:
-    """Builds a stateless estimator from `estimate(problem) -> diagonal`."""
+def _no_weight():
+    return jnp.zeros([], float)
+
+
+def _weight_of(problem):
+    return jnp.asarray(problem.labels.total, float)
+
+
+def closed_form(
+    name: str,
+    nll: NegativeLogLikelihood,
+    estimate: Callable[[Problem], Any],
+    needs_labels: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds an estimator without randomness from `estimate(problem) -> diagonal`."""
 
     def init_fn(params):
         del params
-        return optax.EmptyState()
+        return EstimatorState(_no_weight())
 
     def update_fn(
         updates,
@@ -159,11 +208,15 @@ def closed_form(name, apply_fn, estimate) -> optax.GradientTransformationExtraAr
         batch=None,
         example_weights=None,
         full_params=None,
+        loss_args=(),
+        loss_kwargs=None,
         **extra_args,
     ):
-        del updates, extra_args
-        problem = _problem(name, apply_fn, params, batch, example_weights, full_params)
-        return _restore(estimate(problem), params), state
+        del updates, state, extra_args
+        given = (batch, example_weights, full_params, loss_args, loss_kwargs)
+        problem = _problem(name, nll, needs_labels, params, *given)
+        diagonal = _restore(estimate(problem), params)
+        return diagonal, EstimatorState(_weight_of(problem))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -181,18 +234,21 @@ def key_data(key: jax.Array) -> jax.Array:
 
 
 def sampled(
-    name, apply_fn, estimate, key, standard_error=False
+    name: str,
+    nll: NegativeLogLikelihood,
+    estimate: Callable[[Problem, jax.Array], tuple[Any, Any]],
+    key: jax.Array,
+    standard_error: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an estimator from `estimate(problem, key) -> diagonal, standard error`."""
     key_data(key)  # Raises on anything but a key.
     impl = jax.random.key_impl(key) if is_key(key) else None
 
     def init_fn(params):
-        def unknown(w):
-            return jnp.full(jnp.shape(w), jnp.inf, diagonal_dtype(w))
-
-        error = jax.tree.map(unknown, params) if standard_error else None
-        return SampledState(key=key_data(key), standard_error=error)
+        error = None
+        if standard_error:
+            error = jax.tree.map(lambda w: full_like(w, jnp.inf), params)
+        return SampledState(key_data(key), error, _no_weight())
 
     def update_fn(
         updates,
@@ -203,10 +259,13 @@ def sampled(
         example_weights=None,
         replica=None,
         full_params=None,
+        loss_args=(),
+        loss_kwargs=None,
         **extra_args,
     ):
         del updates, extra_args
-        problem = _problem(name, apply_fn, params, batch, example_weights, full_params)
+        given = (batch, example_weights, full_params, loss_args, loss_kwargs)
+        problem = _problem(name, nll, False, params, *given)
         following, draw = jax.random.split(
             jax.random.wrap_key_data(state.key, impl=impl)
         )
@@ -216,6 +275,7 @@ def sampled(
         return _restore(diagonal, params), SampledState(
             key=jax.random.key_data(following),
             standard_error=_restore(error, params) if standard_error else None,
+            batch_weight=_weight_of(problem),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,12 +1,15 @@
 """Estimators of the diagonal of the Fisher information, by squared pullbacks.
 
-    F = 1/N sum_n E_{y ~ p(.|h_n)} [(d log p(y|h_n) / d params)^2]       h_n = f(x_n)
+    F = 1/D sum_n a_n E_{y ~ p(.|h_n)} [(sum_t m_nt d log p(y_t|h_nt) / d params)^2]
 
-Each estimator chooses, for one example, vectors c on its outputs whose squared
-pullbacks (J_n^T c)^2 add up to that example's share.
+over examples n with outputs h_n = f(x_n), and their labels t. Without weights, and with
+one label for each example, it is the mean over the examples. Each estimator chooses,
+for one example, vectors c on its outputs whose squared pullbacks (J_n^T c)^2 add up to
+that example's share.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,84 +17,114 @@ import optax
 
 from fsam_optax._common.checks import check_count
 from fsam_optax._common.norms import divisor, widen
-from fsam_optax._engine import power_sums
-from fsam_optax._fisher.estimation import ApplyFn, closed_form, mean_powers, sampled
-from fsam_optax._fisher.likelihoods import check_model, factor_product, Likelihood
+from fsam_optax._fisher.estimation import (
+    closed_form,
+    mean_powers,
+    power_sums_of,
+    Problem,
+    sampled,
+)
+from fsam_optax._fisher.labels import (
+    drawn_score,
+    expand,
+    factor_columns,
+    score,
+    signed_factor,
+)
+from fsam_optax._fisher.likelihoods import Likelihood
+from fsam_optax._fisher.negative_log_likelihood import NegativeLogLikelihood, resolve
 
 
-def _mean_square_draws(problem, cotangents, key, num_samples, standard_error):
+Model = NegativeLogLikelihood | Callable[..., Any]
+
+
+def _mean_square_draws(
+    problem: Problem,
+    cotangent: Callable,
+    key: jax.Array,
+    num_samples: int,
+    standard_error: bool,
+) -> tuple[Any, Any]:
     """Averages the squared pullbacks of `num_samples` random cotangents an example.
 
     Returns the diagonal and, if asked for, its standard error: that of a weighted mean
     of independent draws, from their second moment (the fourth power).
     """
-    keys = jax.random.split(key, problem.weights.size)
-    moments = mean_powers(
+
+    def cotangents(h, label, key):
+        _, present, within = label
+        return jax.vmap(
+            lambda key: cotangent(problem.likelihood, h, key, present, within)
+        )(jax.random.split(key, num_samples))
+
+    w, total = problem.labels.examples, problem.labels.total
+    sums = power_sums_of(
         problem,
         cotangents,
-        keys,
-        draws=num_samples,
+        jax.random.split(key, w.size),
         powers=(2, 4) if standard_error else (2,),
     )
+    scale = divisor(num_samples * total)
+    diagonal = jax.tree.map(lambda x: x / scale, sums[0])
     if not standard_error:
-        return *moments, None
-    w = problem.weights
+        return diagonal, None
+    # The mean over examples, of which the diagonal is a multiple.
+    draws = divisor(num_samples * jnp.sum(w))
     count = num_samples * jnp.sum(w) ** 2 / divisor(jnp.sum(w * w))
 
-    def error(mean, square):
-        variance = jnp.maximum(square - mean**2, 0)
-        return jnp.where(count > 1, jnp.sqrt(variance / divisor(count - 1)), jnp.inf)
+    def error(second, fourth):
+        variance = jnp.maximum(fourth / draws - (second / draws) ** 2, 0)
+        error = jnp.where(count > 1, jnp.sqrt(variance / divisor(count - 1)), jnp.inf)
+        return error * draws / scale
 
-    return moments[0], jax.tree.map(error, *moments)
+    return diagonal, jax.tree.map(error, *sums)
 
 
 def exact_cotangents(likelihood: Likelihood) -> Callable:
-    """Returns the columns of the factor of all positions, one position at a time."""
-
-    def cotangents(h, _):
-        columns = jnp.swapaxes(likelihood.factor(h), -1, -2)
-        columns = columns.reshape(-1, 1, *columns.shape[-2:])  # (T, 1, K, C)
-        positions = jnp.eye(len(columns), dtype=bool)[..., None, None]
-        columns = jnp.where(positions, columns, 0)  # (T, T, K, C)
-        return jnp.swapaxes(columns, 1, 2).reshape(-1, *h.shape)
-
-    return cotangents
+    """Returns the columns of the factor of all labels, as cotangents."""
+    columns = factor_columns(likelihood)
+    return lambda h, label, _: columns(h, label)
 
 
 def fisher_exact(
-    apply_fn: ApplyFn, likelihood: Likelihood
+    model: Model, likelihood: Likelihood | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Diagonal of the Fisher, with the expectation over labels in closed form.
 
-        1/N sum_n sum_k (J_n^T B_nk)^2        B B^T = I(h|x),  J = dh / d params
+        1/D sum_n a_n sum_tk (m_nt J_nt^T B_ntk)^2      B B^T = I(h|x),  J = dh / dw
 
-    Also the diagonal of the generalised Gauss-Newton matrix, if h are natural
-    parameters. Exact for the given inputs, whatever the labels. It pulls back K
-    cotangents an example, one for each column of the factor (C - 1 for `categorical`),
-    and T K of them if the model emits T positions: for large vocabularies, sample.
+    Also the diagonal of the generalised Gauss-Newton matrix of the loss, if h are
+    natural parameters. Exact for the given inputs, whatever the labels. It pulls back K
+    cotangents a label, one for each column of the factor (C - 1 for `categorical`), and
+    T K of them if the model emits T labels: for large vocabularies, sample.
 
     All estimators share one call, `update(updates, state, params, *, batch, ...)`,
     which returns `(diagonal, state)`. It does not read `updates`. Its extra arguments:
 
-        batch: `(inputs, targets)`, two pytrees whose leading axes count N examples.
-            Estimators that do not read the targets take `(inputs, None)` as well.
-        example_weights: Array of shape (N,), not negative, that makes the mean over
-            the examples a weighted one: 0 for padding. All zero gives zeros.
+        batch: What the loss takes: `(inputs, targets)` or `(inputs, targets, weights)`
+            unless it has an `unpack`. Estimators that draw their labels take
+            `(inputs, None)` too; of targets they read which are absent.
+        example_weights: Array of shape (N,), not negative, that multiplies the weights.
+        loss_args: Tuple of further arguments of the model; keys among them are folded
+            with the row of each example, as the loss does.
+        loss_kwargs: Dict of further keyword arguments of the model.
         replica: Integer folded into the draws of the sampled estimators, so that
             micro-batches or devices that start from one state draw apart.
         full_params: Parameters to complete masked `params` from; see `by_group`.
 
-    The diagonal is a *mean per example*: it does not change if a loss is a sum or a
-    mean nor, in expectation, with the batch size. An example is one entry of the
-    leading axis. If the model emits (T, C) for it, such as T tokens, the T labels are
-    independent given the input, and their log-probabilities add up: the Fisher is that
-    of the sequence, about T times that of a token.
+    The diagonal is a *mean over labels*, as the loss is: a sum over examples, divided
+    by D, the sum of the weights of the labels (`negative_log_likelihood`). Times D it
+    is the Fisher of the data, which elastic weight consolidation and Laplace want. If
+    the model emits (T, C) for an example, such as T tokens, the T labels are
+    independent given the input, and the scores that are squared are those of whole
+    examples. Weights of 0 leave out, and all zero gives zeros.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch. It is
-            also called on single examples, with a leading axis of size 1, so it must
-            treat each example on its own: no batch statistics.
-        likelihood: Distribution of the labels given h.
+        model: A `negative_log_likelihood`, or the `apply_fn` of one: `apply_fn(params,
+            inputs) -> h` on a whole batch. It is also called on single examples, with
+            a leading axis of size 1, so it must treat each example on its own: no
+            batch statistics.
+        likelihood: Its likelihood, in the second case: distribution of the labels.
 
     Returns:
         A stateless estimator. Its diagonal has the structure of params, is float32 or
@@ -99,7 +132,8 @@ def fisher_exact(
 
     Raises:
         TypeError: In `update`, if `batch` is missing.
-        ValueError: In `update`, if `params` is missing.
+        ValueError: In `update`, if `params` is missing, or labels, weights or outputs
+            have another shape than the loss takes.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -114,20 +148,20 @@ def fisher_exact(
         https://arxiv.org/abs/2402.05379 (lemma 3.1). Kunstner, Balles, Hennig, 2019,
         https://arxiv.org/abs/1905.12558 (proposition 1).
     """
-    check_model(apply_fn, likelihood)
+    nll = resolve("fisher_exact", model, likelihood)
 
     def estimate(problem):
-        return mean_powers(problem, exact_cotangents(likelihood), None)[0]
+        return mean_powers(problem, exact_cotangents(nll.likelihood))[0]
 
-    return closed_form("fisher_exact", apply_fn, estimate)
+    return closed_form("fisher_exact", nll, estimate)
 
 
 def fisher_empirical(
-    apply_fn: ApplyFn, likelihood: Likelihood
+    model: Model, likelihood: Likelihood | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Mean squared score at the labels of the data: the empirical Fisher.
 
-        1/N sum_n (d log p(y_n|h_n) / d params)^2
+        1/D sum_n a_n (sum_t m_nt d log p(y_nt|h_nt) / d params)^2
 
     Not the Fisher information: it is that only where the model is right. Where the
     data are fitted it vanishes, and the Fisher does not. Not the square of the batch
@@ -135,14 +169,14 @@ def fisher_empirical(
     examples. What it does measure is the second moment of the gradient noise.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the targets given h.
+        model: A `negative_log_likelihood`, or the `apply_fn` of one.
+        likelihood: Its likelihood, in the second case.
 
     Returns:
         A stateless estimator, called as `fisher_exact` is. It costs about one backward
-        pass of the batch, and less in
-        `value_and_grad(negative_log_likelihood(apply_fn, likelihood), ...)`, where it
-        shares that of the gradient.
+        pass of the batch, and less with `value_and_grad(nll, ...,
+        empirical_fisher=True)`, where it shares that of the gradient and `given()`
+        reads it.
 
     Raises:
         TypeError: In `update`, if `batch` is missing.
@@ -166,20 +200,22 @@ def fisher_empirical(
         Kunstner, Balles, Hennig, Limitations of the Empirical Fisher Approximation
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 3).
     """
-    check_model(apply_fn, likelihood)
+    nll = resolve("fisher_empirical", model, likelihood)
+
+    def cotangents(h, label, _):
+        targets, _, within = label
+        one = score(nll.likelihood, h, targets, within)
+        return jax.tree.map(lambda c: c[None], one)
 
     def estimate(problem):
-        def cotangents(h, y):
-            return likelihood.score(h, y)[None]
+        return mean_powers(problem, cotangents)[0]
 
-        return mean_powers(problem, cotangents, problem.targets)[0]
-
-    return closed_form("fisher_empirical", apply_fn, estimate)
+    return closed_form("fisher_empirical", nll, estimate, needs_labels=True)
 
 
 def fisher_i1(
-    apply_fn: ApplyFn,
-    likelihood: Likelihood,
+    model: Model,
+    likelihood: Likelihood | None = None,
     *,
     num_samples: int = 1,
     key: jax.Array,
@@ -187,7 +223,7 @@ def fisher_i1(
 ) -> optax.GradientTransformationExtraArgs:
     """Mean squared score at labels drawn from the model: the estimator I1.
 
-        1/(N S) sum_ns (d log p(y_ns|h_n) / d params)^2       y_ns ~ p(.|h_n)
+        1/(D S) sum_ns a_n (sum_t m_nt d log p(y_nts|h_nt) / d params)^2    y ~ p(.|h)
 
     Unbiased and not negative. One draw has an unbounded relative error where the model
     is sure: at probabilities p and 1 - p its standard deviation is about p^(-1/2)
@@ -195,8 +231,8 @@ def fisher_i1(
     is at most sqrt(2) times its mean.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the labels given h.
+        model: A `negative_log_likelihood`, or the `apply_fn` of one.
+        likelihood: Its likelihood, in the second case.
         num_samples: Draws S of each label; one backward pass each.
         key: PRNG key of the draws. It is copied into the state and split every update.
         standard_error: Whether to keep the standard error of each entry in the state
@@ -230,24 +266,20 @@ def fisher_i1(
         Soen and Sun, Tradeoffs of Diagonal Fisher Information Matrix Estimators, 2024,
         https://arxiv.org/abs/2402.05379 (section 2).
     """
-    check_model(apply_fn, likelihood)
+    nll = resolve("fisher_i1", model, likelihood)
     check_count("num_samples", num_samples)
 
-    def cotangents(h, key):
-        def draw(key):
-            return likelihood.score(h, likelihood.sample(key, h))
-
-        return jax.vmap(draw)(jax.random.split(key, num_samples))
-
     def estimate(problem, key):
-        return _mean_square_draws(problem, cotangents, key, num_samples, standard_error)
+        return _mean_square_draws(
+            problem, drawn_score, key, num_samples, standard_error
+        )
 
-    return sampled("fisher_i1", apply_fn, estimate, key, standard_error)
+    return sampled("fisher_i1", nll, estimate, key, standard_error)
 
 
 def fisher_hutchinson(
-    apply_fn: ApplyFn,
-    likelihood: Likelihood,
+    model: Model,
+    likelihood: Likelihood | None = None,
     *,
     num_samples: int = 1,
     key: jax.Array,
@@ -255,7 +287,9 @@ def fisher_hutchinson(
 ) -> optax.GradientTransformationExtraArgs:
     """Squared pullback of a randomly signed factor of I(h|x), for each example.
 
-        1/(N S) sum_ns (J_n^T B_n xi_ns)^2     B B^T = I(h|x),  xi = +-1 at random
+        1/(D S) sum_ns a_n (sum_t m_nt J_nt^T B_nt xi_nts)^2      B B^T = I(h|x)
+
+    with signs xi = +-1 at random.
 
     Unbiased and not negative, without labels. The standard deviation of an example's
     share is at most sqrt(2) times its mean, however sure the model is, and the average
@@ -263,8 +297,8 @@ def fisher_hutchinson(
     signs live on the outputs, not on the parameters.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the labels given h.
+        model: A `negative_log_likelihood`, or the `apply_fn` of one.
+        likelihood: Its likelihood, in the second case.
         num_samples: Draws S of the signs; one backward pass each.
         key: PRNG key of the draws. It is copied into the state and split every update.
         standard_error: Whether to keep the standard error of each entry in the state;
@@ -296,31 +330,27 @@ def fisher_hutchinson(
         Neuromanifolds, 2025, https://arxiv.org/abs/2505.13614, which squares the sum
         over the batch; the square of each example has less variance.
     """
-    check_model(apply_fn, likelihood)
+    nll = resolve("fisher_hutchinson", model, likelihood)
     check_count("num_samples", num_samples)
 
-    def cotangents(h, key):
-        factor = jax.eval_shape(likelihood.factor, h)
-        shape = (num_samples, *h.shape[:-1], factor.shape[-1])
-        signs = jax.random.rademacher(key, shape, factor.dtype)
-        return jax.vmap(lambda v: factor_product(likelihood, h, v))(signs)
-
     def estimate(problem, key):
-        return _mean_square_draws(problem, cotangents, key, num_samples, standard_error)
+        return _mean_square_draws(
+            problem, signed_factor, key, num_samples, standard_error
+        )
 
-    return sampled("fisher_hutchinson", apply_fn, estimate, key, standard_error)
+    return sampled("fisher_hutchinson", nll, estimate, key, standard_error)
 
 
 def fisher_gnb(
-    apply_fn: ApplyFn,
-    likelihood: Likelihood,
+    model: Model,
+    likelihood: Likelihood | None = None,
     *,
     key: jax.Array,
     standard_error: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gauss-Newton-Bartlett: N times the squared batch gradient at drawn labels.
+    """Gauss-Newton-Bartlett: D times the squared batch gradient at drawn labels.
 
-        N (1/N sum_n d log p(y_n|h_n) / d params)^2           y_n ~ p(.|h_n)
+        1/D (sum_n sqrt(a_n) sum_t m_nt d log p(y_nt|h_nt) / d params)^2    y ~ p(.|h)
 
     Unbiased, because the scores of drawn labels have mean 0 and are independent; at
     the labels of the data it would not be. One ordinary backward pass, with any model.
@@ -328,8 +358,8 @@ def fisher_gnb(
     the batch size, so average it over many steps.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the labels given h.
+        model: A `negative_log_likelihood`, or the `apply_fn` of one.
+        likelihood: Its likelihood, in the second case.
         key: PRNG key of the draws. It is copied into the state and split every update.
         standard_error: Whether to keep the standard error of each entry in the state,
             for the given inputs. It is that of the square of a sum, from the second
@@ -358,29 +388,33 @@ def fisher_gnb(
         for Language Model Pre-training, 2023, https://arxiv.org/abs/2305.14342
         (algorithm 2).
     """
-    check_model(apply_fn, likelihood)
+    nll = resolve("fisher_gnb", model, likelihood)
 
     def estimate(problem, key):
         # The square root makes the square of the sum weigh each example by its weight.
-        roots = jnp.sqrt(problem.weights)
-        total = divisor(jnp.sum(problem.weights))
+        roots = jnp.sqrt(problem.labels.examples)
+        total = divisor(problem.labels.total)
         if standard_error:
             return estimate_and_error(problem, roots, total, key)
-        h, pull = jax.vjp(lambda w: problem.model(w, problem.inputs), problem.params)
-        scores = likelihood.score(h, likelihood.sample(key, h))
-        scores = jnp.expand_dims(roots, range(1, h.ndim)) * scores
-        (sums,) = pull(scores.astype(h.dtype))
+        h, pull = jax.vjp(lambda w: problem.of_all(w, problem.inputs), problem.params)
+        (sums,) = pull(weighed_scores(problem, h, roots, key))
         return jax.tree.map(lambda g: g.astype(widen(g)) ** 2 / total, sums), None
 
+    def weighed_scores(problem, h, roots, key):
+        _, present, within = problem.labels.of_examples
+        weights = expand(roots, within) * within
+        scores = drawn_score(nll.likelihood, h, key, present, weights)
+        return jax.tree.map(lambda s, h: s.astype(h.dtype), scores, h)
+
     def estimate_and_error(problem, roots, total, key):
-        h = problem.model(problem.params, problem.inputs)
-        labels = likelihood.sample(key, h)
-        first, second, fourth = power_sums(
-            problem.model,
-            problem.params,
-            problem.inputs,
-            lambda h, y: (y[1] * likelihood.score(h, y[0]))[None],
-            (labels, roots),
+        # At once for all examples, as without the error: the same draws.
+        h = problem.of_all(problem.params, problem.inputs)
+        first, second, fourth = power_sums_of(
+            problem._replace(
+                labels=problem.labels._replace(examples=jnp.ones_like(roots))
+            ),
+            lambda h, label, scores: jax.tree.map(lambda s: s[None], scores),
+            weighed_scores(problem, h, roots, key),
             powers=(1, 2, 4),
         )
         # Var (sum s)^2 = sum E s^4 + 2 (sum E s^2)^2 - 3 sum (E s^2)^2 for independent
@@ -393,4 +427,4 @@ def fisher_gnb(
             jax.tree.map(lambda v: jnp.sqrt(v) / total, variances),
         )
 
-    return sampled("fisher_gnb", apply_fn, estimate, key, standard_error)
+    return sampled("fisher_gnb", nll, estimate, key, standard_error)

@@ -17,9 +17,11 @@ from fsam_optax._engine import (
     sum_of_products,
     without_explicit_axes,
 )
-from fsam_optax._fisher.estimation import ApplyFn, mean_powers, Problem, sampled
-from fsam_optax._fisher.estimators import exact_cotangents
-from fsam_optax._fisher.likelihoods import check_model, Likelihood
+from fsam_optax._fisher.estimation import mean_powers, Problem, sampled
+from fsam_optax._fisher.estimators import exact_cotangents, Model
+from fsam_optax._fisher.labels import drawn_score
+from fsam_optax._fisher.likelihoods import Likelihood
+from fsam_optax._fisher.negative_log_likelihood import resolve
 
 
 def _read_diagonal(product: Callable, leaf: jax.Array) -> jax.Array:
@@ -50,7 +52,12 @@ def _curvature(
     has a Hessian that JAX knows to be zero without computing it.
     """
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, problem.params))
-    spots = entries(problem.model, problem.params, problem.inputs)
+    examples = problem.inputs, problem.rows
+    spots = entries(
+        lambda params, example: _as_one(problem.of_one(params, example), 0),
+        problem.params,
+        examples,
+    )
 
     def block(leaf, spot, key, i):
         if exact and spot and math.prod(spot.shape) >= leaf.size:
@@ -58,10 +65,11 @@ def _curvature(
 
         def along(delta):
             if spot:
-                h = jax.vmap(spot.onward)(delta, problem.inputs)
+                h = jax.vmap(spot.onward)(delta, examples)
             else:
                 moved = [*leaves[:i], leaf + delta, *leaves[i + 1 :]]
-                h = problem.model(structure.unflatten(moved), problem.inputs)
+                h = problem.of_all(structure.unflatten(moved), problem.inputs)
+                h = _as_one(h, 1)
             return jnp.sum(h.astype(scores.dtype) * scores)
 
         if not leaf.size:
@@ -78,7 +86,7 @@ def _curvature(
 
         def seen_along(v):
             if spot:
-                return sum_of_products(spot, leaf, problem.inputs, v, product(v))
+                return sum_of_products(spot, leaf, examples, v, product(v))
             return (v * product(v)).astype(widen(leaf))
 
         if not exact:
@@ -107,9 +115,18 @@ def _curvature(
     )
 
 
+def _as_one(h: Any, batch_axes: int) -> jax.Array:
+    """Returns the outputs of several heads as one array, that of one as it is."""
+    leaves = jax.tree.leaves(h)
+    if len(leaves) == 1:
+        return leaves[0]
+    flat = [x.reshape(*x.shape[:batch_axes], -1) for x in leaves]
+    return jnp.concatenate(flat, axis=batch_axes)
+
+
 def fisher_i2(
-    apply_fn: ApplyFn,
-    likelihood: Likelihood,
+    model: Model,
+    likelihood: Likelihood | None = None,
     *,
     num_samples: int = 1,
     key: jax.Array,
@@ -135,8 +152,8 @@ def fisher_i2(
     but the first one may have another variance.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the labels given h.
+        model: A `negative_log_likelihood`, or the `apply_fn` of one.
+        likelihood: Its likelihood, in the second case.
         num_samples: Draws S of each label, and of the probes of "hutchinson". More
             labels cost nothing: their scores are averaged before differentiation.
         key: PRNG key of the draws. It is copied into the state and split every update.
@@ -181,32 +198,38 @@ def fisher_i2(
     """
     check_count("num_samples", num_samples)
     check_choice("hessian", hessian, "exact", "hutchinson")
-    check_model(apply_fn, likelihood)
+    nll = resolve("fisher_i2", model, likelihood)
 
     def estimate(problem, key):
         # The model meets single examples and whole batches here, which no one
         # placement of explicitly sharded axes would suit.
+        operands = (problem.params, problem.inputs, problem.rows, problem.labels, key)
         return without_explicit_axes(
-            lambda params, inputs, weights, key: estimate_unplaced(
-                problem._replace(params=params, inputs=inputs, weights=weights), key
+            lambda params, inputs, rows, labels, key: estimate_unplaced(
+                problem._replace(
+                    params=params, inputs=inputs, rows=rows, labels=labels
+                ),
+                key,
             ),
-            (problem.params, problem.inputs, problem.weights, key),
+            operands,
             (problem.params, problem.params if standard_error else None),
         )
 
     def estimate_unplaced(problem, key):
-        h = problem.model(problem.params, problem.inputs)
-        weights = problem.weights / divisor(jnp.sum(problem.weights))
-        weights = jnp.expand_dims(weights, range(1, h.ndim))
+        h = problem.of_all(problem.params, problem.inputs)
+        _, present, within = problem.labels.of_examples
+        # The curvature of a label counts as its square does: by m^2.
+        shares = problem.labels.weights * within / divisor(problem.labels.total)
 
         def score(key):
-            return weights * likelihood.score(h, likelihood.sample(key, h))
+            drawn = drawn_score(nll.likelihood, h, key, present, shares)
+            return _as_one(drawn, 1)
 
         def curvature(scores, key, num_probes):
             exact = hessian == "exact"
             return _curvature(problem, scores, key, exact, num_probes)
 
-        (fisher,) = mean_powers(problem, exact_cotangents(likelihood), None)
+        (fisher,) = mean_powers(problem, exact_cotangents(nll.likelihood))
         label_key, probe_key = jax.random.split(key)
         keys = jax.random.split(label_key, num_samples)
         if not standard_error:
@@ -221,7 +244,7 @@ def fisher_i2(
             error = jax.tree.map(_error_of_mean, draws)
         return jax.tree.map(jnp.subtract, fisher, mean), error
 
-    return sampled("fisher_i2", apply_fn, estimate, key, standard_error)
+    return sampled("fisher_i2", nll, estimate, key, standard_error)
 
 
 def _error_of_mean(draws: jax.Array) -> jax.Array:

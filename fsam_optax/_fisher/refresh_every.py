@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._common.checks import check_count, check_params, check_transformation
-from fsam_optax._fisher.estimation import diagonal_dtype
+from fsam_optax._fisher.estimation import full_like
 
 
 class RefreshEveryState(NamedTuple):
@@ -64,12 +64,9 @@ def refresh_every(
     estimator = optax.with_extra_args_support(estimator)
 
     def init_fn(params):
-        def zeros(w):
-            return jnp.zeros(jnp.shape(w), diagonal_dtype(w))
-
         return RefreshEveryState(
             age=jnp.zeros([], jnp.int32),
-            diagonal=jax.tree.map(zeros, params),
+            diagonal=jax.tree.map(lambda w: full_like(w, 0), params),
             estimator=estimator.init(params),
         )
 

@@ -16,9 +16,15 @@ from fsam_optax._common.checks import (
     check_transformation,
 )
 from fsam_optax._common.norms import divisor, widen
-from fsam_optax._fisher.estimation import ApplyFn, inputs_and_targets
-from fsam_optax._fisher.estimators import exact_cotangents
-from fsam_optax._fisher.likelihoods import check_model, Likelihood
+from fsam_optax._fisher.labels import factor_columns, log_likelihood, score, weigh
+from fsam_optax._fisher.negative_log_likelihood import (
+    call_of,
+    NegativeLogLikelihood,
+    outputs_like,
+    parts_of,
+    takes_model,
+)
+from fsam_optax._fisher.outputs import of_example, row_numbers
 
 
 def scale_by_inverse_fisher(
@@ -28,7 +34,7 @@ def scale_by_inverse_fisher(
 
         update = g / (max(F, 0) + damping)
 
-    F is the mean per example, so g should be the gradient of a *mean* loss; then a
+    F is a mean, so g should be the gradient of a *mean* loss; then a
     learning rate of 1 is the natural one. With `fisher_empirical` this is not natural
     gradient descent: its steps are long where gradients are small. Where F + damping
     is 0, so is the update. A diagonal that is not finite is passed through.
@@ -81,42 +87,59 @@ def scale_by_inverse_fisher(
     return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
 
 
-def _mean_of_products(apply_fn, params, batch, factors):
-    """Returns the mean over examples of A^T B, of shape (P, P).
+def _mean_of_products(nll, params, batch, args, kwargs, factors, has_labels=True):
+    """Returns the weighted mean over examples of A^T B, of shape (P, P).
 
-    `factors(h, pull, y)` returns the rows of A and of B for one example with outputs h
-    and label y, where `pull` maps a cotangent on h to one on the flat parameters.
+    `factors(h, pull, label)` returns the rows of A and of B for one example with
+    outputs h and label `(targets, present, m)`, where `pull` maps a cotangent on h to
+    one on the flat parameters.
     """
     check_leaves(params, "params", real=True)
-    inputs, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
+    call = call_of(nll, args, kwargs)
+    inputs, targets, weights = parts_of(nll, batch)
+    if not has_labels and not jax.tree.leaves(targets):
+        targets = None
+    outputs = outputs_like(nll, params, inputs, call)
+    labels = weigh(nll.likelihood, outputs, targets, weights)
     flat, unravel = ravel_pytree(params)
 
-    def rows(x, y):
+    def rows(x, row, label):
         def output(flat):
-            return apply_fn(unravel(flat), jax.tree.map(lambda x: x[None], x))[0]
+            return of_example(call, unravel(flat), (x, row))[0]
 
         h, pull = jax.vjp(output, flat)
-        return factors(h, lambda c: pull(c.astype(h.dtype))[0].astype(widen(flat)), y)
 
-    a, b = jax.vmap(rows)(inputs, targets)
-    return jnp.einsum("nkp,nkq->pq", a, b, precision="highest") / max(len(a), 1)
+        def pulled(c):
+            c = jax.tree.map(lambda c, h: c.astype(h.dtype), c, h)
+            return pull(c)[0].astype(widen(flat))
+
+        return factors(h, pulled, label)
+
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    rows_of_keys = row_numbers(inputs) if call.one_by_one else None
+    a, b = jax.vmap(rows)(inputs, rows_of_keys, labels.of_examples)
+    a = labels.examples[:, None, None] * a
+    product = jnp.einsum("nkp,nkq->pq", a, b, precision="highest")
+    return product / divisor(labels.total)
 
 
+@takes_model
 def dense_fisher(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, batch: Any
+    nll: NegativeLogLikelihood, params: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> jax.Array:
     """Computes the whole Fisher information matrix, for small models.
 
-        1/N sum_n J_n^T I(h_n) J_n
+        1/D sum_n a_n J_n^T I(h_n) J_n
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the labels given h.
+        nll: A `negative_log_likelihood`, or `apply_fn, likelihood` in its place.
         params: Parameters at which to evaluate, P numbers in all.
-        batch: `(inputs, targets)`; the targets are not read.
+        batch: What the loss takes; the targets may be None.
+        *args: Further arguments of the model.
+        **kwargs: Further keyword arguments of the model.
 
     Returns:
-        A matrix of shape (P, P), mean per example, in the order of
+        A matrix of shape (P, P), mean over the labels, in the order of
         `jax.flatten_util.ravel_pytree(params)`. It needs memory for P^2 and for the
         pulled-back factors, K rows of P for each example.
 
@@ -134,34 +157,35 @@ def dense_fisher(
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 2),
         where it is a sum over examples.
     """
-    check_model(apply_fn, likelihood)
-    cotangents = exact_cotangents(likelihood)
+    columns = factor_columns(nll.likelihood)
 
-    def factors(h, pull, y):
-        rows = jax.vmap(pull)(cotangents(h, y))
+    def factors(h, pull, label):
+        rows = jax.vmap(pull)(columns(h, label))
         return rows, rows
 
-    return _mean_of_products(apply_fn, params, batch, factors)
+    return _mean_of_products(nll, params, batch, args, kwargs, factors, False)
 
 
+@takes_model
 def dense_empirical_fisher(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, batch: Any
+    nll: NegativeLogLikelihood, params: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> jax.Array:
     """Computes the whole empirical Fisher matrix, for small models.
 
-        1/N sum_n g_n g_n^T                     g_n = J_n^T score(h_n, y_n)
+        1/D sum_n a_n g_n g_n^T                 g_n = J_n^T score(h_n, y_n)
 
     Not the Fisher, and no approximation of the Hessian either, unless the model is
     right and the data are many: it vanishes where the data are fitted.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the targets given h.
+        nll: A `negative_log_likelihood`, or `apply_fn, likelihood` in its place.
         params: Parameters at which to evaluate, P numbers in all.
-        batch: `(inputs, targets)`.
+        batch: What the loss takes.
+        *args: Further arguments of the model.
+        **kwargs: Further keyword arguments of the model.
 
     Returns:
-        A matrix of shape (P, P), mean per example, in the order of
+        A matrix of shape (P, P), mean over the labels, in the order of
         `jax.flatten_util.ravel_pytree(params)`.
 
     Examples:
@@ -180,34 +204,36 @@ def dense_empirical_fisher(
         Kunstner, Balles, Hennig, Limitations of the Empirical Fisher Approximation
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 3).
     """
-    check_model(apply_fn, likelihood)
 
-    def factors(h, pull, y):
-        row = pull(likelihood.score(h, y))[None]
+    def factors(h, pull, label):
+        targets, _, within = label
+        row = pull(score(nll.likelihood, h, targets, within))[None]
         return row, row
 
-    return _mean_of_products(apply_fn, params, batch, factors)
+    return _mean_of_products(nll, params, batch, args, kwargs, factors)
 
 
+@takes_model
 def dense_ggn(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, batch: Any
+    nll: NegativeLogLikelihood, params: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> jax.Array:
     """Computes the whole generalised Gauss-Newton matrix, for small models.
 
-        1/N sum_n J_n^T (- d^2 log p(y_n|h_n) / dh^2) J_n
+        1/D sum_n a_n J_n^T (- d^2 log p(y_n|h_n) / dh^2) J_n
 
     The second derivative is taken by autodiff of `log_prob`. If h are natural
     parameters, as in all likelihoods here, it does not depend on y, and the matrix is
     `dense_fisher`. It is not the Hessian, which has the curvature of the model too.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the targets given h.
+        nll: A `negative_log_likelihood`, or `apply_fn, likelihood` in its place.
         params: Parameters at which to evaluate, P numbers in all.
-        batch: `(inputs, targets)`.
+        batch: What the loss takes.
+        *args: Further arguments of the model.
+        **kwargs: Further keyword arguments of the model.
 
     Returns:
-        A matrix of shape (P, P), mean per example, in the order of
+        A matrix of shape (P, P), mean over the labels, in the order of
         `jax.flatten_util.ravel_pytree(params)`. It needs memory for P^2 and for all
         Jacobians, one row of P for each output of each example.
 
@@ -224,17 +250,21 @@ def dense_ggn(
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558
         (proposition 1).
     """
-    check_model(apply_fn, likelihood)
 
-    def factors(h, pull, y):
+    def factors(h, pull, label):
+        targets, _, within = label
+        flat, unravel = ravel_pytree(jax.tree.map(lambda h: h.astype(widen(h)), h))
+
         def loss(flat):
-            return -jnp.sum(likelihood.log_prob(flat.reshape(h.shape), y))
+            # Squared, as the score is in a Fisher: labels are independent given h.
+            h, m = unravel(flat), within**2
+            return -jnp.sum(log_likelihood(nll.likelihood, h, targets, m))
 
-        hessian = jax.hessian(loss)(h.ravel().astype(widen(h)))
-        jacobian = jax.vmap(pull)(jnp.eye(h.size).reshape(h.size, *h.shape))
+        jacobian = jax.vmap(lambda c: pull(unravel(c)))(jnp.eye(flat.size))
+        hessian = jax.hessian(loss)(flat)
         return jacobian, jnp.matmul(hessian, jacobian, precision="highest")
 
-    return _mean_of_products(apply_fn, params, batch, factors)
+    return _mean_of_products(nll, params, batch, args, kwargs, factors)
 
 
 def scale_by_inverse_dense(
@@ -249,8 +279,8 @@ def scale_by_inverse_dense(
 
     Args:
         matrix_fn: Returns a matrix of shape (P, P) in the order of
-            `jax.flatten_util.ravel_pytree`, mean per example, such as
-            `functools.partial(dense_fisher, apply_fn, likelihood)`.
+            `jax.flatten_util.ravel_pytree`, of a mean, such as
+            `functools.partial(dense_fisher, nll)`.
         damping: Added to the diagonal, >= 0, in units of M. Rounding leaves about
             1e-7 of the largest eigenvalue in float32: damp by more where M is singular.
 

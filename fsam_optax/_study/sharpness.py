@@ -1,5 +1,6 @@
 """Measures of sharpness: the rise of the loss in a ball, the change of the output."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +18,16 @@ from fsam_optax._common.checks import (
     check_transformation,
     leaf_shape,
 )
-from fsam_optax._common.norms import widen
-from fsam_optax._fisher.estimation import ApplyFn
-from fsam_optax._fisher.likelihoods import check_model, factor_product, Likelihood
+from fsam_optax._common.norms import divisor, widen
+from fsam_optax._fisher.labels import Labels, weigh
+from fsam_optax._fisher.likelihoods import factor_product, Likelihood
+from fsam_optax._fisher.negative_log_likelihood import (
+    call_of,
+    NegativeLogLikelihood,
+    parts_of,
+    takes_model,
+)
+from fsam_optax._fisher.outputs import check_outputs, of_batch
 from fsam_optax._step.step import displace
 
 
@@ -153,40 +161,90 @@ def _widened(params, eps):
     return params, eps
 
 
-def _mean_over_examples(values):
-    return jnp.sum(values) / max(len(values), 1)
+def _outputs_and_labels(nll, params, eps, batch, args, kwargs):
+    """Returns the outputs as a function of the parameters, and the labels."""
+    call = call_of(nll, args, kwargs)
+    inputs, targets, weights = parts_of(nll, batch)
+
+    def outputs(params):
+        h, _ = of_batch(call, params, inputs)
+        check_outputs(h, nll.likelihood, inputs)
+        return jax.tree.map(lambda x: jnp.asarray(x, widen(x)), h)
+
+    targets = targets if jax.tree.leaves(targets) else None
+
+    def labels(h):
+        return weigh(nll.likelihood, h, targets, weights)
+
+    return outputs, labels
 
 
+def _mean_over_labels(values: jax.Array, labels: Labels) -> jax.Array:
+    w = labels.weights
+    return jnp.sum(jnp.where(w == 0, 0, w * values)) / divisor(labels.total)
+
+
+def _where_present(labels: Labels, tree: Any, otherwise: Any) -> Any:
+    """Returns `otherwise` at the labels that are absent beside others."""
+    if labels.present is None:
+        return tree
+    return jax.tree.map(
+        lambda here, x, y: jnp.where(here == 0, y, x), labels.present, tree, otherwise
+    )
+
+
+def _divergence(likelihood: Likelihood, before: Any, after: Any) -> jax.Array:
+    if likelihood.divergence is not None:
+        return likelihood.divergence(before, after)
+    # Any possible labels, of the kind of key that every sampler takes.
+    y = likelihood.sample(jax.random.key(0, impl="threefry2x32"), before)
+    first_order = jax.tree.map(
+        lambda s, h, k: jnp.sum((k - h) * s, axis=-1),
+        likelihood.score(before, y),
+        before,
+        after,
+    )
+    change = likelihood.log_prob(before, y) - likelihood.log_prob(after, y)
+    return change + sum(jax.tree.leaves(first_order))
+
+
+@functools.partial(takes_model, inputs_only=True)
 def kl_divergence(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, eps: Any, inputs: Any
+    nll: NegativeLogLikelihood,
+    params: Any,
+    eps: Any,
+    batch: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> jax.Array:
     """Mean divergence of the predictions at w + eps from those at w.
 
-        1/N sum_n KL(p(. | h_n) || p(. | h'_n))         h_n, h'_n: outputs at w, w + eps
-        = 1/N sum_n log p(y | h_n) - log p(y | h'_n) + (h'_n - h_n) . score(h_n, y)
+        1/D sum_nt w_nt KL(p(. | h_nt) || p(. | h'_nt))    h, h': outputs at w, w + eps
 
-    The second line holds for every label y where h is the natural parameter of an
-    exponential family, as in all likelihoods here, and is wrong otherwise. The labels
-    of the data have no part in it. Unlike its prediction `kl_divergence_quadratic`, it
-    is exact for an eps of any length.
+    D is the sum of the weights, as in the loss. The labels of the data have no part in
+    it, but for those that are absent. Unlike its prediction `kl_divergence_quadratic`,
+    it is exact for an eps of any length.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch.
-        likelihood: Distribution of the labels given h.
+        nll: A `negative_log_likelihood`; or `apply_fn, likelihood` in its place, and
+            then the inputs in the place of `batch`. A likelihood of one's own without
+            `divergence` must be an exponential family with h its natural parameter:
+            log p(y|h) - log p(y|h') + (h' - h) . score(h, y) then is the same for all.
         params: Parameters w.
         eps: Perturbation, with the structure of params.
-        inputs: Inputs of N examples.
+        batch: What the loss takes; the targets may be None.
+        *args: Further arguments of the model.
+        **kwargs: Further keyword arguments of the model.
 
     Returns:
-        A scalar in nats per example, float32 or wider; the positions of a sequence
-        are summed. w + eps is formed in float32 or wider, whatever the dtype of
-        params. A difference of log-probabilities: in float32, the divergence of one
-        example is uncertain by about 1e-7 of these, and may come out below 0.
+        A scalar in nats per label, float32 or wider. w + eps is formed in float32 or
+        wider, whatever the dtype of params. In float32, the divergence of one label is
+        uncertain by about 1e-7 of its log-probabilities, and may come out below 0.
 
     Raises:
         ValueError: If eps differs from params in structure or shape.
-        TypeError: If apply_fn is no function, likelihood no `Likelihood`, or a leaf of
-            params does not hold real numbers.
+        TypeError: If nll is neither of the two, or a leaf of params does not hold real
+            numbers.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -201,46 +259,49 @@ def kl_divergence(
         (the divergence in an exponential family is the Bregman divergence of the
         log-normaliser).
     """
-    check_model(apply_fn, likelihood)
     params, eps = _widened(params, eps)
-    before = apply_fn(params, inputs)
-    after = apply_fn(jax.tree.map(jnp.add, params, eps), inputs)
-    before, after = (jnp.asarray(h, widen(h)) for h in (before, after))
-    # Any possible labels, of the kind of key that every sampler takes.
-    y = likelihood.sample(jax.random.key(0, impl="threefry2x32"), before)
-    first_order = jnp.sum((after - before) * likelihood.score(before, y), axis=-1)
-    return _mean_over_examples(
-        likelihood.log_prob(before, y) - likelihood.log_prob(after, y) + first_order
-    )
+    outputs, labels_of = _outputs_and_labels(nll, params, eps, batch, args, kwargs)
+    before = outputs(params)
+    after = outputs(jax.tree.map(jnp.add, params, eps))
+    labels = labels_of(before)
+    after = _where_present(labels, after, before)
+    return _mean_over_labels(_divergence(nll.likelihood, before, after), labels)
 
 
+@functools.partial(takes_model, inputs_only=True)
 def kl_divergence_quadratic(
-    apply_fn: ApplyFn, likelihood: Likelihood, params: Any, eps: Any, inputs: Any
+    nll: NegativeLogLikelihood,
+    params: Any,
+    eps: Any,
+    batch: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> jax.Array:
     """Predicts `kl_divergence` by the whole Fisher information F, not its diagonal.
 
-        1/2 eps^T F eps = 1/(2N) sum_n |B_n^T J_n eps|^2         B_n B_n^T = I(h_n)
+        1/2 eps^T F eps = 1/(2D) sum_nt w_nt |B_nt^T J_nt eps|^2      B B^T = I(h_nt)
 
     The second-order term of the divergence at eps = 0, from one forward-mode
     derivative; F is never formed. Equal to the divergence for a `gaussian` of linear
     h, and close to it only where eps moves the outputs by little.
 
     Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> h` on a whole batch. It must
-            have forward-mode derivatives, which `jax.custom_vjp` has not.
-        likelihood: Distribution of the labels given h.
+        nll: A `negative_log_likelihood`; or `apply_fn, likelihood` in its place, and
+            then the inputs in the place of `batch`. The model must have forward-mode
+            derivatives, which `jax.custom_vjp` has not.
         params: Parameters w.
         eps: Perturbation, with the structure of params.
-        inputs: Inputs of N examples.
+        batch: What the loss takes; the targets may be None.
+        *args: Further arguments of the model.
+        **kwargs: Further keyword arguments of the model.
 
     Returns:
-        A scalar in nats per example, float32 or wider; the positions of a sequence
-        are summed.
+        A scalar in nats per label, float32 or wider.
 
     Raises:
         ValueError: If eps differs from params in structure or shape.
-        TypeError: If apply_fn is no function, likelihood no `Likelihood`, or a leaf of
-            params does not hold real numbers.
+        TypeError: If nll is neither of the two, or a leaf of params does not hold real
+            numbers.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -256,17 +317,22 @@ def kl_divergence_quadratic(
         Kim, Li, Hu, Hospedales, Fisher SAM: Information Geometry and Sharpness Aware
         Minimisation, 2022, https://arxiv.org/abs/2206.04920.
     """
-    check_model(apply_fn, likelihood)
     params, eps = _widened(params, eps)
-    h, change = jax.jvp(lambda w: apply_fn(w, inputs), (params,), (eps,))
-    h, change = (jnp.asarray(x, widen(x)) for x in (h, change))
-    rank = jax.eval_shape(likelihood.factor, h).shape[-1]
+    outputs, labels_of = _outputs_and_labels(nll, params, eps, batch, args, kwargs)
+    h, change = jax.jvp(outputs, (params,), (eps,))
+    labels = labels_of(h)
+    change = _where_present(labels, change, jax.tree.map(jnp.zeros_like, change))
+    factors = jax.eval_shape(nll.likelihood.factor, h)
     pull = jax.linear_transpose(
-        lambda v: factor_product(likelihood, h, v),
-        jax.ShapeDtypeStruct((*h.shape[:-1], rank), h.dtype),
+        lambda v: factor_product(nll.likelihood, h, v),
+        jax.tree.map(
+            lambda f: jax.ShapeDtypeStruct((*f.shape[:-2], f.shape[-1]), f.dtype),
+            factors,
+        ),
     )
     (rows,) = pull(change)
-    return _mean_over_examples(jnp.square(rows)) / 2
+    squares = [jnp.sum(jnp.square(r), axis=-1) for r in jax.tree.leaves(rows)]
+    return _mean_over_labels(sum(squares[1:], squares[0]), labels) / 2
 
 
 def _losses(loss_fn, params, directions, lengths):
