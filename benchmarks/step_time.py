@@ -151,7 +151,9 @@ def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]
         "Fisher SAM, squared gradient, no metrics": ours(squared, metrics=False),
         "Fisher SAM, squared gradient": ours(squared),
         "Fisher SAM, empirical, fused, no metrics": oracle(
-            fisher(fsam.fisher_empirical), metrics=False
+            fsam.fisher_ellipsoid(0.1, fsam.given()),
+            empirical_fisher=True,
+            metrics=False,
         ),
         "Fisher SAM, empirical, not fused, no metrics": oracle(
             fisher(fsam.fisher_empirical), metrics=False

@@ -94,9 +94,10 @@ def fisher_exact(
         1/D sum_n a_n sum_tk (m_nt J_nt^T B_ntk)^2      B B^T = I(h|x),  J = dh / dw
 
     Also the diagonal of the generalised Gauss-Newton matrix of the loss, if h are
-    natural parameters. Exact for the given inputs, whatever the labels. It pulls back K
-    cotangents a label, one for each column of the factor (C - 1 for `categorical`), and
-    T K of them if the model emits T labels: for large vocabularies, sample.
+    natural parameters and the m are 0 or 1. Exact for the given inputs, whatever the
+    labels. It pulls back K cotangents a label, one for each column of the factor (C - 1
+    for `categorical`), and T K of them if the model emits T labels: for large
+    vocabularies, sample.
 
     All estimators share one call, `update(updates, state, params, *, batch, ...)`,
     which returns `(diagonal, state)`. It does not read `updates`. Its extra arguments:

@@ -157,7 +157,7 @@ def _is_soft(h, y):
     return False
 
 
-def _categorical_presence(h, y):
+def _categorical_presence(h, y) -> Any:
     if _is_soft(h, y):
         return None
     y = jnp.expand_dims(jnp.asarray(y), -1)
@@ -282,7 +282,8 @@ def _independent(
             raise ValueError(_misfit(kind, h, y, "the same shape"))
         if presence is None:
             return None
-        return jnp.asarray(presence(jnp.asarray(y)), widen(h))
+        here: Any = presence(jnp.asarray(y))
+        return here.astype(widen(h))
 
     def where_present(fn):
         def masked(h, y):

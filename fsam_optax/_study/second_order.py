@@ -223,7 +223,9 @@ def dense_ggn(
 
     The second derivative is taken by autodiff of `log_prob`. If h are natural
     parameters, as in all likelihoods here, it does not depend on y, and the matrix is
-    `dense_fisher`. It is not the Hessian, which has the curvature of the model too.
+    `dense_fisher` (for labels of one example that all weigh the same or nothing: the
+    weights of a loss count once, those of scores by their squares). It is not the
+    Hessian, which has the curvature of the model too.
 
     Args:
         nll: A `negative_log_likelihood`, or `apply_fn, likelihood` in its place.
@@ -256,9 +258,8 @@ def dense_ggn(
         flat, unravel = ravel_pytree(jax.tree.map(lambda h: h.astype(widen(h)), h))
 
         def loss(flat):
-            # Squared, as the score is in a Fisher: labels are independent given h.
-            h, m = unravel(flat), within**2
-            return -jnp.sum(log_likelihood(nll.likelihood, h, targets, m))
+            h = unravel(flat)
+            return -jnp.sum(log_likelihood(nll.likelihood, h, targets, within))
 
         jacobian = jax.vmap(lambda c: pull(unravel(c)))(jnp.eye(flat.size))
         hessian = jax.hessian(loss)(flat)
