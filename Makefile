@@ -1,31 +1,39 @@
 # Every target sets up .venv by itself; the second run starts at once.
 #   make train   train a classifier with the base optimizer, SAM, ASAM and Fisher SAM
-#   make test    run the tests, the doctests and the notebooks in smoke mode
+#   make test    run what guards the library: its tests and doctests
 # What takes longer:
+#   make test-slow   notebooks and benchmarks in smoke mode, training, kills, processes
 #   make modes       the tests under jax_debug_nans, jax_enable_x64 and checking_leaks
-#   make versions    the tests with the oldest and the newest versions, on two Pythons
-#   make wheel-test  the tests against the built wheel
+#   make versions    the tests with the oldest, Colab's and the newest versions
+#   make dist        build the sdist, and the wheel from it, into dist/
+#   make wheel-test  the tests against the wheel, in an empty environment
+#   make sdist-test  the tests of the unpacked sdist, in an empty environment
 # ARGS are passed on:      make train ARGS="--data fashion-mnist --data-dir data"
 # Another interpreter:     make test PYTHON=python3.13
 # Other versions:          make test CONSTRAINTS=constraints/oldest.txt VENV=.venv-oldest
 
 PYTHON ?= python3
-PYTHONS ?= python3.11 python3.13
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 VENV ?= .venv
 ARGS ?=
 PY := $(VENV)/bin/python
+PYTEST := -m pytest -q -n auto --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ifdef CONSTRAINTS
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 endif
 
-.PHONY: train test check format notebooks bench modes wheel-test versions clean
+.PHONY: train test test-slow check format notebooks bench modes versions clean \
+  dist wheel-test sdist-test release-check
 
 train: $(VENV)/train.stamp
 	$(PY) benchmarks/generalization.py $(ARGS)
 
-test: $(VENV)/dev.stamp
-	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
+test: $(VENV)/test.stamp
+	$(PY) $(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/dev.stamp
+	$(PY) $(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
@@ -42,44 +50,66 @@ notebooks: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(PY) benchmarks/step_time.py $(ARGS)
 
-# Every test again, each time in another mode of jax.
-modes: $(VENV)/dev.stamp
+# The tests again, each time in another mode of jax.
+modes: $(VENV)/test.stamp
 	for mode in checking_leaks debug_nans x64; do \
-	  $(PY) -m pytest -q -n auto --dist worksteal --mode $$mode $(ARGS) || exit 1; \
+	  $(PY) $(PYTEST) -m "not slow" --mode $$mode $(ARGS) || exit 1; \
 	done
 
-# The wheel, in an environment without the source tree, from another directory: it must
-# import with nothing but its dependencies, and pass the tests, compiled as users do.
-wheel-test:
-	rm -rf dist $(VENV)-wheel
+dist:
+	rm -rf dist $(VENV)-dist
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install -q build
+	$(VENV)-dist/bin/python -m build -q .
+
+# In an environment without the source tree, from another directory: the wheel must import
+# with nothing but its dependencies, and pass the tests, compiled as users do.
+wheel-test: dist
+	rm -rf $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip wheel -q --no-deps --wheel-dir dist .
 	$(VENV)-wheel/bin/python -m pip install -q dist/*.whl
 	cd / && "$(abspath $(VENV))-wheel/bin/python" -W error -c \
 	  'import fsam_optax; assert "site-packages" in fsam_optax.__file__'
-	$(VENV)-wheel/bin/python -m pip install -q "$$(ls dist/*.whl)[test,train]"
+	$(VENV)-wheel/bin/python -m pip install -q "$$(ls dist/*.whl)[test]"
 	tests="$(CURDIR)/tests" python="$(abspath $(VENV))-wheel/bin/python"; \
 	  cd "$$(mktemp -d)" && export JAX_DISABLE_MOST_OPTIMIZATIONS=0 && \
-	  "$$python" -m pytest -q -n auto -W error -c /dev/null \
-	  --rootdir "$$tests" --dist worksteal "$$tests" $(ARGS)
+	  "$$python" $(PYTEST) -m "not slow" -W error -c /dev/null \
+	  --rootdir "$$tests" "$$tests" $(ARGS)
 
-# The oldest declared and the newest versions, on each Python that is found in PATH or
-# under ~/.pyenv: make versions PYTHONS="python3.11 python3.12 python3.13"
+sdist-test: dist
+	folder="$$(mktemp -d)" && \
+	  tar -xzf dist/*.tar.gz -C "$$folder" --strip-components 1 && \
+	  $(MAKE) -C "$$folder" test VENV=.venv && rm -rf "$$folder"
+
+# make release-check TAG=v0.1.0: do the tag, the version and the changelog agree?
+release-check:
+	$(PYTHON) tests/release.py $(TAG)
+
+# The oldest versions that are declared on the oldest Python, the newest versions on the
+# oldest and on the newest Python, and Colab's versions on its Python. Pythons are looked
+# for in PATH and under ~/.pyenv: make versions PYTHONS="python3.11 python3.12"
 versions:
-	@tested=; for name in $(PYTHONS); do \
-	  found=; \
-	  for python in "$$name" "$$HOME/.pyenv/versions/$${name#python}".*/bin/python; do \
-	    "$$python" -c '' 2> /dev/null && { found="$$python"; break; }; \
+	@find_python() { \
+	  for python in "$$1" "$$HOME/.pyenv/versions/$${1#python}".*/bin/python; do \
+	    "$$python" -c '' 2> /dev/null && { echo "$$python"; return; }; \
 	  done; \
-	  [ -n "$$found" ] || { echo "No $$name here: left out."; continue; }; \
-	  echo "$$name: oldest versions"; \
-	  $(MAKE) test PYTHON="$$found" VENV=".venv-$$(basename "$$name")-oldest" \
-	    CONSTRAINTS=constraints/oldest.txt || exit 1; \
-	  echo "$$name: newest versions"; \
-	  $(MAKE) test PYTHON="$$found" VENV=".venv-$$(basename "$$name")-newest" || exit 1; \
-	  tested=yes; \
+	}; \
+	run() { \
+	  python="$$(find_python "$$1")"; \
+	  [ -n "$$python" ] || { echo "No $$1 here: $$2 versions are left out."; return; }; \
+	  echo "$$1: $$2 versions"; \
+	  $(MAKE) test PYTHON="$$python" VENV=".venv-$$1-$$2" \
+	    $${3:+CONSTRAINTS=constraints/$$3}; \
+	}; \
+	found=; for name in $(PYTHONS); do \
+	  [ -z "$$(find_python "$$name")" ] || found="$$found $$name"; \
 	done; \
-	[ -n "$$tested" ] || { echo "None of $(PYTHONS) is here."; exit 1; }
+	set -- $$found; \
+	[ $$# -gt 0 ] || { echo "None of $(PYTHONS) is here."; exit 1; }; \
+	oldest="$$1"; newest="$${found##* }"; \
+	run "$$oldest" oldest oldest.txt && run "$$oldest" newest && \
+	run python3.13 colab colab.txt && \
+	{ [ "$$oldest" = "$$newest" ] || run "$$newest" newest; }
 
 clean:
 	rm -rf .venv .venv-* dist .pytest_cache .ruff_cache

@@ -74,6 +74,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Here and not in pyproject.toml, which the tests of the wheel do not see.
+    config.addinivalue_line(
+        "markers", "slow: trains, draws, kills or spawns; run by `make test-slow`"
+    )
     if mode := config.getoption("--mode"):
         jax.config.update(MODES[mode], True)
 

@@ -12,6 +12,7 @@ import pytest
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -246,7 +247,6 @@ SCRIPTS = sorted(
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
 def test_in_smoke_mode(script, tmp_path, capsys, monkeypatch, name):
     module = script(name)

@@ -276,6 +276,7 @@ for step in range(1, 1000):
 """
 
 
+@pytest.mark.slow
 def test_fault_28_kill_during_a_save_loses_nothing_that_was_saved(tmp_path):
     for delay in (0.0, 0.02):
         folder = tmp_path / str(delay)

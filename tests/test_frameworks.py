@@ -31,6 +31,7 @@ def assert_falls(losses):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front_end", ["value_and_grad", "sharpness_aware"])
 def test_flax_linen_with_batch_norm_and_dropout(front_end):
     nn = pytest.importorskip("flax.linen")
@@ -116,6 +117,7 @@ def test_flax_linen_with_batch_norm_and_dropout(front_end):
     assert optax.tree.get(ascended, "perturbation_norm") > 0
 
 
+@pytest.mark.slow
 def test_equinox():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(6, 3, 16, 1, key=jax.random.key(0))
@@ -151,6 +153,7 @@ def test_equinox_model_with_functions_in_it_is_explained():
         f(model, f.init(params), X)
 
 
+@pytest.mark.slow
 def test_haiku_with_state_and_keys():
     hk = pytest.importorskip("haiku")
 

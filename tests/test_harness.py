@@ -17,6 +17,7 @@ import pytest
 
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.slow
 SCRIPT = '''
 """Question: what is kept?"""
 
@@ -118,7 +119,6 @@ def test_cells_of_other_settings_stand_beside_each_other(script, tmp_path):
     assert sorted(c["result"]["rho"] for c in cells(tmp_path)) == [0.25] * 3 + [0.5] * 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_killed_in_the_middle_of_a_write(script, tmp_path, attempt):
     """Writes of some megabytes, so that kill -9 hits one; then the run goes on."""

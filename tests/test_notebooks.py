@@ -10,6 +10,7 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("ipykernel")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.filterwarnings("default")  # Of the kernel's own packages.

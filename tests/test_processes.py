@@ -21,6 +21,7 @@ import fsam_optax as fsam
 
 STEPS = 6
 SECONDS = 180
+pytestmark = pytest.mark.slow
 RNG = np.random.default_rng(0)
 PARAMS = {
     "w1": RNG.normal(size=(3, 8)).astype(np.float32),

@@ -229,7 +229,7 @@ def test_a_step_keeps_the_types_and_leaves_the_parameters_alone(problem, geometr
         np.testing.assert_array_equal(u, -v)
     types = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, new)]
     assert types[0] == types[1]
-    assert all(np.isfinite(m) for m in new.metrics)
+    assert all(np.isfinite(m) for m in jax.tree.leaves(new.metrics))
 
 
 # Random models, of one width, so that few operations compile anew.
