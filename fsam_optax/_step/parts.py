@@ -20,6 +20,7 @@ from fsam_optax._common.mapped_axes import (
     replica_index,
     vary,
 )
+from fsam_optax._common.rest import without_rest
 
 
 class Data(NamedTuple):
@@ -179,7 +180,8 @@ def check_cut(data: Data, parts: int) -> None:
             "The leaves of `batch` must agree in the size of their leading axis, which "
             f"`micro_batches={parts}` cuts, got {sorted(sizes)}."
         )
-    named = {f"number {i + 4}": x for i, x in enumerate(data.args)} | {
+    args = without_rest(data.args)
+    named = {f"number {i + 4}": x for i, x in enumerate(args)} | {
         f"`{name}`": x for name, x in data.kwargs.items()
     }
     for name, argument in named.items():

@@ -78,18 +78,18 @@ class ValueAndGrad:
             perturbed step computes and costs, as a table when printed.
     """
 
-    init: Callable[[optax.Params], ValueAndGradState]
-    apply: Callable[..., tuple[Any, optax.Updates, ValueAndGradState]]
+    init: Callable[[Any], ValueAndGradState]
+    apply: Callable[..., tuple[Any, Any, ValueAndGradState]]
     explain: Callable[..., StepExplanation]
 
     def __call__(
         self,
-        params: optax.Params,
+        params: Any,
         state: ValueAndGradState = _MISSING,
         batch: Any = _MISSING,
         *args,
         **kwargs,
-    ) -> tuple[Any, optax.Updates, ValueAndGradState]:
+    ) -> tuple[Any, Any, ValueAndGradState]:
         """Returns `(value, grads, state)`, or `((value, aux), grads, state)`."""
         if state is _MISSING or batch is _MISSING:
             raise TypeError(
@@ -229,11 +229,7 @@ def value_and_grad(
     if micro_batches is not None:
         check_count("micro_batches", micro_batches)
         micro_batches = int(micro_batches)
-    if merge_aux is not None and (micro_batches is None or not has_aux):
-        raise ValueError(
-            "`merge_aux` merges the aux of several micro-batches: it needs "
-            "`has_aux=True` and `micro_batches`."
-        )
+    check_merge_aux(merge_aux, micro_batches, has_aux)
     rule = Rule(
         optax.with_extra_args_support(perturbation),
         descent,
@@ -249,6 +245,15 @@ def value_and_grad(
         functools.partial(_apply, oracle),
         functools.partial(_explain, oracle),
     )
+
+
+def check_merge_aux(merge_aux: Any, micro_batches: Any, has_aux: bool) -> None:
+    """Raises ValueError for a `merge_aux` that has nothing to merge."""
+    if merge_aux is not None and (micro_batches is None or not has_aux):
+        raise ValueError(
+            "`merge_aux` merges the aux of several micro-batches: it needs "
+            "`has_aux=True` and `micro_batches`."
+        )
 
 
 def _clean_pass_of(loss_fn, empirical_fisher, functional):
@@ -268,7 +273,7 @@ def _clean_pass_of(loss_fn, empirical_fisher, functional):
     return functional_clean_pass if functional else clean_pass
 
 
-def _init(rule: Rule, params: optax.Params) -> ValueAndGradState:
+def _init(rule: Rule, params: Any) -> ValueAndGradState:
     return ValueAndGradState(
         step=jnp.zeros([], jnp.int32),
         **first_memory(rule, params)._asdict(),
@@ -279,13 +284,13 @@ def _init(rule: Rule, params: optax.Params) -> ValueAndGradState:
 
 def _apply(
     oracle: _Oracle,
-    params: optax.Params,
+    params: Any,
     state: ValueAndGradState,
     batch: Any,
     *args: Any,
     extra_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
-) -> tuple[Any, optax.Updates, ValueAndGradState]:
+) -> tuple[Any, Any, ValueAndGradState]:
     rule = oracle.rule
     if isinstance(params, ValueAndGradState):
         raise TypeError(
@@ -376,7 +381,7 @@ def _part(oracle, params, data, clean, stride, sharpness) -> Part:
 
 def _explain(
     oracle: _Oracle,
-    params: optax.Params,
+    params: Any,
     batch: Any,
     *args: Any,
     extra_args: Mapping[str, Any] | None = None,

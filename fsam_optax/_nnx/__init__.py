@@ -1,0 +1,1 @@
+"""Flax NNX modules as pure functions of their parameters; needs `flax`."""
