@@ -1,5 +1,6 @@
 """One example within the map over examples: its program, rewritten or as it is."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,13 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.columns import (
+    at_a_time,
+    Columns,
+    Cotangents,
+    held_by_column,
+    over_cotangents,
+)
 from fsam_optax._engine.jaxpr import (
     Dataflow,
     evaluate,
@@ -19,7 +27,7 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine.plan import make_plan, run, Summation
+from fsam_optax._engine.plan import make_plan, run
 from fsam_optax._engine.sums import looped, reduced, Steps, widened
 
 
@@ -30,26 +38,23 @@ class Program(NamedTuple):
         closed: Jaxpr from parameters, inputs and cotangents to outputs and gradients.
         known: The parameters and inputs.
         n_outputs: How many of its results are outputs.
-        cotangents: Maps the outputs to cotangents of shape (K, ...); to none at all for
-            a loss, whose cotangent is one.
+        cotangents: Maps the outputs to their cotangents; to one without arrays for a
+            loss, whose cotangent is one.
         weight: The weight of the example.
     """
 
     closed: Any
     known: Sequence[jax.Array]
     n_outputs: int
-    cotangents: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
+    cotangents: Callable[[Sequence[jax.Array]], Cotangents]
     weight: jax.Array
 
 
-def sums_of_example(
-    fn, params, example, cotangents, weight, powers, chunk_bytes, devices, report
-):
+def sums_of_example(fn, params, example, cotangents, weight, what, report):
     """Returns the sums of powers for each parameter, and the outputs.
 
-    To be mapped over examples and weights, which may be spread over so many `devices`;
-    the sums come out unmapped. A `report`, if there is one, receives the rules for each
-    parameter.
+    To be mapped over examples and weights; the sums come out unmapped. A `report`, if
+    there is one, receives the rules for each parameter.
     """
     inputs, target = example
     params, params_tree = jax.tree.flatten(params)
@@ -75,20 +80,32 @@ def sums_of_example(
 
     def pulled_back(h):
         if cotangents is None:
-            return []
-        cs = cotangents(outputs_tree.unflatten(h), target)
-        return lax.stop_gradient(_checked(cs, h, outputs_tree))
+            return Cotangents(1, lambda index: [])
+        outputs = outputs_tree.unflatten(h)
+        if isinstance(cotangents, Columns):
+            columns = cotangents
+
+            def take(index):
+                cs = jax.vmap(lambda i: columns.column(outputs, target, i))(index)
+                return lax.stop_gradient(_checked(cs, h, outputs_tree))
+
+            return Cotangents(columns.number(outputs), take)
+        cs = lax.stop_gradient(_checked(cotangents(outputs, target), h, outputs_tree))
+        count = len(cs[0]) if cs else 1
+        return Cotangents(
+            count, lambda index: [c if len(index) == count else c[index] for c in cs]
+        )
 
     cs = [vary_like(jnp.zeros(h.shape, h.dtype), weight) for h in outputs]
     cs = [c for c in cs if _is_floating(c)] if cotangents else []
     closed = jax.make_jaxpr(backward)(params, inputs, cs)
     program = Program(closed, [*params, *inputs], len(outputs), pulled_back, weight)
     try:
-        sums, h = _rewritten(program, powers, chunk_bytes, devices, report)
+        sums, h = _rewritten(program, what, report)
     except Exception as error:
         # What the rewriting relies on may change with jax, and that must not fail
         # here. Errors of the user's own functions are raised again.
-        sums, h = _as_it_is(program, powers, chunk_bytes, devices, report)
+        sums, h = _as_it_is(program, what, report)
         warnings.warn(
             "The gradients of single examples could not be rewritten and are formed a "
             f"few at a time, which is slow. {type(error).__name__}: {error}",
@@ -118,7 +135,7 @@ def _checked(cs, h, tree):
     return [c.astype(x.dtype) for c, x in zip(cs, h, strict=True) if _is_floating(x)]
 
 
-def _rewritten(program, powers, chunk_bytes, devices, report):
+def _rewritten(program, what, report):
     closed, known, n_outputs, cotangents, weight = program
     given = [*known, *closed.in_avals[len(known) :]]
     flat = jax.make_jaxpr(flatten(closed))(*given)
@@ -131,52 +148,49 @@ def _rewritten(program, powers, chunk_bytes, devices, report):
     forward = flow.ancestors(outputs)
     evaluate(jaxpr.eqns, env, forward)
     h = [lax.stop_gradient(jnp.asarray(read(env, v))) for v in outputs]
-    cs = cotangents(h)
+    made = cotangents(h)
 
     kept = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
         if not forward.isdisjoint(eqn.outvars):
             kept.update(eqn.outvars)
     limit = max([largest(flow, kept), *(size(v) for v in kept if flow.varies(v))])
-    what = Summation(powers, _axes(cs), chunk_bytes, limit, devices)
+    what = dataclasses.replace(what, limit=limit)
     plan = make_plan(flow, consts, wanted, outputs, what)
 
-    def pull(weight, c):
-        given = dict(zip(jaxpr.invars[len(known) :], c, strict=True))
-        return run(plan, env | given, weight, what)
+    columns = jaxpr.invars[len(known) :]
 
-    sums = _over_cotangents(pull, weight, cs)
+    def pull(axes, weight, c):
+        given = env | dict(zip(columns, c, strict=True))
+        return run(plan, given, weight, dataclasses.replace(what, axes=axes))
+
+    number = made.number
+    if number > 1:
+        each, beside = held_by_column(flow, columns, plan.needed)
+        most = max((source.held for source in plan.sources.values()), default=0)
+        number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
+    sums = over_cotangents(pull, made, weight, number)
     if report is not None:
         report[:] = [plan.rules(v) for v in wanted]
     return sums, h
 
 
-def _as_it_is(program, powers, chunk_bytes, devices, report):
+def _as_it_is(program, what, report):
     closed, known, n_outputs, cotangents, weight = program
     fn = jaxpr_as_fun(closed)
     zeros = [jnp.zeros(x.shape, x.dtype) for x in closed.in_avals[len(known) :]]
     h = fn(*known, *(vary_like(c, weight) for c in zeros))[:n_outputs]
-    cs = cotangents(lax.stop_gradient(h))
+    made = cotangents(lax.stop_gradient(h))
     gradients = closed.out_avals[n_outputs:]
     held = sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in gradients)
-
-    def pulled(*operands):
-        return fn(*operands)[n_outputs:]
-
-    rule = looped(pulled, gradients, powers, Steps(held, chunk_bytes, devices))
-    summed = reduced(rule, _axes(cs))
+    steps = Steps(held, what.chunk_bytes, what.devices)
+    rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what.powers, steps)
     if report is not None:
         report[:] = [[("fallback", math.inf, 1)] for _ in gradients]
-    return _over_cotangents(lambda w, c: summed(w, *known, *c), weight, cs), h
 
+    def pull(axes, weight, c):
+        return reduced(rule, axes)(weight, *known, *c)
 
-def _axes(cs):
-    """Returns how many axes are mapped over: examples, and cotangents if several."""
-    return 1 if all(len(c) == 1 for c in cs) else 2
-
-
-def _over_cotangents(pull, weight, cs):
-    if _axes(cs) == 1:
-        return pull(weight, [c[0] for c in cs])
-    weights = jnp.broadcast_to(weight, (len(cs[0]),))
-    return jax.vmap(pull, out_axes=None)(weights, cs)
+    each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
+    number = at_a_time(made.number, each, 0, held, what.examples, what.chunk_bytes)
+    return over_cotangents(pull, made, weight, number), h

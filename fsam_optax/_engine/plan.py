@@ -48,19 +48,21 @@ class Summation:
 
     Attributes:
         powers: The powers.
+        chunk_bytes: Bytes that a step of a loop over examples or cotangents may hold on
+            a device; None for what suits the backend.
+        devices: How many devices the examples may be spread over.
+        examples: How many examples there are on each, if they are.
         axes: How many axes the library maps over.
-        chunk_bytes: Bytes that a step of a loop over examples may hold; None for what
-            suits the backend.
         limit: Size of the largest array that the model itself takes for an example. A
             larger one in the backward pass is the gradient of a parameter.
-        devices: How many devices the examples may be spread over.
     """
 
     powers: tuple[int, ...]
-    axes: int
     chunk_bytes: int | None
-    limit: int
     devices: int
+    examples: int
+    axes: int = 1
+    limit: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ class Source:
         cost: Operations, relative to those that this gradient takes in a batch.
         operands: The variables that the rule reads.
         reduce: The rule, see `_sums`.
+        held: Bytes that it holds for one example and cotangent at a time.
     """
 
     rule: str
     cost: float
     operands: tuple[Any, ...]
     reduce: Any
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -420,9 +424,9 @@ def _tail(flow, v, stop, rule, cost, what):
 
     held = sum(_working_size(e) for e in eqns) * dtype.itemsize
     products = any(e.primitive.name in CONTRACTIONS for e in eqns)
-    steps = Steps(held, what.chunk_bytes, what.devices, singly=products)
+    steps = Steps(held, what.chunk_bytes, what.devices, apart=products)
     reduce = looped(fn, [v.aval], what.powers, steps)
-    return Source(rule, cost, operands, reduce)
+    return Source(rule, cost, operands, reduce, held)
 
 
 def _evaluate_tail(eqn, inputs, v, dtype):

@@ -14,7 +14,9 @@ from jax import lax
 
 from fsam_optax._common.checks import check_function, check_leaves, shape_of
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.columns import Columns
 from fsam_optax._engine.example import sums_of_example
+from fsam_optax._engine.plan import Summation
 from fsam_optax._engine.sums import widened
 
 
@@ -96,7 +98,7 @@ def power_sums(
         a backward pass can yield besides the gradient.
     """
     _check_model(apply_fn, inputs)
-    check_function("cotangents", cotangents)
+    _check_cotangents(cotangents)
     sums, _ = _sums(
         one_of_batch(apply_fn),
         params,
@@ -246,7 +248,7 @@ def explain(
         ['kernel']  (3, 2)  outer product  1.00
     """
     _check_model(apply_fn, inputs)
-    check_function("cotangents", cotangents)
+    _check_cotangents(cotangents)
     return _explain(one_of_batch(apply_fn), params, (inputs, targets), cotangents)
 
 
@@ -326,6 +328,11 @@ def _check_model(apply_fn, inputs):
     _count(inputs)
 
 
+def _check_cotangents(cotangents):
+    if not isinstance(cotangents, Columns):
+        check_function("cotangents", cotangents)
+
+
 def _explain(fn, params, examples, cotangents):
     check_leaves(params, "params")
     check_leaves(examples, "(inputs, targets)", data=True)
@@ -391,6 +398,8 @@ def _sums(
         )
     operands = lax.stop_gradient((params, examples, weights))
     devices = _devices_of(examples, params)
+    share = n // math.gcd(n, devices) if n else 0
+    what = Summation(powers, chunk_bytes, devices, share)
     # Typed as varying over devices, so that the gradients are those of one device.
     witness = jnp.zeros(())
     for x in jax.tree.leaves(operands):
@@ -400,15 +409,7 @@ def _sums(
     def mapped(params, examples, weights):
         def one(example, weight):
             sums, h = sums_of_example(
-                fn,
-                params,
-                example,
-                cotangents,
-                weight,
-                powers,
-                chunk_bytes,
-                devices,
-                report,
+                fn, params, example, cotangents, weight, what, report
             )
             return sums, h if keep else None
 

@@ -73,23 +73,23 @@ class Steps(NamedTuple):
         devices: How many devices the examples may be spread over. A step takes as many
             examples from each of so many equal parts of the batch, so that none of
             them has to leave its device.
-        singly: Whether XLA:CPU should take one example at a time: it runs batches of
-            matrix products an order slower than one at a time.
+        apart: Whether XLA:CPU should take one example and cotangent at a time: it runs
+            batches of matrix products an order slower than one product.
     """
 
     held: int
     budget: int | None
     devices: int
-    singly: bool = False
+    apart: bool = False
 
     def rows(self, per_part: int, cotangents: int) -> dict[str, int]:
-        """Returns the examples of each part in a step, by platform."""
+        """Returns the examples of each part in a step, by platform; 0 for `apart`."""
         budget = DEFAULT_CHUNK_BYTES if self.budget is None else self.budget
         most = max(1, budget // (self.held * cotangents or 1))
         # As few steps as the budget allows, as equal as can be.
         number = -(-per_part // -(-per_part // most)) if per_part else 1
-        singly = self.singly and self.budget is None
-        return {"default": number} | ({"cpu": 1} if singly and number > 1 else {})
+        apart = self.apart and self.budget is None and per_part * cotangents > 1
+        return {"default": number} | ({"cpu": 0} if apart else {})
 
 
 def looped(
@@ -104,69 +104,77 @@ def looped(
         steps: How many examples at a time; None for all at once.
     """
 
-    def sums(weight, values, lead=0):
-        return [
-            [
-                _weighted_sum(weight, power(x.astype(widened(v.dtype)), p), lead)
-                for p in powers
-            ]
-            for v, x in zip(out, values, strict=True)
-        ]
-
     def reduce(has, weight, *operands):
         _, *has = has
         live = [any(b) for b in zip(*has, strict=True)]
         # Nothing differs along the other axes: their weights add up.
         weight = jnp.sum(weight, axis=tuple(j for j, b in enumerate(live) if not b))
         has = [[b for b, alive in zip(h, live, strict=True) if alive] for h in has]
-        one = fn
-        for j in range(1, weight.ndim)[::-1]:
-            one = jax.vmap(one, in_axes=[0 if h[j] else None for h in has])
-        if weight.ndim == 0:
-            return sums(weight, one(*operands))
-        mapped = [h[0] for h in has]
-        axes = [0 if b else None for b in mapped]
-        n, *inner = weight.shape
-        parts = math.gcd(n, steps.devices if steps and live[0] else 1) or 1
-        rows = steps.rows(n // parts, math.prod(inner)) if steps else {"default": n}
+        by_axis = [[0 if b else None for b in axis] for axis in zip(*has, strict=True)]
 
-        def in_steps(number, weight, *operands):
-            if number * parts >= n:
-                return sums(weight, jax.vmap(one, axes)(*operands))
-            # The rows of a part stay together, on the devices that hold them.
-            cut = [
-                x.reshape(parts, n // parts, *x.shape[1:]) if b else x
-                for b, x in zip((True, *mapped), (weight, *operands), strict=True)
+        def sums(weight, *operands):
+            each = fn
+            for axes in by_axis[len(by_axis) - weight.ndim :][::-1]:
+                each = jax.vmap(each, axes)
+            return [
+                [
+                    _weighted_sum(weight, power(x.astype(widened(v.dtype)), p))
+                    for p in powers
+                ]
+                for v, x in zip(out, each(*operands), strict=True)
             ]
 
-            def step(before, start, number):
-                def taken(x):
-                    if number == 1:
-                        x = lax.dynamic_index_in_dim(x, start, 1, keepdims=False)
-                    else:
-                        x = lax.dynamic_slice_in_dim(x, start, number, 1)
-                    return x if parts > 1 else x[0]
+        def added(before, weight, *operands):
+            return jax.tree.map(jnp.add, before, sums(weight, *operands))
 
-                evaluate = one if number == 1 else jax.vmap(one, axes)
+        def added_apart(before, weight, *operands):
+            if weight.ndim == 0:
+                return added(before, weight, *operands)
+            axes = (0, *by_axis[len(by_axis) - weight.ndim])
+
+            def next_one(i, before):
+                return added_apart(before, *_rows(axes, (weight, *operands), i))
+
+            return lax.fori_loop(0, len(weight), next_one, before)
+
+        if weight.ndim == 0:
+            return sums(weight, *operands)
+        n, *inner = weight.shape
+        axes = (0, *by_axis[0])
+        parts = math.gcd(n, steps.devices if steps and live[0] else 1) or 1
+        length = n // parts
+        rows = steps.rows(length, math.prod(inner)) if steps else {"default": length}
+
+        def of_part(number, before, *operands):
+            if number == 0:
+                return added_apart(before, *operands)
+
+            def step(i, before):
                 # A batch of one is slower than one example, on XLA:CPU by far.
-                evaluate = jax.vmap(evaluate, axes) if parts > 1 else evaluate
-                weight, *operands = [
-                    taken(x) if b else x
-                    for b, x in zip((True, *mapped), cut, strict=True)
-                ]
-                added = sums(weight, evaluate(*operands), lead=parts > 1)
-                return jax.tree.map(jnp.add, before, added)
+                count = None if number == 1 else number
+                return added(before, *_rows(axes, operands, i * number, count))
 
-            lead = (parts,) if parts > 1 else ()
-            zeros = [jnp.zeros((*lead, *v.shape), widened(v.dtype)) for v in out]
+            many, rest = divmod(length, number)
+            found = lax.fori_loop(0, many, step, before)
+            if not rest:
+                return found
+            return added(found, *_rows(axes, operands, many * number, rest))
+
+        def in_steps(number, *operands):
+            if number == length:
+                return sums(*operands)
+            zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
             zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
-            many, rest = divmod(n // parts, number)
-            found = lax.fori_loop(
-                0, many, lambda i, found: step(found, i * number, number), zeros
-            )
-            found = step(found, many * number, rest) if rest else found
-            # Added over the devices once, after the loop.
-            return jax.tree.map(lambda x: jnp.sum(x, 0), found) if lead else found
+            if parts == 1:
+                return of_part(number, zeros, *operands)
+            # The rows of a part stay together, on the devices that hold them, and the
+            # sums of the parts are added after the loop.
+            operands = [
+                x if axis is None else x.reshape(parts, length, *x.shape[1:])
+                for axis, x in zip(axes, operands, strict=True)
+            ]
+            one = functools.partial(of_part, number, zeros)
+            return jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(one, axes)(*operands))
 
         branches = {
             k: functools.partial(in_steps, number) for k, number in rows.items()
@@ -178,10 +186,23 @@ def looped(
     return reduce
 
 
-def _weighted_sum(weight, x, lead=0):
-    """Sums weight * x over the axes of the weight, but for those that lead."""
+def _rows(axes, operands, start, count=None):
+    """Returns rows of the operands that are mapped; without their axis if one."""
+
+    def rows(x):
+        if count is None:
+            return lax.dynamic_index_in_dim(x, start, keepdims=False)
+        return lax.dynamic_slice_in_dim(x, start, count)
+
+    return [
+        x if axis is None else rows(x) for axis, x in zip(axes, operands, strict=True)
+    ]
+
+
+def _weighted_sum(weight, x):
+    """Sums weight * x over the axes of the weight."""
     shape = weight.shape + (1,) * (x.ndim - weight.ndim)
-    axes = tuple(range(lead, weight.ndim))
+    axes = tuple(range(weight.ndim))
     return jnp.sum(weight.reshape(shape).astype(x.dtype) * x, axis=axes)
 
 
