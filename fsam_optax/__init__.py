@@ -7,6 +7,15 @@ from fsam_optax._ball.geometries import (
     euclidean_ball as euclidean_ball,
     fisher_ellipsoid as fisher_ellipsoid,
 )
+from fsam_optax._ball.memory import (
+    averaged as averaged,
+    AverageState as AverageState,
+    friendly as friendly,
+)
+from fsam_optax._ball.multi_step import (
+    multi_step as multi_step,
+    MultiStepState as MultiStepState,
+)
 from fsam_optax._ball.perturbation import (
     perturbation as perturbation,
     PerturbationState as PerturbationState,
@@ -44,10 +53,27 @@ from fsam_optax._fisher.negative_log_likelihood import (
     negative_log_likelihood as negative_log_likelihood,
 )
 from fsam_optax._fisher.refresh_every import refresh_every as refresh_every
+from fsam_optax._step.bsam import bsam as bsam, BSAMState as BSAMState
 from fsam_optax._step.by_name import (
     asam as asam,
     fisher_sam as fisher_sam,
+    friendly_sam as friendly_sam,
+    gsam as gsam,
+    looksam as looksam,
+    msam as msam,
     sam as sam,
+    wsam as wsam,
+)
+from fsam_optax._step.descents import (
+    extrapolate as extrapolate,
+    reuse as reuse,
+    ReuseState as ReuseState,
+    surrogate_gap as surrogate_gap,
+)
+from fsam_optax._step.displaced import (
+    displaced as displaced,
+    DisplacedState as DisplacedState,
+    eval_params as eval_params,
 )
 from fsam_optax._step.metrics import Metrics as Metrics
 from fsam_optax._step.sharpness_aware import (

@@ -55,9 +55,16 @@ SAMPLED = {**MODEL, "key": jax.random.key(7)}
 ERROR = {**SAMPLED, "num_samples": 2, "standard_error": True}
 EXACT = {"estimator": fsam_optax.fisher_exact(**MODEL)}
 DRAWN = {"estimator": fsam_optax.fisher_i1(**SAMPLED)}
+BAYES = {
+    "learning_rate": 0.1,
+    "rho": 0.1,
+    "num_data": 1e4,
+    "key": jax.random.key(7),
+}
 GROUPS = {"a": fsam_optax.fisher_i1(**ERROR), "b": fsam_optax.fisher_exact(**MODEL)}
 
-# What each makes of a gradient: a perturbation, a diagonal F, a gradient or a step.
+# What each makes of a gradient: a perturbation, a diagonal F, a gradient, a step, or of
+# two gradients a descent.
 CASES = {
     "perturbation": Case(fsam_optax.perturbation, {"rho": 0.1}, "eps"),
     "euclidean_ball": Case(fsam_optax.euclidean_ball, {"rho": 0.1}, "eps"),
@@ -72,6 +79,9 @@ CASES = {
     "fisher_ellipsoid_average": Case(
         fsam_optax.fisher_ellipsoid, {"rho": 0.1, **AVERAGE, "damping": 0.1}, "eps"
     ),
+    "friendly": Case(fsam_optax.friendly, {"sigma": 0.5, "decay": 0.9}, "eps"),
+    "averaged": Case(fsam_optax.averaged, {"decay": 0.9}, "eps"),
+    "multi_step": Case(fsam_optax.multi_step, {"steps": 3, **BALL}, "eps"),
     "squared_gradient": Case(fsam_optax.squared_gradient, {}, "diagonal"),
     "given": Case(fsam_optax.given, {}, "diagonal"),
     "fisher_exact": Case(fsam_optax.fisher_exact, MODEL, "diagonal"),
@@ -107,6 +117,16 @@ CASES = {
     "fisher_sam_drawn": Case(
         fsam_optax.fisher_sam, {**ADAM, "rho": 0.1, **DRAWN}, "step"
     ),
+    "surrogate_gap": Case(fsam_optax.surrogate_gap, {"alpha": 0.5}, "descent"),
+    "extrapolate": Case(fsam_optax.extrapolate, {"alpha": 2.0}, "descent"),
+    "reuse": Case(fsam_optax.reuse, {"alpha": 0.5}, "descent"),
+    "displaced": Case(fsam_optax.displaced, {**SGD, **BALL}, "step"),
+    "msam": Case(fsam_optax.msam, {**ADAM, "rho": 0.1}, "step"),
+    "friendly_sam": Case(fsam_optax.friendly_sam, {**SGD, "rho": 0.1}, "step"),
+    "gsam": Case(fsam_optax.gsam, {**SGD, "rho": 0.1}, "step"),
+    "wsam": Case(fsam_optax.wsam, {**SGD, "rho": 0.1, "gamma": 0.7}, "step"),
+    "looksam": Case(fsam_optax.looksam, {**SGD, "rho": 0.1, "every": 2}, "step"),
+    "bsam": Case(fsam_optax.bsam, BAYES, "step"),
     "value_and_grad": Case(oracle, {}, "gradient"),
     "value_and_grad_micro": Case(oracle, {"micro_batches": 2, "every": 2}, "gradient"),
 }
@@ -119,7 +139,13 @@ BATCH = (
     jnp.array([0, 1, 1, 0]),
 )
 # All that any of them may ask for.
-EXTRA = {"grad_fn": cubic, "fisher": FISHER, "batch": BATCH}
+EXTRA = {
+    "grad_fn": cubic,
+    "fisher": FISHER,
+    "batch": BATCH,
+    "clean_grads": jax.tree.map(lambda g: g + 1, GRADS),
+    "eps": GRADS,
+}
 
 
 @pytest.fixture(params=CASES)
@@ -303,7 +329,9 @@ def test_dtypes_are_kept_and_strong(x64, case, dtype):
     result, new_state = jax.eval_shape(
         lambda state: update(tx, state, params, grads, fisher=fisher), state
     )
-    same = case.kind in ("step", "gradient") or case.factory is fsam_optax.given
+    same = (
+        case.kind in ("step", "gradient", "descent") or case.factory is fsam_optax.given
+    )
     kept = jnp.dtype(dtype) if same else jnp.promote_types(dtype, jnp.float32)
     assert types(result) == {n: (w.shape, kept, False) for n, w in PARAMS.items()}
     # `optax.ema` takes the dtype of the parameters at first, then that of F.
@@ -314,7 +342,12 @@ def test_dtypes_are_kept_and_strong(x64, case, dtype):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, c in CASES.items() if "rho" in c.kwargs and n != "fisher_sam_drawn"],
+    # In `looksam` a schedule counts the perturbed steps, an injected one all of them.
+    [
+        n
+        for n, c in CASES.items()
+        if "rho" in c.kwargs and n not in ("fisher_sam_drawn", "looksam")
+    ],
 )
 def test_inject_hyperparams_with_a_schedule_of_rho(name):
     factory, kwargs, _ = CASES[name]

@@ -386,3 +386,43 @@ def _norm_and_cosine(
     # Not so either where both are near the end of the range.
     finite = jnp.isfinite(x_norm) & jnp.isfinite(y_norm) & jnp.isfinite(products)
     return x_norm, jnp.where(finite, cosine, jnp.nan)
+
+
+def component(
+    xs: list[jax.Array], ys: list[jax.Array], shard_axes: AxisName = None
+) -> jax.Array:
+    """Returns the number c for which c ys is the component of xs along ys.
+
+        c = <xs, ys> / <ys, ys>
+
+    Both sums are taken in one way, so that c is exactly 1 where xs is ys. It is 0 where
+    ys is 0.
+
+    Args:
+        xs: Real arrays.
+        ys: Arrays of the same shapes.
+        shard_axes: As in `norm`.
+    """
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x.size]
+    if not pairs:
+        return jnp.zeros([], widen())
+    return _component(pairs, shard_axes)
+
+
+@functools.partial(jax.jit, static_argnames="shard_axes", inline=True)
+def _component(
+    pairs: list[tuple[jax.Array, jax.Array]], shard_axes: AxisName
+) -> jax.Array:
+    dtype = widen(*jax.tree.leaves(pairs))
+    pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+
+    def sums(pairs, unit):
+        def product(x, y):
+            return jnp.sum((x * (1 / unit)) * (y * (1 / unit)))
+
+        squares = [product(y, y) for _, y in pairs]
+        products = [product(x, y) for x, y in pairs]
+        return [total(squares, shard_axes), total(products, shard_axes)]
+
+    (squares, products), _ = _in_range_sums(sums, ((), ()), shard_axes, pairs)
+    return jnp.where(squares > 0, products / divisor(squares), 0)

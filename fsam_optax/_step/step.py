@@ -7,7 +7,6 @@ gradient g, hand over the second one as a function, and merge what several parts
 batch made. The base optimizer steps with d, at w.
 """
 
-import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._ball.perturbation import PerturbationState
+from fsam_optax._ball.guard import ascend, keep_unless
 from fsam_optax._common.checks import check_like, is_real
 from fsam_optax._common.mapped_axes import AxisName, vary
 from fsam_optax._common.norms import widen
@@ -105,12 +104,15 @@ def perturbed_step(
         gradient: `gradient(point) -> (loss or None, gradient)` on the same batch.
         extra: What the perturbation and the descent are given by name.
     """
-    eps, ascent, found = _ascend(rule, memory.perturbation, params, grads, extra)
+    eps, ascent, _, found = ascend(
+        rule.perturbation, grads, memory.perturbation, params, extra
+    )
+    check_like("the perturbation's output", eps, "params", params)
     point = vary(displace(params, eps, rule.perturb_dtype), rule.axis_name)
     value, h = gradient(point)
     metrics = measure(grads, h, params, point) if rule.metrics else None
     d, descent = _descend(rule, memory.descent, params, h, grads, eps, extra)
-    descent = _keep_unless(found, descent, memory.descent)
+    descent = keep_unless(found, descent, memory.descent)
     return Stride(d, Memory(ascent, descent), found, metrics, value)
 
 
@@ -128,51 +130,6 @@ def plain_step(
     """
     d, _ = _descend(rule, memory.descent, params, grads, grads, None, extra)
     return Stride(d, memory, jnp.array(False), metrics, None)
-
-
-def _ascend(rule, before, params, grads, extra):
-    """Returns eps, the state of the perturbation, and whether there is an eps.
-
-    Where the gradient is not finite eps is 0 everywhere and no memory is touched. A
-    ball guards what is inside it and counts what it skips; this guards what stands
-    beside or in front of it.
-    """
-    eps, after = rule.perturbation.update(grads, before, params, **extra)
-    check_like("the perturbation's output", eps, "params", params)
-    balls = list(zip(_balls(before), _balls(after), strict=True))
-    if not balls:
-        sums = [jnp.sum(e) for e in jax.tree.leaves(eps) if is_real(e)]
-        finite = found = functools.reduce(
-            jnp.logical_and, map(jnp.isfinite, sums), jnp.array(True)
-        )
-    else:
-        norms = [jnp.isfinite(new.dual_norm) for _, new in balls]
-        finite = functools.reduce(jnp.logical_and, norms)
-        moved = [new.skipped == old.skipped for old, new in balls]
-        found = finite & functools.reduce(jnp.logical_or, moved)
-    if len(balls) != 1:
-        eps = jax.tree.map(lambda e: jnp.where(finite, e, 0) if is_real(e) else e, eps)
-    return eps, _keep_unless(finite, after, before), found
-
-
-def _balls(state):
-    nodes = jax.tree.leaves(state, is_leaf=_is_ball)
-    return [node for node in nodes if _is_ball(node)]
-
-
-def _is_ball(node):
-    return isinstance(node, PerturbationState)
-
-
-def _keep_unless(usable, after, before):
-    """Returns the state `after` where it is usable; balls see to themselves."""
-
-    def select(new, old):
-        if _is_ball(new):
-            return new
-        return jax.tree.map(functools.partial(jnp.where, usable), new, old)
-
-    return jax.tree.map(select, after, before, is_leaf=_is_ball)
 
 
 def _descend(rule, before, params, h, grads, eps, extra):
