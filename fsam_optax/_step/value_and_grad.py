@@ -387,10 +387,15 @@ def _explain(
     extra_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> StepExplanation:
-    passes = (
-        functools.partial(before_step, oracle.loss_fn, oracle.has_aux)
-        for before_step in (oracle.pass_at_w, clean_pass)
+    def call(kind):
+        return functools.partial(kind, oracle.loss_fn, oracle.has_aux)
+
+    costs = explain_step(
+        oracle.rule,
+        call(oracle.pass_at_w),
+        call(clean_pass),
+        params,
+        Data(batch, args, kwargs),
+        dict(extra_args or {}),
     )
-    data = Data(batch, args, kwargs)
-    costs = explain_step(oracle.rule, *passes, params, data, dict(extra_args or {}))
     return StepExplanation(costs, None)
