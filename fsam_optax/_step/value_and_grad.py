@@ -230,6 +230,11 @@ def value_and_grad(
         check_count("micro_batches", micro_batches)
         micro_batches = int(micro_batches)
     check_merge_aux(merge_aux, micro_batches, has_aux)
+    if isinstance(loss_fn, NegativeLogLikelihood) and loss_fn.has_aux != has_aux:
+        raise ValueError(
+            f"`has_aux={has_aux}`, but the `negative_log_likelihood` was made with "
+            f"`has_aux={loss_fn.has_aux}`: give both the same."
+        )
     rule = Rule(
         optax.with_extra_args_support(perturbation),
         descent,
