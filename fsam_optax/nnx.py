@@ -4,7 +4,8 @@ Import it as `from fsam_optax import nnx as fsam_nnx`. It needs `flax`, which im
 `fsam_optax` alone does not. Perturbations and optimizers are those of `fsam_optax`.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,29 @@ import optax
 from flax import nnx
 
 from fsam_optax._common.mapped_axes import AxisName, merge, merge_stacked
+from fsam_optax._fisher import (
+    diagonal as _diagonal,
+    estimators as _estimators,
+    i2 as _i2,
+)
+from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._nnx import modules
+from fsam_optax._nnx.likelihood import ModuleLoss, of_module, pure_loss
 from fsam_optax._step import value_and_grad as _plain
 from fsam_optax._step.value_and_grad import ValueAndGrad, ValueAndGradState
 
 
-__all__ = ["value_and_grad"]
+__all__ = [
+    "diagonal",
+    "fisher_empirical",
+    "fisher_exact",
+    "fisher_gnb",
+    "fisher_hutchinson",
+    "fisher_i1",
+    "fisher_i2",
+    "negative_log_likelihood",
+    "value_and_grad",
+]
 
 
 def value_and_grad(
@@ -47,8 +65,10 @@ def value_and_grad(
 
     Args:
         loss_fn: `loss_fn(model, batch, *args, **kwargs)` returns a scalar, a mean over
-            the batch, or `(scalar, aux)`.
-        perturbation: Maps a gradient to eps.
+            the batch, or `(scalar, aux)`; or it is a `negative_log_likelihood` of this
+            module.
+        perturbation: Maps a gradient to eps. A Fisher is that of an estimator of this
+            module, such as `fisher_exact`: it has the statistics of the moment.
         wrt: Filter for the variables of the model to differentiate, perturb and train.
         descent: See `fsam_optax.value_and_grad`.
         has_aux: Whether `loss_fn` returns `(scalar, aux)`.
@@ -79,25 +99,53 @@ def value_and_grad(
             `fsam_optax.value_and_grad`.
 
     Examples:
+        A training step with BatchNorm, Dropout and a Fisher of the model as it is
+        evaluated:
+
         >>> from flax import nnx
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> import optax
-        >>> from fsam_optax import euclidean_ball
+        >>> from fsam_optax import categorical, fisher_ellipsoid
         >>> from fsam_optax import nnx as fsam_nnx
-        >>> model, rngs = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Rngs(dropout=1)
-        >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-        >>> dropout = nnx.Dropout(0.5)
+        >>> class Net(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.hidden = nnx.Linear(4, 8, rngs=rngs)
+        ...         self.norm = nnx.BatchNorm(8, rngs=rngs)
+        ...         self.dropout = nnx.Dropout(0.2)
+        ...         self.out = nnx.Linear(8, 3, rngs=rngs)
+        ...     def __call__(self, x, rngs=None):
+        ...         x = nnx.relu(self.norm(self.hidden(x)))
+        ...         return self.out(self.dropout(x, rngs=rngs))
         >>> def loss_fn(model, batch, rngs):
-        ...     return jnp.mean(dropout(model(batch), rngs=rngs) ** 2)
-        >>> f = fsam_nnx.value_and_grad(loss_fn, euclidean_ball(0.05))
-        >>> state = f.init(model)
-        >>> value, grads, state = f(model, state, jnp.ones((4, 2)), rngs)
-        >>> _ = optimizer.update(model, grads)
-        >>> print(optax.tree.get(state, "perturbation_norm"), rngs.dropout.count[...])
-        0.05 1
+        ...     x, y = batch
+        ...     logits = model(x, rngs)
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        >>> def evaluate(model, x, rngs):  # It is given a copy of the model.
+        ...     model.eval()
+        ...     return model(x)
+        >>> estimator = fsam_nnx.fisher_empirical(evaluate, categorical)
+        >>> f = fsam_nnx.value_and_grad(loss_fn, fisher_ellipsoid(0.1, estimator))
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, state, batch, rngs):
+        ...     value, grads, state = f(model, state, batch, rngs)
+        ...     optimizer.update(model, grads)
+        ...     return value, state
+        >>> model, rngs = Net(nnx.Rngs(0)), nnx.Rngs(dropout=1)
+        >>> optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        >>> x = jax.random.normal(jax.random.key(2), (32, 4))
+        >>> batch = x, jnp.argmax(x[:, :3], axis=1)
+        >>> state, values = f.init(model), []
+        >>> for _ in range(30):
+        ...     value, state = train_step(model, optimizer, state, batch, rngs)
+        ...     values.append(value)
+        >>> print(values[-1] < 0.6 * values[0], rngs.dropout.count[...])
+        True 30
     """
     _plain.check_merge_aux(merge_aux, micro_batches, has_aux)
-    pure = modules.PureLoss(loss_fn, has_aux)
+    needs_model = "empirical_fisher" if empirical_fisher else None
+    needs_model = "functional" if functional else needs_model
+    pure = pure_loss(loss_fn, has_aux, needs_model)
     oracle = _plain.value_and_grad(
         pure,
         perturbation,
@@ -152,3 +200,152 @@ def _merge_parts(merge_aux, micro_batches):
         return (merge_aux(aux) if merge_aux else aux), merge_stacked(changes)
 
     return merged
+
+
+def negative_log_likelihood(
+    apply_fn: Callable[..., Any],
+    likelihood: Likelihood,
+    *,
+    unpack: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+    split_keys: bool = True,
+) -> ModuleLoss:
+    """Returns `fsam_optax.negative_log_likelihood` over modules.
+
+    The loss may be called by itself; it then updates the module, as any loss does.
+    Estimators, `diagonal` and `value_and_grad` of this module take it in the place of
+    `(apply_fn, likelihood)`. They give it a copy of the module, with the statistics,
+    keys and counts of the moment: what travels with the parameters, as the first of
+    `loss_args`, is the rest of the module.
+
+    Keys of the module (of Dropout) and of `nnx.Rngs` among the arguments are folded
+    with the row of each example, which then runs by itself. A module that mixes
+    examples, as BatchNorm does in training mode, cannot run so: as a loss it needs
+    `split_keys=False`, and an estimator a function that evaluates it.
+
+    Args:
+        apply_fn: The model, `apply_fn(model, inputs, *args, **kwargs) -> outputs` on a
+            whole batch.
+        likelihood: See `fsam_optax.negative_log_likelihood`.
+        unpack: See there.
+        has_aux: Whether `apply_fn` returns `(outputs, aux)`; see there.
+        split_keys: See there.
+
+    Returns:
+        A function `loss(model, batch, *args, **kwargs) -> scalar`, or `(scalar, aux)`,
+        in nats per label.
+
+    Raises:
+        TypeError: If apply_fn is no function or likelihood no `Likelihood`; in a call,
+            as `fsam_optax.negative_log_likelihood`.
+        ValueError: In a call, as `fsam_optax.negative_log_likelihood`; in an estimator
+            or the one pass, if the module updates statistics over the batch.
+
+    Examples:
+        Gradient and exact empirical Fisher from one pass, with a mask for each example:
+
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import bernoulli, fisher_ellipsoid, given
+        >>> from fsam_optax import nnx as fsam_nnx
+        >>> class Net(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        ...         self.linear = nnx.Linear(2, 1, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.linear(self.dropout(x))
+        >>> loss_fn = fsam_nnx.negative_log_likelihood(lambda m, x: m(x), bernoulli)
+        >>> f = fsam_nnx.value_and_grad(
+        ...     loss_fn, fisher_ellipsoid(0.1, given()), empirical_fisher=True
+        ... )
+        >>> model = Net(nnx.Rngs(0))
+        >>> batch = jnp.ones((4, 2)), jnp.ones((4, 1))
+        >>> _, grads, state = f(model, f.init(model), batch)
+        >>> print(model.dropout.rngs.count[...], state.sharpness > 0)
+        1 True
+    """
+    options = {"unpack": unpack, "has_aux": has_aux, "split_keys": split_keys}
+    return of_module("negative_log_likelihood", apply_fn, likelihood, **options)
+
+
+def _of_modules(estimator):
+    """Returns an estimator that takes a function of a module."""
+    name = estimator.__name__
+
+    @functools.wraps(estimator)
+    def over_modules(model, likelihood=None, **options):
+        return estimator(of_module(name, model, likelihood), **options)
+
+    over_modules.__module__ = __name__
+    over_modules.__doc__ = f"""Returns `fsam_optax.{name}` over modules.
+
+    Takes `apply_fn(model, inputs, *args, **kwargs) -> outputs` and a likelihood, or a
+    `negative_log_likelihood` of this module, and the options that
+    `fsam_optax.{name}` takes. `apply_fn` is given a copy of the module as it is at the
+    moment; it may change it, by `model.eval()` say. Not for parameters alone: the
+    estimator needs what `value_and_grad` and `diagonal` of this module hand over.
+    """
+    return over_modules
+
+
+fisher_empirical = _of_modules(_estimators.fisher_empirical)
+fisher_exact = _of_modules(_estimators.fisher_exact)
+fisher_gnb = _of_modules(_estimators.fisher_gnb)
+fisher_hutchinson = _of_modules(_estimators.fisher_hutchinson)
+fisher_i1 = _of_modules(_estimators.fisher_i1)
+fisher_i2 = _of_modules(_i2.fisher_i2)
+
+
+def diagonal(
+    estimator: optax.GradientTransformation,
+    model: Any,
+    batch: Any,
+    *,
+    wrt: Any = nnx.Param,
+    key: jax.Array | None = None,
+    loss_args: Sequence[Any] = (),
+    loss_kwargs: Mapping[str, Any] | None = None,
+    **extra_args: Any,
+) -> Any:
+    """Returns `fsam_optax.diagonal` of a module, which stays as it is.
+
+    Args:
+        estimator: An estimator of this module that does not read the gradient.
+        model: The module.
+        batch: See `fsam_optax.diagonal`.
+        wrt: Filter for the variables of the model to differentiate.
+        key: See `fsam_optax.diagonal`.
+        loss_args: Arguments of `apply_fn` after the inputs; graph nodes may be among
+            them.
+        loss_kwargs: Keyword arguments of `apply_fn`, likewise.
+        **extra_args: See `fsam_optax.diagonal`.
+
+    Returns:
+        The diagonal, an `nnx.State` like `nnx.state(model, wrt)`.
+
+    Raises:
+        TypeError: If model is no NNX module; and as `fsam_optax.diagonal`.
+        ValueError: If `wrt` selects no variable, or the model updates statistics over
+            the batch, as BatchNorm does in training mode.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import nnx as fsam_nnx, poisson
+        >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+        >>> model.kernel[...] = jnp.zeros((1, 1))
+        >>> estimator = fsam_nnx.fisher_exact(lambda model, x: model(x), poisson)
+        >>> batch = jnp.array([[1.0], [3.0]]), None
+        >>> print(fsam_nnx.diagonal(estimator, model, batch)["kernel"][...])
+        [[5.]]
+    """
+    call = modules.split(model, loss_args, dict(loss_kwargs or {}), wrt)
+    return _diagonal.diagonal(
+        estimator,
+        call.params,
+        batch,
+        key=key,
+        loss_args=call.args,
+        loss_kwargs=call.kwargs,
+        **extra_args,
+    )

@@ -145,6 +145,35 @@ def shape_of(leaf: Any) -> tuple[int, ...]:
     return leaf_shape(leaf) or ()
 
 
+def is_nnx_state(tree: Any) -> bool:
+    """Tells whether a tree is an `nnx.State`, without importing Flax."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(tree, nnx.State)
+
+
+def check_no_module(caller: str, params: Any) -> None:
+    """Raises TypeError for a Flax NNX module that holds more than parameters."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+
+    def is_module(x):
+        return isinstance(x, nnx.Module)
+
+    for module in jax.tree.leaves(params, is_leaf=is_module):
+        if is_module(module):
+            rest = nnx.state(module, nnx.Not(nnx.Param))
+            is_pytree = jax.tree.structure(module) != jax.tree.structure(0)
+            if jax.tree.leaves(rest) or not is_pytree:
+                raise TypeError(
+                    f"`params` is a Flax NNX module, {type(module).__name__}, which "
+                    f"`fsam_optax.{caller}` would not update beside its parameters "
+                    "(statistics of BatchNorm, counts of Dropout): use "
+                    f"`fsam_optax.nnx.{caller}` with the module, or pass parameters "
+                    "alone, as `nnx.split(model, nnx.Param, ...)` gives them."
+                )
+
+
 def is_real(leaf: Any) -> bool:
     """Tells whether a leaf holds real floating-point numbers."""
     dtype = getattr(leaf, "dtype", type(leaf))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from fsam_optax._common.checks import check_transformation
+from fsam_optax._common.checks import check_no_module, check_transformation
 from fsam_optax._fisher.estimation import key_data, SampledState
 
 
@@ -44,6 +44,7 @@ def diagonal(
         [5.]
     """
     check_transformation("estimator", estimator, "fisher_exact(apply_fn, categorical)")
+    check_no_module("diagonal", params)
     state = estimator.init(params)
     if key is not None:
         state = jax.tree.map(

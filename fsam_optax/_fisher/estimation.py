@@ -1,5 +1,6 @@
 """What all estimators of the Fisher diagonal share: the call, the mean and the key."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from fsam_optax._fisher.negative_log_likelihood import (
     outputs_like,
     parts_of,
 )
-from fsam_optax._fisher.outputs import of_batch, of_example, row_numbers
+from fsam_optax._fisher.outputs import aux_axes, of_batch, of_example, row_numbers
 
 
 class EstimatorState(NamedTuple):
@@ -119,13 +120,20 @@ def _problem(
     real = jax.tree.map(lambda w: w if is_real(w) else optax.MaskedNode(), params)
     h = outputs_like(nll, complete(real), inputs, call)
     targets = targets if jax.tree.leaves(targets) else None
+
+    @functools.cache
+    def axes():  # Raises for statistics over the batch, of which one example has none.
+        return aux_axes(call, complete(real), inputs) if nll.has_aux else None
+
     return Problem(
         likelihood=nll.likelihood,
         params=real,
         inputs=inputs,
         rows=row_numbers(inputs) if call.one_by_one else None,
         labels=weigh(nll.likelihood, h, targets, weights, example_weights),
-        of_one=lambda params, example: of_example(call, complete(params), example)[0],
+        of_one=lambda params, example: of_example(
+            call, complete(params), example, axes()
+        )[0],
         of_all=lambda params, inputs: of_batch(call, complete(params), inputs)[0],
     )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fsam_optax._common.checks import check_function, leaf_shape
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._common.norms import divisor
+from fsam_optax._common.rest import without_rest
 from fsam_optax._engine import loss_power_sums
 from fsam_optax._fisher.labels import Labels, log_likelihood, weigh
 from fsam_optax._fisher.likelihoods import Likelihood
@@ -44,6 +45,7 @@ class NegativeLogLikelihood:
     unpack: Callable[[Any], Any] | None = None
     has_aux: bool = False
     split_keys: bool = True
+    takes_rest: ClassVar[bool] = False  # The rest of a module is not for `apply_fn`.
 
     def __call__(self, params: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the loss of a batch, or `(loss, aux)`."""
@@ -231,7 +233,8 @@ def parts_of(nll: NegativeLogLikelihood, batch: Any) -> tuple[Any, Any, Any]:
 
 def call_of(nll: NegativeLogLikelihood, args: Any, kwargs: Any) -> Call:
     """Returns the model with the arguments of one call."""
-    return Call(nll.apply_fn, nll.has_aux, nll.split_keys, tuple(args), dict(kwargs))
+    args = tuple(args) if nll.takes_rest else without_rest(args)
+    return Call(nll.apply_fn, nll.has_aux, nll.split_keys, args, dict(kwargs))
 
 
 def outputs_like(nll: NegativeLogLikelihood, params: Any, inputs: Any, call: Call):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._common.checks import leaf_shape, shape_of
+from fsam_optax._common.checks import is_nnx_state, leaf_shape, shape_of
 from fsam_optax._common.keys import fold_keys, has_keys
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._engine import depends
@@ -216,6 +216,12 @@ def _check_array(h):
 def _advice(error, call, params, inputs) -> str | None:
     """Returns what to do about an exception of `apply_fn`, if that can be told."""
     text = f"{type(error).__name__} {error}".lower()
+    if is_nnx_state(params) and "'state' object" in text:
+        return (
+            "It takes a Flax NNX module, but was given parameters alone: use the "
+            "estimators of `fsam_optax.nnx`, such as `fsam_optax.nnx.fisher_exact("
+            "apply_fn, likelihood)`."
+        )
     if not call.holds_keys and ("rng" in text or "prng" in text):
         return (
             "It needs PRNG keys: give them to the loss, `nll(params, batch, "

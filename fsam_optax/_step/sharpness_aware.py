@@ -13,6 +13,7 @@ from fsam_optax._common.checks import (
     check_every,
     check_leaves,
     check_like,
+    check_no_module,
     check_params,
     check_state,
     check_transformation,
@@ -161,6 +162,7 @@ def sharpness_aware(
         **extra_args,
     ):
         check_params("sharpness_aware", params)
+        check_no_module("value_and_grad", params)
         _check_whole(params)
         check_leaves(params, "params")
         check_like("grads", updates, "params", params)

@@ -14,6 +14,7 @@ from fsam_optax._common.checks import (
     check_dtype,
     check_every,
     check_leaves,
+    check_no_module,
     check_params,
     check_state,
     check_transformation,
@@ -279,6 +280,7 @@ def _clean_pass_of(loss_fn, empirical_fisher, functional):
 
 
 def _init(rule: Rule, params: Any) -> ValueAndGradState:
+    check_no_module("value_and_grad", params)
     return ValueAndGradState(
         step=jnp.zeros([], jnp.int32),
         **first_memory(rule, params)._asdict(),
@@ -302,6 +304,7 @@ def _apply(
             "`params` is a state of `value_and_grad`: call `f(params, state, batch)`."
         )
     check_params("value_and_grad", params)
+    check_no_module("value_and_grad", params)
     check_leaves(params, "params", real=True)
     check_state("f", state, ValueAndGradState, functools.partial(_init, rule), params)
     memory = Memory(state.perturbation, state.descent)
