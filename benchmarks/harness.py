@@ -183,6 +183,13 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.Path) else value
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every option that has one."""
 
@@ -218,7 +225,7 @@ def main(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     module = pathlib.Path(sys.modules[experiment.__module__].__file__ or "").stem
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"{module}.py", description=doc, formatter_class=_Help, add_help=False
     )
 
@@ -226,7 +233,7 @@ def main(
         parser.add_argument(*names, help=help, **settings)
 
     options(add)
-    parser.add_argument("--out", type=pathlib.Path, help="folder of all that is made")
+    add("--out", type=pathlib.Path, default=HERE, help="folder of all that is made")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
     early, _ = parser.parse_known_args(arguments)
     chosen = dict(defaults(early)) | (
@@ -238,9 +245,9 @@ def main(
     found.command = shlex.join(["python", f"benchmarks/{module}.py", *arguments])
     if found.smoke and found.out and found.out.resolve().is_relative_to(HERE):
         parser.error("--out: what smoke mode writes does not belong to the results")
-    if found.smoke and not found.out:
-        found.out = pathlib.Path(tempfile.mkdtemp(prefix=f"{module}-smoke-"))
-    results, pictures = (found.out or HERE / part for part in ("results", "figures"))
+    at = found.out or pathlib.Path(tempfile.mkdtemp(prefix=f"{module}-smoke-"))
+    committed = at.resolve() == HERE
+    results, pictures = (at / p if committed else at for p in ("results", "figures"))
     usable(results)
     usable(pictures)
     file = results / f"{module}.json"

@@ -50,7 +50,7 @@ def friendly(rho):
 # ASAM's radius is relative to the weights, and a few times that of SAM; the absolute
 # one is of the square root of a divergence.
 ABSOLUTE = (0.0015, 0.005, 0.015, 0.05, 0.15)
-# Known where it is used: a method may be newer than the library.
+# Called where they are used: a method may be newer than the library.
 DESCENTS = {"GSAM": ("surrogate_gap", 0.1), "WSAM": ("extrapolate", 9.0)}
 METHODS = {
     "base": Method((), passes=1),
@@ -98,33 +98,30 @@ def stepper(name: str, loss: Any, optimizer: Any, rho: Any) -> Stepper:
         optimizer: The base optimizer.
         rho: The radius.
     """
-    method, weights = METHODS[name], None
-    if name == "MSAM":
-        optimizer = fsam.msam(optimizer, rho, 0.9)
-        weights = lambda params, state: fsam.eval_params(state[1], params)  # noqa: E731
-    if name in ("base", "MSAM"):
+    if METHODS[name].passes == 1:
         plain = jax.value_and_grad(loss)
-        oracle_init = lambda params: ()  # noqa: E731
 
         def oracle(params, state, *args):
             return *plain(params, *args), state
-    else:
-        settings = dict(method.settings)
-        if "descent" in settings:
-            make, alpha = DESCENTS[settings["descent"]]
-            settings["descent"] = getattr(fsam, make)(alpha)
-        ball = method.ball(rho)
-        if "empirical_fisher" in settings and not _NEW:
-            del settings["empirical_fisher"]
-            estimator = fsam.fisher_empirical(loss.apply_fn, loss.likelihood)
-            ball = fisher(estimator, name.split(", ")[-1], rho)
-        oracle = fsam.value_and_grad(loss, ball, metrics=False, **settings)
-        oracle_init = oracle.init
 
-    return around(oracle, optimizer, oracle_init, weights)
+        if name == "base":
+            return around(oracle, optimizer, lambda params: ())
+        optimizer = fsam.msam(optimizer, rho, 0.9)
+        return around(oracle, optimizer, lambda params: ())._replace(
+            weights=lambda params, state: fsam.eval_params(state[1], params)
+        )
+    settings, ball = dict(METHODS[name].settings), METHODS[name].ball(rho)
+    if "descent" in settings:
+        make, alpha = DESCENTS[settings["descent"]]
+        settings["descent"] = getattr(fsam, make)(alpha)
+    if "empirical_fisher" in settings and not _NEW:
+        del settings["empirical_fisher"]
+        estimator = fsam.fisher_empirical(loss.apply_fn, loss.likelihood)
+        ball = fisher(estimator, name.split(", ")[-1], rho)
+    return around(fsam.value_and_grad(loss, ball, metrics=False, **settings), optimizer)
 
 
-def around(oracle: Any, optimizer, oracle_init=None, weights=None) -> Stepper:
+def around(oracle: Any, optimizer: Any, oracle_init: Any = None) -> Stepper:
     """Returns the step of an oracle, by default with an `init` of its own."""
     oracle_init = oracle_init or oracle.init
 
@@ -136,23 +133,23 @@ def around(oracle: Any, optimizer, oracle_init=None, weights=None) -> Stepper:
         updates, base_state = optimizer.update(grads, state[1], params)
         return value, optax.apply_updates(params, updates), (oracle_state, base_state)
 
-    return Stepper(init, step, weights or (lambda params, state: params))
+    return Stepper(init, step, lambda params, state: params)
 
 
 _NEW = "empirical_fisher" in inspect.signature(fsam.value_and_grad).parameters
 
 
 def grid(
-    name: str, rates: Sequence[float], ends: tuple[float, float] = (0.002, 0.5)
+    name: str, rates: Sequence[float], radii: Sequence[float] | None = None
 ) -> list[dict[str, float]]:
     """Returns the points of a search, as many for each method.
 
     The base optimizer, which has no radius, is offered as many learning rates.
     """
-    radii = METHODS[name].radii
+    radii = METHODS[name].radii if radii is None else radii
     if radii:
         return [{"rho": rho, "rate": rate} for rho in radii for rate in rates]
-    every = np.geomspace(*ends, len(RADII) * len(rates))
+    every = np.geomspace(0.002, 0.5, len(RADII) * len(rates))
     return [{"rho": 0.0, "rate": rate} for rate in every.tolist()]
 
 

@@ -79,18 +79,22 @@ class ResNet(nn.Module):
 
     `width=64` and `blocks=(2, 2, 2, 2)` is He et al., Deep Residual Learning for Image
     Recognition, 2016, table 1, with the stem that is usual for 32 x 32 images. The
-    default is a quarter as wide.
+    default is a quarter as wide. With groups, GroupNorm stands in the place of
+    BatchNorm, so that the outputs of an example are its own.
     """
 
     width: int = 16
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     conv: Any = Conv
+    groups: int = 0
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Maps images (batch, height, width, channels) to logits (batch, 10)."""
         conv = partial(self.conv, use_bias=False)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        if self.groups:
+            norm = partial(nn.GroupNorm, num_groups=self.groups)
         x = nn.relu(norm()(conv(self.width, (3, 3))(x)))
         for stage, blocks in enumerate(self.blocks):
             features = self.width * 2**stage
@@ -104,4 +108,4 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-MODELS = {"mlp": MLP, "cnn": CNN, "resnet": ResNet}
+MODELS = {"mlp": MLP, "cnn": CNN, "resnet": partial(ResNet, groups=4)}

@@ -61,6 +61,8 @@ def table(
     headings: Sequence[str],
     rows: Sequence[Sequence[Any]],
     caption: str = "",
+    *,
+    first: int = WIDTH // 2,
 ) -> None:
     """Prints a table of at most 80 columns; what does not fit follows in another.
 
@@ -69,7 +71,7 @@ def table(
     texts = [[str(entry) for entry in row] for row in rows]
     columns = list(zip(headings, *texts, strict=True))
     widths = [1 + max(len(x) for e in c for x in e.split("\n")) for c in columns]
-    first = min(widths[0], WIDTH // 2)
+    first = min(widths[0], first)
     groups: list[list[int]] = [[]]
     for index in range(1, len(columns)):
         used = first + sum(widths[i] for i in groups[-1])
