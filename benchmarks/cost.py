@@ -4,26 +4,17 @@ A figure is the median over rounds of a ratio to the first row in the same round
 that what else the machine does meanwhile falls on both.
 """
 
-import json
-import pathlib
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+import show
 from models import ResNet
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-import fsam_optax
 
 
 class MLP(nn.Module):
@@ -101,24 +92,24 @@ PROBLEMS = {
     "mlp-512": lambda: problem(MLP(), (784,), 512),
     "cnn": lambda: problem(CNN(), (32, 32, 3), 128),
     "resnet": lambda: problem(ResNet(16, conv=nn.Conv), (32, 32, 3), 32),
-    "transformer": lambda: problem(Transformer(), (64,), 32),
+    "transf.": lambda: problem(Transformer(), (64,), 32),
 }
 TITLES = {
     "mlp": "MLP 784-512-512-10, batch 128",
     "mlp-512": "the same, batch 512",
     "cnn": "CNN 32x32x3, batch 128",
-    "resnet": "ResNet-18, width 16, 32x32x3, batch 32",
-    "transformer": "transformer, length 64, batch 32",
+    "resnet": "ResNet-18, width 16, 32x32x3, batch 32, statistics fixed",
+    "transf.": "transformer of two blocks, length 64, batch 32",
 }
 SMOKE = {"tiny": lambda: problem(MLP((8,)), (16,), 16)}
 
 
 def ratios(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, description: str
+    runs: Mapping[str, Callable[[], Any]], repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Times the runs in turn; returns medians and quartiles relative to the first."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in track(range(repeats + 1), description=description, transient=True):
+    for repeat in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
@@ -184,64 +175,33 @@ def passes(program: Any, shape: tuple[int, ...]) -> int:
     return moved
 
 
-def print_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints rows against problems: time, temporaries, compile time and passes."""
-    legend = "time, temporaries, tracing and compilation"
-    counted = any(
-        "passes" in row for facts in results.values() for row in facts.values()
-    )
-    if counted:
-        legend += "; reads and writes of arrays like the largest parameter"
-    table = Table(title=f"{title}\n{legend}")
-    table.add_column("")
-    for name in results:
-        table.add_column(TITLES.get(name, name), justify="right")
-    for row in dict.fromkeys(row for facts in results.values() for row in facts):
-        cells = []
-        for facts in results.values():
-            if row not in facts:
-                cells.append("-")
-                continue
-            this, base = facts[row], next(iter(facts.values()))
-            memory = this["temporary_mb"] / (base["temporary_mb"] or 1)
-            compile_time = _compile(this) / _compile(base)
-            cells.append(f"{this['ratio']:5.2f} {memory:6.1f} {compile_time:5.1f}")
-            if counted:
-                cells[-1] += f" {this['passes']:4d}"
-        table.add_row(row, *cells)
-    Console(width=60 + 32 * len(results)).print(table)
+def print_tables(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints a table of rows against problems for each thing that was measured."""
+    rows = list(dict.fromkeys(row for facts in results.values() for row in facts))
 
+    def entries(entry):
+        for row in rows:
+            found = [facts.get(row) for facts in results.values()]
+            first = [next(iter(facts.values())) for facts in results.values()]
+            pairs = zip(found, first, strict=True)
+            yield [row, *("-" if f is None else entry(f, base) for f, base in pairs)]
 
-def _compile(facts):
-    return facts["trace_s"] + facts["compile_s"]
+    def memory(facts, base):
+        return f"{facts['temporary_mb'] / (base['temporary_mb'] or 1):.1f}"
 
+    def compilation(facts, base):
+        spent = [f["trace_s"] + f["compile_s"] for f in (facts, base)]
+        return f"{spent[0] / spent[1]:.1f}"
 
-def finished(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the results that a file holds, if they were made with these settings."""
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text())
-    for name, value in about.items():
-        if record.get(name) != value:
-            raise SystemExit(
-                f"{path} was made with other settings ({name}: {record.get(name)} "
-                f"there, {value} here); name another file in --out"
-            )
-    return record["results"]
-
-
-def save(path: pathlib.Path, key: str, value: Any, **about: Any) -> None:
-    """Writes an entry of a JSON file, beside what it was measured with."""
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
-    record = {
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "flax": flax.__version__,
-        "fsam_optax": fsam_optax.__version__,
-        **about,
-        "results": {**results, key: value},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    headings = ["", *results]
+    first = {name: TITLES[name] for name in results if name in TITLES}
+    caption = "\n".join(f"{name}: {title}" for name, title in first.items())
+    ratios = list(entries(lambda facts, base: f"{facts['ratio']:.2f}"))
+    show.table(f"{title}: time", headings, ratios, caption, first=32)
+    show.table(f"{title}: temporaries", headings, list(entries(memory)), first=32)
+    both = list(entries(compilation))
+    show.table(f"{title}: tracing and compilation", headings, both, first=32)
+    if any("passes" in f for facts in results.values() for f in facts.values()):
+        counts = list(entries(lambda facts, base: str(facts["passes"])))
+        title = "Reads and writes of arrays like the largest parameter"
+        show.table(title, headings, counts, first=32)

@@ -7,47 +7,35 @@ empirical Fisher and the squared gradient do not vary: theirs is a bias. Beside 
 the standard error that the estimator reports, relative to the error that it has.
 
     python benchmarks/estimator_error.py
-    python benchmarks/estimator_error.py --smoke        # to see that it runs
 """
 
-import argparse
-import pathlib
+import sys
+from functools import partial
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cost import save
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+import show
+from perceptron import initial
 from sklearn.datasets import load_digits
 
 import fsam_optax as fsam
 
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "estimator_error.json"
 ACTIVATIONS = {"ReLU": jax.nn.relu, "tanh": jnp.tanh}
 
 
 def network(activation):
     """Returns a 64-64-64-10 network and its initial parameters."""
-    sizes = (64, 64, 64, 10)
-    keys = jax.random.split(jax.random.key(0), len(sizes))
-    params = [
-        {
-            "kernel": jax.random.normal(key, (m, n)) * (2 / m) ** 0.5,
-            "bias": jnp.zeros(n),
-        }
-        for key, m, n in zip(keys, sizes[:-1], sizes[1:], strict=False)
-    ]
 
     def apply(params, x):
         for layer in params[:-1]:
             x = activation(x @ layer["kernel"] + layer["bias"][None])
         return x @ params[-1]["kernel"] + params[-1]["bias"][None]
 
-    return apply, params
+    return apply, initial(jax.random.key(0), (64, 64, 64, 10))
 
 
 def train(apply, params, data, steps):
@@ -95,13 +83,13 @@ def estimators(apply):
     }
 
 
-def measure(apply, params, batch, draws, description):
+def measure(apply, params, batch, draws):
     """Returns the figures of every estimator."""
     exact = fsam.diagonal(fsam.fisher_exact(apply, fsam.categorical), params, batch)
     loss = fsam.negative_log_likelihood(apply, fsam.categorical)
     grads = jax.grad(loss)(params, batch)
     facts = {}
-    for name, make in track(estimators(apply).items(), description, transient=True):
+    for name, make in estimators(apply).items():
 
         @jax.jit
         def draw(key, make=make):
@@ -130,48 +118,51 @@ def _flat(tree):
     return jnp.concatenate([x.ravel() for x in leaves]) if leaves else None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the figures and prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="two draws")
-    options = parser.parse_args(arguments)
+def stage(activation, steps, draws, size):
+    """Returns the figures of a network after some steps, and its accuracy."""
     x, y = load_digits(return_X_y=True)
     data = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y)
-    stages, activations = (0, 100, 1000), dict(ACTIVATIONS)
-    if options.smoke:
-        options.draws, options.batch, stages = 2, 8, (10,)
-        activations = {"tanh": jnp.tanh}
-    batch = jax.tree.map(lambda x: x[: options.batch], data)
-    console = Console(width=100)
-    for name, activation in activations.items():
-        apply, initial = network(activation)
-        columns = {}
-        for steps in stages:
-            params, accuracy = train(apply, initial, data, steps)
-            title = f"{steps} steps, {100 * accuracy:.0f} % right"
-            columns[title] = measure(
-                apply, params, batch, options.draws, f"{name}, {title}"
-            )
-        save(options.out, name, columns, draws=options.draws, batch=options.batch)
-        table = Table(title=f"{name} network: error, reported / actual error")
-        table.add_column("one estimate")
-        for title in columns:
-            table.add_column(title, justify="right")
-        for row in next(iter(columns.values())):
+    apply, params = network(ACTIVATIONS[activation])
+    params, accuracy = train(apply, params, data, steps)
+    batch = jax.tree.map(lambda x: x[:size], data)
+    return {"accuracy": accuracy, "errors": measure(apply, params, batch, draws)}
+
+
+def experiment(run: harness.Run) -> None:
+    """Measures what the results do not hold, and prints the tables."""
+    options = run.options
+    for name in options.activations:
+        columns, headings = [], ["one estimate"]
+        for steps in options.stages:
+            settings = {"draws": options.draws, "size": options.batch}
+            compute = partial(stage, name, steps, **settings)
+            found = run.cell(compute, activation=name, steps=steps, **settings)
+            columns.append(found["errors"])
+            headings.append(f"{steps} steps,\n{found['accuracy']:.0%} right")
+        rows = []
+        for row in columns[0]:
             cells = []
-            for facts in columns.values():
-                this = facts[row]
-                reported = this.get("reported")
-                shown = "-" if reported is None else f"{reported:.2f}"
-                cells.append(f"{this['error']:.3f}   {shown:>5}")
-            table.add_row(row, *cells)
-        console.print(table)
+            for facts in columns:
+                reported = facts[row].get("reported")
+                shown = "    -" if reported is None else f"{reported:5.2f}"
+                cells.append(f"{facts[row]['error']:.3f} {shown}")
+            rows.append([row, *cells])
+        show.table(f"{name} network: error, reported / actual error", headings, rows)
+
+
+def add_options(add):
+    add("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
+    add("--stages", nargs="+", type=int, default=[0, 100, 1000], help="steps")
+    add("--draws", type=harness.whole, default=200)
+    add("--batch", type=harness.whole, default=128)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"activations": ["tanh"], "stages": [10], "draws": 2, "batch": 8}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,45 +4,38 @@ Every row is one jitted function; all rows of a model run in one process, interl
 and are divided by the time of `jax.grad` of the batch loss in the same round. The naive
 way is `vmap(grad)` squared, which forms an array of batch x parameters.
 
-    python benchmarks/fisher_cost.py                      # all models
+    python benchmarks/fisher_cost.py                      # all models but GPT-2
     python benchmarks/fisher_cost.py --models mlp cnn
+    python benchmarks/fisher_cost.py --models gpt2 --repeats 1
     python benchmarks/fisher_cost.py --growth             # with batch, width, classes
-    python benchmarks/fisher_cost.py --smoke              # to see that it runs
 """
 
-import argparse
-import pathlib
+import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import cost
+import harness
 import jax
 import jax.numpy as jnp
-from cost import (
-    compiled,
-    MLP,
-    print_table,
-    Problem,
-    problem,
-    PROBLEMS,
-    ratios,
-    save,
-    SMOKE,
-)
+import zoo
+from cost import MLP, Problem, problem
 
 import fsam_optax as fsam
 
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "fisher_cost.json"
+MODELS = {
+    **cost.PROBLEMS,
+    "unet": lambda: zoo.pixel_problem(zoo.UNet(), 8, 32),
+    "vit": lambda: problem(zoo.ViT(), (32, 32, 3), 32),
+    "mamba": lambda: zoo.language_problem(zoo.Mamba(), 16, 64),
+    "gpt2": zoo.gpt2,
+}
 GROWTH = {
     **{f"batch {n}": (MLP(), n) for n in (16, 64, 256, 1024)},
     **{f"width {n}": (MLP((n, n)), 128) for n in (64, 256, 1024)},
     **{f"classes {n}": (MLP(classes=n), 128) for n in (2, 10, 50)},
-}
-# One gradient for each example and class: minutes a run. One Hessian-vector product for
-# each array of parameters: minutes of compilation for the 62 arrays of the ResNet.
-SKIPPED = {
-    "mlp-512": ("exact: one example at a time",),
-    "resnet": ("exact: one example at a time", "fisher_i2, Hutchinson"),
 }
 GROWTH_ROWS = (
     "gradient",
@@ -52,6 +45,15 @@ GROWTH_ROWS = (
     "fisher_hutchinson",
     "fisher_exact",
 )
+# One gradient for each example and class: minutes a run. One Hessian-vector product for
+# each array of parameters: minutes of compilation. As many columns as tokens x words.
+EXACT = ("exact: one example at a time", "fisher_exact")
+SKIPPED = {
+    "mlp-512": EXACT[:1],
+    "resnet": (*EXACT[:1], "fisher_i2, Hutchinson"),
+    **dict.fromkeys(("unet", "mamba", "vit"), (*EXACT, "fisher_i2, Hutchinson")),
+    "gpt2": (*EXACT, "fisher_i2, Hutchinson", "empirical: 16 examples at a time"),
+}
 
 
 def make_rows(model: Problem) -> dict[str, Callable]:
@@ -113,12 +115,12 @@ def make_rows(model: Problem) -> dict[str, Callable]:
     }
 
 
-def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ()):
+def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ()) -> Any:
     """Returns time ratio, compile seconds and temporary megabytes of each row."""
     programs, facts = {}, {}
     for row, run in make_rows(model).items():
         if (not rows or row in rows) and row not in SKIPPED.get(name, ()):
-            programs[row], facts[row] = compiled(run, model.params, model.batch)
+            programs[row], facts[row] = cost.compiled(run, model.params, model.batch)
     runs = {
         row: partial(run, model.params, model.batch) for row, run in programs.items()
     }
@@ -128,38 +130,46 @@ def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ())
     for group in ([r for r in rest if ":" not in r], [r for r in rest if ":" in r]):
         if group:
             group = {row: runs[row] for row in (first, *group)}
-            for row, found in ratios(group, repeats, name).items():
+            for row, found in cost.ratios(group, repeats).items():
                 facts[row] |= found
     return facts
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the figures and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
-    parser.add_argument("--growth", action="store_true", help="growth of the cost")
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="two tiny repeats")
-    options = parser.parse_args(arguments)
-    problems = {name: PROBLEMS[name] for name in options.models}
-    rows = ()
-    if options.smoke:
-        options.repeats, problems = 2, SMOKE
-    elif options.growth:
+def experiment(run: harness.Run) -> None:
+    """Measures what the results do not hold, and prints the table."""
+    options = run.options
+    problems = {name: (cost.SMOKE | MODELS)[name] for name in options.models}
+    rows: tuple[str, ...] = ()
+    if options.growth:
         rows = GROWTH_ROWS
         problems = {
             name: partial(problem, mlp, (784,), batch, mlp.classes)
             for name, (mlp, batch) in GROWTH.items()
         }
-    results = {}
-    for name, make in problems.items():
-        results[name] = measure(name, make(), options.repeats, rows)
-        save(options.out, name, results[name], repeats=options.repeats)
-    print_table("Ratio to one gradient of the batch", results)
+    results = {
+        name: run.cell(
+            lambda name=name, make=make: measure(name, make(), options.repeats, rows),
+            model=name,
+            repeats=options.repeats,
+        )
+        for name, make in problems.items()
+    }
+    cost.print_tables("Ratio to one gradient of the batch", results)
+
+
+def add_options(add):
+    names = [name for name in MODELS if name != "gpt2"]
+    add("--models", nargs="+", choices=[*MODELS, *cost.SMOKE], default=names)
+    add("--growth", action="store_true", help="growth of the cost")
+    add("--repeats", type=harness.whole, default=5)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"models": list(cost.SMOKE), "repeats": 2}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,15 +3,14 @@
 With parameters, batch, classes, depth (a scan over layers) and devices: the time of
 each step relative to the base step of the same problem. A flat line means that the
 overhead does not grow. Devices are those of XLA on one CPU, so that only ratios say
-something.
+something. A point is measured again, up to --rounds times, until the quartiles of all
+its rows are within a tenth of the median; what stays wider is drawn with them.
 
     python benchmarks/growth.py
-    python benchmarks/growth.py --smoke        # to see that it runs
 """
 
-import argparse
 import os
-import pathlib
+import sys
 
 
 # Before jax starts.
@@ -19,24 +18,21 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import harness
 import jax
 import jax.numpy as jnp
-from cost import MLP, Problem, problem, save
-from rich.console import Console
-from rich.table import Table
-from step_time import measure, OPTIMIZERS
+import show
+from cost import MLP, Problem, problem
+from steps import measure, OPTIMIZERS
 
 
-HERE = pathlib.Path(__file__).parent
-RESULTS = HERE / "results" / "growth.json"
-FIGURE = HERE / "figures" / "growth.png"
 ROWS = {
     "base": "base step",
-    "two gradients by hand": "SAM by hand",
-    "SAM, no metrics": "SAM",
-    "SAM": "SAM with metrics",
-    "Fisher SAM, empirical, fused, no metrics": "Fisher SAM, exact empirical F",
-    "Fisher SAM, exact, no metrics": "Fisher SAM, exact F",
+    "SAM by hand": "SAM by hand",
+    "SAM": "SAM",
+    "SAM, value_and_grad, metrics": "SAM with metrics",
+    "Fisher SAM, empirical, one pass": "Fisher SAM, exact empirical F",
+    "Fisher SAM, exact": "Fisher SAM, exact F",
 }
 
 
@@ -100,73 +96,94 @@ SMOKE = {
 }
 
 
-def draw(results, path):
-    """Draws one panel for each kind of growth."""
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(
-        1, len(results), figsize=(3.1 * len(results), 3.4), sharey=True, squeeze=False
+def spread_of(facts) -> float:
+    """Returns how far the quartiles of a row are from its median, the widest row."""
+    pairs = ((f["ratio"], f["quartiles"]) for f in facts.values())
+    return max(
+        max(abs(q / middle - 1) for q in quartiles) for middle, quartiles in pairs
     )
-    colors = ("#000000", "#999999", "#0072B2", "#56B4E9", "#009E73", "#D55E00")
-    styles = ("-", "--", "-", ":", "-.", (0, (5, 1, 1, 1)))
+
+
+def settled(make, repeats: int, rounds: int):
+    """Measures with more and more repeats until the quartiles are near the median."""
+    model, facts = make(), {}
+    for number in range(rounds):
+        facts = measure(model, OPTIMIZERS["sgd"], repeats * 2**number, ROWS, steps=1)
+        if spread_of(facts) <= 0.1:
+            break
+    return facts
+
+
+def draw(results, path):
+    """Draws one panel for each kind of growth, quartiles as bars."""
+    fig, axes = show.figure(
+        *(1, len(results), "What a step costs stays where it is as the problem grows"),
+        figsize=(3.1 * len(results), 4.2),
+        sharey=True,
+    )
+    colors = "#000000", show.GREY, show.BLUE, show.SKY, show.GREEN, show.VERMILLION
+    styles = "-", "--", "-", ":", "-.", (0, (5, 1, 1, 1))
     for ax, (kind, points) in zip(axes[0], results.items(), strict=True):
+        x = [float(point) for point in points]
         for (row, label), color, style in zip(
             ROWS.items(), colors, styles, strict=True
         ):
-            shown = [p for p in points if row in points[p]]
-            ratios = [points[p][row]["ratio"] for p in shown]
-            x = [float(p) for p in shown]
-            ax.plot(x, ratios, ls=style, color=color, marker="o", ms=3, label=label)
+            shown = [(float(p), f[row]) for p, f in points.items() if row in f]
+            middles = [f["ratio"] for _, f in shown]
+            ends = [
+                [abs(f["ratio"] - f["quartiles"][i]) for _, f in shown] for i in (0, 1)
+            ]
+            look = {"ls": style, "color": color, "marker": "o", "ms": 3}
+            ax.errorbar([p for p, _ in shown], middles, ends, label=label, **look)
         ax.set_xscale("log")
-        ax.set_xticks(x := [float(p) for p in points], list(points))
+        ax.set_xticks(x, list(points))
         ax.minorticks_off()
         ax.set_xlim(x[0] / 1.3, x[-1] * 1.3)
         ax.set_xlabel(kind)
-        ax.grid(alpha=0.3)
     axes[0, 0].set_yscale("log", base=2)
-    axes[0, 0].set_yticks(
-        [1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"]
-    )
+    ticks = 1, 1.5, 2, 3, 4, 6, 8
+    axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0, 0].set_ylabel("time of a step / base step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, ncols=3, frameon=False, loc="upper center", fontsize=9)
-    fig.tight_layout(rect=(0, 0, 1, 0.86))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    fig.legend(handles, labels, ncols=3, loc="outside lower center", fontsize=9)
+    show.save(fig, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the figures, prints the table and draws the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--figure", type=pathlib.Path, default=FIGURE)
-    parser.add_argument("--smoke", action="store_true", help="two tiny repeats")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.repeats = 2
-    results = {}
-    table = Table(title="Ratio to the base step")
-    table.add_column("")
-    for label in list(ROWS.values())[1:]:
-        table.add_column(label, justify="right")
+def experiment(run: harness.Run) -> None:
+    """Measures what the results do not hold, prints the table and draws the picture."""
+    options, results, rows = run.options, {}, []
+    settings = {"repeats": options.repeats, "rounds": options.rounds}
     for kind, points in (SMOKE if options.smoke else GROWTH).items():
+        if kind not in options.kinds:
+            continue
         results[kind] = {}
         for point, make in points.items():
-            name = f"{kind} {point}"
-            facts = measure(
-                name, make(), OPTIMIZERS["sgd"], options.repeats, ROWS, steps=1
+            facts = run.cell(
+                lambda make=make: settled(make, **settings),
+                **{"kind": kind, "point": point},
+                **settings,
             )
             results[kind][point] = facts
-            cells = [f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS]
-            table.add_row(name, *cells[1:])
-        save(options.out, kind, results[kind], repeats=options.repeats)
-    Console(width=120).print(table)
-    draw(results, options.figure)
+            cells = (f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS)
+            rows.append([f"{kind} {point}", *[*cells][1:], f"{spread_of(facts):.0%}"])
+    short = "SAM by\nhand", "SAM", "with\nmetrics", "empirical\nF", "exact\nF", "spread"
+    caption = "Spread: the widest quartile of the row, from its median."
+    show.table("Time of a step over the base step", ["", *short], rows, caption)
+    draw(results, run.picture())
+
+
+def add_options(add):
+    add("--kinds", nargs="+", choices=GROWTH, default=list(GROWTH))
+    add("--repeats", type=harness.whole, default=9)
+    add("--rounds", type=harness.whole, default=3, help="each of twice the repeats")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"repeats": 2, "rounds": 1}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

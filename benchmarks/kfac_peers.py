@@ -11,23 +11,22 @@ It wants an environment of its own, since kfac-jax 0.0.8 does not run on jax 0.1
 
     pip install jax==0.7.0 optax==0.2.5 flax==0.11.2 rich . kfac-jax==0.0.8
     python benchmarks/kfac_peers.py
-    python benchmarks/kfac_peers.py --smoke
 """
 
-import argparse
-import pathlib
+import sys
 from functools import partial
 
+import cost
+import harness
 import jax
 import jax.numpy as jnp
 import kfac_jax
 import optax
-from cost import compiled, print_table, Problem, PROBLEMS, ratios, save, SMOKE
+from cost import compiled, Problem, ratios
 
 import fsam_optax as fsam
 
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "kfac_peers.json"
 MODES = {
     "empirical": ("fisher_empirical", fsam.fisher_empirical),
     "one drawn label": ("fisher_gradients", fsam.fisher_i1),
@@ -98,7 +97,7 @@ def measure(name: str, model: Problem, repeats: int):
             continue
         programs[row] = partial(program, model.params, model.batch)
         found[row] = programs[row]()
-    for row, ratio in ratios(programs, repeats, name).items():
+    for row, ratio in ratios(programs, repeats).items():
         facts[row] |= ratio
         mine = found.get(f"{row.partition(':')[0]}: fsam_optax")
         if "kfac" in row and "drawn" not in row and mine is not None:
@@ -110,25 +109,34 @@ def measure(name: str, model: Problem, repeats: int):
     return facts
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the figures and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def experiment(run: harness.Run) -> None:
+    """Measures what the results do not hold, and prints the table."""
+    options = run.options
+    results = {
+        name: run.cell(
+            lambda name=name: measure(
+                name, (cost.SMOKE | cost.PROBLEMS)[name](), options.repeats
+            ),
+            model=name,
+            repeats=options.repeats,
+        )
+        for name in options.models
+    }
+    cost.print_tables("Ratio to one gradient of the batch", results)
+
+
+def add_options(add):
+    names = [*cost.PROBLEMS]
+    add("--models", nargs="+", choices=[*names, *cost.SMOKE], default=names)
+    add("--repeats", type=harness.whole, default=5)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"models": list(cost.SMOKE), "repeats": 2}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
     )
-    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="two tiny repeats")
-    options = parser.parse_args(arguments)
-    problems = {name: PROBLEMS[name] for name in options.models}
-    if options.smoke:
-        options.repeats, problems = 2, SMOKE
-    results = {}
-    for name, make in problems.items():
-        results[name] = measure(name, make(), options.repeats)
-        save(options.out, name, results[name], repeats=options.repeats)
-    print_table("Ratio to one gradient of the batch", results)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,5 @@
 """The methods that are compared, each as a training step at its published defaults."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -72,6 +71,10 @@ METHODS = {
     "MSAM": Method(passes=1),
 }
 
+NEEDS = {"GSAM": "surrogate_gap", "WSAM": "extrapolate"}
+NEEDS |= {"Friendly SAM": "friendly", "MSAM": "msam"}
+METHODS = {n: m for n, m in METHODS.items() if hasattr(fsam, NEEDS.get(n, "sam"))}
+
 
 class Stepper(NamedTuple):
     """How a method trains.
@@ -114,10 +117,6 @@ def stepper(name: str, loss: Any, optimizer: Any, rho: Any) -> Stepper:
     if "descent" in settings:
         make, alpha = DESCENTS[settings["descent"]]
         settings["descent"] = getattr(fsam, make)(alpha)
-    if "empirical_fisher" in settings and not _NEW:
-        del settings["empirical_fisher"]
-        estimator = fsam.fisher_empirical(loss.apply_fn, loss.likelihood)
-        ball = fisher(estimator, name.split(", ")[-1], rho)
     return around(fsam.value_and_grad(loss, ball, metrics=False, **settings), optimizer)
 
 
@@ -134,9 +133,6 @@ def around(oracle: Any, optimizer: Any, oracle_init: Any = None) -> Stepper:
         return value, optax.apply_updates(params, updates), (oracle_state, base_state)
 
     return Stepper(init, step, lambda params, state: params)
-
-
-_NEW = "empirical_fisher" in inspect.signature(fsam.value_and_grad).parameters
 
 
 def grid(

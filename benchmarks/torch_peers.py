@@ -8,27 +8,20 @@ frameworks. It wants an environment of its own:
     pip install torch==2.13.0 numpy packaging rich
     pip install --no-deps backpack-for-pytorch unfoldNd einops pytorch_optimizer
     python benchmarks/torch_peers.py
-    python benchmarks/torch_peers.py --smoke
 
 `torch.compile` is used for the steps where it works. BackPACK: diagonals by the
 extensions SumGradSquared (empirical), DiagGGNMC (one drawn label) and DiagGGNExact.
 """
 
-import argparse
-import json
-import pathlib
-import platform
 import statistics
+import sys
 import time
 from functools import partial
 
+import harness
+import show
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
-
-
-RESULTS = pathlib.Path(__file__).parent / "results" / "torch_peers.json"
 
 
 def mlp():
@@ -121,7 +114,8 @@ PROBLEMS = {
     "mlp-512": (mlp, (784,), 512),
     "cnn": (cnn, (3, 32, 32), 128),
     "resnet": (resnet, (3, 32, 32), 32),
-    "transformer": (Transformer, (64,), 32),
+    "transf.": (Transformer, (64,), 32),
+    "tiny": (mlp, (784,), 4),
 }
 
 
@@ -262,62 +256,61 @@ def steps(make, x, y, repeats, compiled):
     return ratios(runs, repeats)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measures, writes the figures and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="two repeats of one model")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    problems = {name: PROBLEMS[name] for name in options.models}
-    if options.smoke:
-        options.repeats, problems = 2, {"mlp": (mlp, (784,), 4)}
+def everything(name, repeats):
+    """Returns the facts of a model."""
     torch.manual_seed(0)
-    results = {}
-    for name, (make, shape, batch) in problems.items():
-        x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
-        if make is Transformer:
-            x = torch.randint(1000, (batch, *shape))
-        groups = {
-            "diagonals": partial(diagonals, make, x, y, options.repeats),
-            "steps, eager": partial(steps, make, x, y, options.repeats, False),
-            "steps, compile": partial(steps, make, x, y, options.repeats, True),
-        }
-        results[name] = {"repeats": options.repeats}
-        for group, measured in groups.items():
-            try:
-                found = measured()
-            except Exception as error:  # No compiler on this machine, for instance.
-                found = {"all": f"failed: {type(error).__name__}: {str(error)[:200]}"}
-            results[name][group] = found
-    before = {}
-    if options.out.exists() and not options.smoke:
-        before = json.loads(options.out.read_text())["results"]
-    record = {
-        "torch": torch.__version__,
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "results": {**before, **results},
+    make, shape, batch = PROBLEMS[name]
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    if make is Transformer:
+        x = torch.randint(1000, (batch, *shape))
+    found = {}
+    for group, measured in {
+        "diagonals": partial(diagonals, make, x, y, repeats),
+        "steps, eager": partial(steps, make, x, y, repeats, False),
+        "steps, compile": partial(steps, make, x, y, repeats, True),
+    }.items():
+        try:
+            found[group] = measured()
+        except Exception as error:  # No compiler on this machine, for instance.
+            text = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            found[group] = {"all": text}
+    return found
+
+
+def experiment(run: harness.Run) -> None:
+    """Measures what the results do not hold, and prints the table."""
+    options = run.options
+    torch.set_num_threads(options.threads)
+    settings = {"threads": options.threads, "repeats": options.repeats}
+    results = {
+        name: run.cell(
+            partial(everything, name, options.repeats), model=name, **settings
+        )
+        for name in options.models
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    table = Table(title="PyTorch: time relative to the first row of each group")
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
     for group in ("diagonals", "steps, eager", "steps, compile"):
-        rows = dict.fromkeys(row for r in results.values() for row in r[group])
-        for row in rows:
+        rows = []
+        for row in dict.fromkeys(row for r in results.values() for row in r[group]):
             cells = [r[group].get(row, "-") for r in results.values()]
             cells = [f"{c:.2f}" if isinstance(c, float) else c[:6] for c in cells]
-            table.add_row(f"{group}: {row}", *cells)
-    Console(width=120).print(table)
+            rows.append([row, *cells])
+        title = f"PyTorch, {group}: time relative to the first row"
+        show.table(title, ["", *results], rows)
+
+
+def add_options(add):
+    names = [name for name in PROBLEMS if name != "tiny"]
+    add("--models", nargs="+", choices=PROBLEMS, default=names)
+    add("--threads", type=harness.whole, default=torch.get_num_threads())
+    add("--repeats", type=harness.whole, default=11)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"models": ["tiny"], "repeats": 2}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
