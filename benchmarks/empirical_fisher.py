@@ -12,15 +12,6 @@ Approximation for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.125
 
     python benchmarks/empirical_fisher.py               # about ten minutes of one core
 
-A part of a typical printout:
-
-                                                final     paper's      loss   least
-    data                 method step, damp.      loss step, damp.     there    loss
-    ───────────────────────────────────────────────────────────────────────────────
-    Breast c. diagnostic GD       -5.125, -    0.4647   -5.125, -    0.4647       0
-                         NGD     0.125, -10 0.0005038  0.125, -10 0.0005038
-                         EFGD    -1.25, -10   0.01034  -1.25, -10   0.01035
-
 It cannot. At the minimum it is the Fisher only where the model is right, and more data
 do not help where it is not. On the way there its direction may be opposite to the
 natural one, and its step of any length: on most data it still arrives, with a step
@@ -38,40 +29,27 @@ the share of Black residents, made on the premise that it bears on house prices,
 scikit-learn has removed them for that; they serve here to compare with the paper only.
 """
 
-import argparse
 import functools
-import importlib.metadata
-import json
-import platform
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from generalization import differences, plain, spread, write
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+import show
 
 import fsam_optax
 
 
-HERE = Path(__file__).parent
 METHODS = ("GD", "NGD", "EFGD")
-# Okabe and Ito's palette.
-COLOURS = {"GD": "#000000", "NGD": "#0072b2", "EFGD": "#d55e00"}
+COLOURS = {"GD": show.BLACK, "NGD": show.BLUE, "EFGD": show.VERMILLION}
 STYLES = {"GD": ":", "NGD": "-", "EFGD": "--"}
-MUTED = "#5f6368"
 STEP_SIZES = np.logspace(-20, 10, 241)
 DAMPINGS = np.logspace(-10, 10, 41)
-
-messages = Console(stderr=True)
 
 
 class Regression(NamedTuple):
@@ -159,31 +137,31 @@ STARTS = np.array([[2, 4.5], [1, 0], [4.5, 3], [-0.5, 3]])
 LENGTHS = {"GD": 1 / 3, "NGD": 1.0, "EFGD": 3.0}
 
 
-def fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Computes the vector fields and a trajectory from each start."""
-    steps = 60 if options.smoke else 50_000
+def field(method: str, steps: int) -> dict[str, Any]:
+    """Computes the vector field of a method and a trajectory from each start."""
     problem = fields_problem()
     across = np.linspace(-1, 5, 15)
     grid = jnp.asarray(np.stack(np.meshgrid(across, across), -1).reshape(-1, 2))
     minimum = np.linalg.lstsq(problem.x, problem.y)[0]
-    record = {"minimum": minimum, "methods": {}}
-    for method in METHODS:
-        direction = direction_fn(problem, method, 1e-8)
-        velocity = lambda w, f=direction, m=method: -LENGTHS[m] * f(w)  # noqa: E731
+    direction = direction_fn(problem, method, 1e-8)
 
-        def walk(start, velocity=velocity):
-            step = lambda w, _: (w + 1e-3 * velocity(w), w)  # noqa: E731
-            return jax.lax.scan(step, start, None, length=steps)[1]
+    def velocity(w):
+        return -LENGTHS[method] * direction(w)
 
-        paths = np.asarray(jax.jit(jax.vmap(walk))(jnp.asarray(STARTS)))
-        away = np.linalg.norm(paths[:, -1] - minimum, axis=-1)
-        record["methods"][method] = {
-            "arrows": jax.jit(jax.vmap(velocity))(grid),
-            # Enough points to draw the curve.
-            "paths": paths[:, :: max(1, steps // 250)],
-            "final_distance": away,
-        }
-    return record
+    def walk(start):
+        def step(w, _):
+            return w + 1e-3 * velocity(w), w
+
+        return jax.lax.scan(step, start, None, length=steps)[1]
+
+    paths = np.asarray(jax.jit(jax.vmap(walk))(jnp.asarray(STARTS)))
+    return {
+        "minimum": minimum,
+        "arrows": jax.jit(jax.vmap(velocity))(grid),
+        # Enough points to draw the curve.
+        "paths": paths[:, :: max(1, steps // 250)],
+        "final_distance": np.linalg.norm(paths[:, -1] - minimum, axis=-1),
+    }
 
 
 # 2. Misspecified models.
@@ -247,34 +225,20 @@ def matrices_at_minimum(kind: str, x: jax.Array, y: jax.Array):
     return w, fisher, empirical, jax.hessian(mean_loss(problem))(w)
 
 
-def misspecified(options: argparse.Namespace) -> dict[str, Any]:
-    """Compares the matrices at the minimum, for right and wrong models."""
-    sizes = (100,) if options.smoke else (1000, 100_000)
-    record: dict[str, Any] = {"sizes": sizes}
-    for kind, make in MAKERS.items():
-        record[kind] = {}
-        for case in CASES:
-            errors = {size: {"empirical": [], "hessian": []} for size in sizes}
-            for size in sizes:
-                for seed in range(options.seeds):
-                    problem = make(case, size, seed)
-                    w, fisher, empirical, hessian = map(
-                        np.asarray, matrices_at_minimum(kind, problem.x, problem.y)
-                    )
-                    for name, matrix in (
-                        ("empirical", empirical),
-                        ("hessian", hessian),
-                    ):
-                        error = np.linalg.norm(matrix - fisher) / np.linalg.norm(fisher)
-                        errors[size][name].append(error)
-                    if seed == 0 and size == sizes[0]:
-                        record[kind][case] = {
-                            "minimum": w,
-                            "fisher": fisher,
-                            "empirical": empirical,
-                        }
-            record[kind][case]["relative_error"] = errors
-    return record
+def misspecified(kind: str, case: str, size: int, seeds: int) -> dict[str, Any]:
+    """Compares the matrices at the minimum; keeps those of the first seed."""
+    found = []
+    for seed in range(seeds):
+        problem = MAKERS[kind](case, size, seed)
+        found.append(jax.device_get(matrices_at_minimum(kind, problem.x, problem.y)))
+
+    def errors(index):
+        pairs = ((every[index], every[1]) for every in found)
+        return [np.linalg.norm(m - f) / np.linalg.norm(f) for m, f in pairs]
+
+    w, fisher, empirical, _ = found[0]
+    first = {"minimum": w, "fisher": fisher, "empirical": empirical}
+    return {**first, "error": {"empirical": errors(2), "hessian": errors(3)}}
 
 
 # 3. Optimisation on real data.
@@ -486,10 +450,9 @@ def final_losses(
 
 
 def search(
-    problem: Regression, method: str, options: argparse.Namespace, advance: Callable
+    problem: Regression, method: str, step_sizes, dampings, iterations: int
 ) -> dict[str, Any]:
     """Tries every setting of the grid and returns the one with the least final loss."""
-    step_sizes, dampings = options.step_sizes, options.dampings
     dampings = dampings[:1] if method == "GD" else dampings
     table, best = [], np.inf
     for damping in dampings:
@@ -498,13 +461,12 @@ def search(
             method,
             step_sizes,
             np.full(len(step_sizes), damping),
-            options.iterations,
+            iterations,
             # All that come within a per cent are counted.
             1.01 * best,
         )
         best = min(best, losses.min())
         table.append(losses)
-        advance()
     table = np.array(table)
     row, column = np.unravel_index(np.argmin(table), table.shape)
     return {
@@ -555,40 +517,20 @@ def follow(
     return path
 
 
-def optimise(name: str, options: argparse.Namespace, progress) -> dict[str, Any]:
-    """Searches the grid for each method on one data set and follows the best runs."""
-    problem, source = load(name, options.data_dir), SOURCES[name]
-    bar = progress.add_task(name, total=2 * len(options.dampings) + 1, note="")
-    record = {"examples": len(problem.y), "rank": problem.x.shape[1], "methods": {}}
-    for method in METHODS:
-        progress.update(bar, note=method)
-        chosen = search(problem, method, options, lambda: progress.advance(bar))
-        step_size, damping = 10 ** np.array(source.paper[method])
-        at_paper = final_losses(
-            problem,
-            method,
-            np.array([step_size]),
-            np.nan_to_num(np.array([damping])),
-            options.iterations,
-        )
-        record["methods"][method] = {
-            **chosen,
-            **follow(problem, method, chosen, options.iterations),
-            "loss_at_the_settings_of_the_paper": at_paper[0],
-        }
-    record["minimum"] = least_loss(problem)
-    return record
-
-
-def progress_bars() -> Progress:
-    """Returns live bars on the error stream, so that the output is only the tables."""
-    return Progress(
-        TextColumn("{task.description:>24}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
-        TimeElapsedColumn(),
-        console=messages,
-    )
+def optimise(problem, source, method, step_sizes, dampings, iterations) -> Any:
+    """Searches the grid for a method on one data set and follows the best run."""
+    chosen = search(problem, method, step_sizes, dampings, iterations)
+    step_size, damping = 10 ** np.array(source.paper[method])
+    printed = np.array([step_size]), np.nan_to_num(np.array([damping]))
+    (at_paper,) = final_losses(problem, method, *printed, iterations)
+    followed = follow(problem, method, chosen, iterations)
+    return {
+        **{"examples": len(problem.y), "rank": problem.x.shape[1]},
+        **chosen,
+        **followed,
+        "loss_at_the_settings_of_the_paper": at_paper,
+        "least_loss": least_loss(problem),
+    }
 
 
 def least_loss(problem: Regression) -> float:
@@ -613,153 +555,61 @@ def least_loss(problem: Regression) -> float:
 # Results.
 
 
-def header(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what a reader needs to repeat a run."""
-    packages = ("fsam_optax", "jax", "optax", "numpy", "scipy", "scikit-learn")
-    return {
-        "command": options.command,
-        "settings": {
-            "smoke": options.smoke,
-            "seeds": options.seeds,
-            "iterations": options.iterations,
-            "step_sizes": len(options.step_sizes),
-            "dampings": len(options.dampings),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-    }
-
-
-def resume(new: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Returns the content of `file`, or `new` where there is none.
-
-    Raises:
-        SystemExit: If the file was made with other settings or versions.
-    """
-    new = plain(new)
-    if not file.exists():
-        return new
-    old = json.loads(file.read_text())
-    differing = [
-        f"  {name}: {before} there, {now} here"
-        for part in ("settings", "versions")
-        for name, before, now in differences(old.get(part, {}), new[part])
-    ]
-    if differing:
-        raise SystemExit(
-            f"{file} was made with something else:\n"
-            + "\n".join(differing)
-            + "\nName another folder in --out, or delete this one."
-        )
-    return old
-
-
 def number(value: Any, form: str) -> str:
     """Formats a number of the results; a dash for null."""
     return "-" if value is None or not np.isfinite(value) else f"{value:{form}}"
 
 
-def print_tables(results: dict[str, Any]) -> None:
+def print_tables(errors: dict[str, Any], runs: dict[str, Any]) -> None:
     """Prints both tables."""
-    record = results["misspecified"]
-    table = Table(
-        title="Distance of a matrix from the Fisher at the minimum",
-        caption="Frobenius norm of the difference over that of the Fisher; "
-        "mean ± standard deviation over data seeds.",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("model")
-    for size in record["sizes"]:
-        table.add_column(f"emp. Fisher, N = {size}", justify="right")
-    table.add_column("Hessian", justify="right")
+    sizes = list(dict.fromkeys(size for _, _, size in errors))
+    rows = []
     for kind in MAKERS:
         for case in CASES:
-            errors = record[kind][case]["relative_error"]
-            values = [
-                spread(errors[str(n)]["empirical"], ".3f") for n in record["sizes"]
-            ]
-            most = max(max(errors[str(n)]["hessian"]) for n in record["sizes"])
-            table.add_row(f"{kind}, {case}", *values, f"{most:.0e}")
-    console = Console()
-    console = console if console.is_terminal else Console(width=100)
-    console.print(table)
-
-    table = Table(
-        title="Settings chosen by the final loss, and the paper's",
-        caption="Step size and damping as log10; the last column counts the settings "
-        "of the grid whose final loss is within 1 % of the best, of 241 for GD and "
-        "9881 for the others.",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
+            found = [errors[kind, case, size]["error"] for size in sizes]
+            cells = (show.cell(e["empirical"], ".3f") for e in found)
+            most = max(max(e["hessian"]) for e in found)
+            rows.append([f"{kind}, {case}", *cells, f"{most:.0e}"])
+    headings = ["model", *(f"emp. Fisher,\nN = {n}" for n in sizes), "Hessian"]
+    caption = (
+        "Frobenius norm of the difference over that of the Fisher; mean ± standard "
     )
-    for heading in ("data", "method"):
-        table.add_column(heading, no_wrap=True)
-    for heading in (
-        "step, damp.",
-        "final\nloss",
-        "paper's\nstep, damp.",
-        "loss\nthere",
-        "least\nloss",
-        "good\nsettings",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, data in results["optimisation"].items():
-        for method, record in data["methods"].items():
+    title = "Distance of a matrix from the Fisher at the minimum"
+    show.table(title, headings, rows, caption + "error over data seeds.")
+    rows = []
+    for name, by_method in runs.items():
+        for method, record in by_method.items():
             paper = SOURCES[name].paper[method]
-            table.add_row(
-                SOURCES[name].title if method == "GD" else "",
-                method,
-                f"{number(record['log10_step_size'], 'g')}, "
-                f"{number(record['log10_damping'], 'g')}",
-                number(record["losses"][-1], ".4g"),
-                f"{number(paper[0], 'g')}, {number(paper[1], 'g')}",
-                number(record["loss_at_the_settings_of_the_paper"], ".4g"),
-                number(np.round(data["minimum"], 9), ".4g") if method == "GD" else "",
-                str(record["settings_within_1_percent"]),
+            rows.append(
+                [
+                    SOURCES[name].title if method == "GD" else "",
+                    method,
+                    f"{number(record['log10_step_size'], 'g')}, "
+                    f"{number(record['log10_damping'], 'g')}",
+                    number(record["losses"][-1], ".4g"),
+                    f"{number(paper[0], 'g')}, {number(paper[1], 'g')}",
+                    number(record["loss_at_the_settings_of_the_paper"], ".4g"),
+                    number(np.round(record["least_loss"], 9), ".4g"),
+                    str(record["settings_within_1_percent"]),
+                ]
             )
-        table.add_section()
-    console.print(table)
-
-
-def new_figure(rows: int, columns: int, **settings: Any):
-    """Returns a Matplotlib figure and its axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": MUTED,
-            "axes.titlesize": 10,
-            "axes.labelsize": 9,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-        }
-    )
-    return plt.subplots(rows, columns, layout="constrained", dpi=130, **settings)
-
-
-def save(figure, file: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    plt.close(figure)
+    headings = ["data", "method", "step, damp.", "final\nloss", "paper's\nstep, damp."]
+    headings += ["loss\nthere", "least\nloss", "good\nsettings"]
+    caption = "Step size and damping as log10. Good: settings of the grid whose final "
+    caption += "loss is within 1 % of the best, of 241 for GD and 9881 for the others."
+    title = "Settings chosen by the final loss, and the paper's"
+    show.table(title, headings, rows, caption, first=20)
 
 
 def plot_fields(record: dict[str, Any], file: Path) -> None:
     """Draws the data and the three vector fields with their trajectories."""
-    figure, axes = new_figure(1, 4, figsize=(11, 3))
+    headline = "On its way the empirical Fisher may point elsewhere"
+    figure, axes = show.figure(1, 4, headline, figsize=(11, 3.5))
+    axes = axes[0]
     problem = fields_problem()
     x, y = problem.x[:, 1], problem.y
-    intercept, slope = record["minimum"]
-    axes[0].plot(x, y, ".", color=MUTED, markersize=3, alpha=0.35, mew=0)
+    intercept, slope = record["GD"]["minimum"]
+    axes[0].plot(x, y, ".", color=show.GREY, markersize=3, alpha=0.35, mew=0)
     line = np.array([0, 9])
     axes[0].plot(line, intercept + slope * line, color="black", lw=1.5)
     axes[0].set(title="data", xlabel="x", ylabel="y", xlim=(0, 9), ylim=(-1, 21))
@@ -767,7 +617,7 @@ def plot_fields(record: dict[str, Any], file: Path) -> None:
     lengths = np.linspace(-1, 5, 60)
     loss = loss_over_square(problem, np.array([2.0, 2.0]), 3.0)
     for axis, method in zip(axes[1:], METHODS, strict=True):
-        data = record["methods"][method]
+        data = record[method]
         arrows = np.array(data["arrows"]).reshape(15, 15, 2)
         axis.contour(lengths, lengths, loss, 7, colors="#c9cdd2", linewidths=0.8)
         axis.quiver(
@@ -787,7 +637,7 @@ def plot_fields(record: dict[str, Any], file: Path) -> None:
         axis.set(title=method, xlabel="intercept", xlim=(-1, 5), ylim=(-1, 5))
         axis.set_aspect("equal")
     axes[1].set_ylabel("slope")
-    save(figure, file)
+    show.save(figure, file)
 
 
 def loss_over_square(problem: Regression, centre: np.ndarray, reach: float):
@@ -807,13 +657,14 @@ def ellipse(matrix: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return centre[:, None] + 3 * vectors @ (circle / np.sqrt(values)[:, None])
 
 
-def plot_misspecified(record: dict[str, Any], file: Path) -> None:
+def plot_misspecified(errors: dict[Any, Any], size: int, file: Path) -> None:
     """Draws data and ellipses of both matrices."""
-    figure, axes = new_figure(4, 3, figsize=(8.4, 10))
-    size = record["sizes"][0]
+    headline = "At the minimum it is the Fisher only where the model is right"
+    figure, axes = show.figure(4, 3, headline, figsize=(8.4, 10.6))
     for row, kind in ((0, "logistic"), (2, "linear")):
         for column, case in enumerate(CASES):
-            data = {k: np.array(v) for k, v in record[kind][case].items()}
+            data = errors[kind, case, size]
+            data = {k: np.array(v) for k, v in data.items() if k != "error"}
             problem, w = MAKERS[kind](case, size, 0), data["minimum"]
             x, y = problem.x, problem.y
             top, bottom = axes[row, column], axes[row + 1, column]
@@ -858,20 +709,20 @@ def plot_misspecified(record: dict[str, Any], file: Path) -> None:
                 if not column:
                     axis.set_ylabel(b)
     handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    save(figure, file)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    show.save(figure, file)
 
 
 def plot_optimisation(record: dict[str, Any], file: Path) -> None:
     """Draws the loss of the chosen runs and the cosine between both directions."""
     columns = min(4, len(record))
     blocks = -(-len(record) // columns)
-    figure, axes = new_figure(
+    figure, axes = show.figure(
         2 * blocks,
         columns,
-        figsize=(2.75 * columns, 3.6 * blocks),
+        "With a search for step and damping it mostly arrives, later than the Fisher",
+        figsize=(2.75 * columns, 3.6 * blocks + 0.5),
         height_ratios=[2.2, 1] * blocks,
-        squeeze=False,
         sharex=True,
     )
     for axis in axes.ravel():
@@ -879,7 +730,7 @@ def plot_optimisation(record: dict[str, Any], file: Path) -> None:
     for index, (name, data) in enumerate(record.items()):
         row, column = 2 * (index // columns), index % columns
         top, bottom = axes[row, column], axes[row + 1, column]
-        for method, run in data["methods"].items():
+        for method, run in data.items():
             losses = np.array(run["losses"], float)
             top.plot(
                 losses,
@@ -888,9 +739,9 @@ def plot_optimisation(record: dict[str, Any], file: Path) -> None:
                 lw=2,
                 label=method,
             )
-        cosines = np.array(data["methods"]["EFGD"]["cosines"], float)
+        cosines = np.array(data["EFGD"]["cosines"], float)
         bottom.plot(cosines, ".", color=COLOURS["EFGD"], markersize=3)
-        bottom.axhline(0, color=MUTED, lw=0.8)
+        bottom.axhline(0, color=show.GREY, lw=0.8)
         bottom.set(ylim=(-1.08, 1.08), yticks=[-1, 0, 1], xlabel="iteration")
         top.set_yscale("log")
         top.set_title(SOURCES[name].title)
@@ -902,69 +753,74 @@ def plot_optimisation(record: dict[str, Any], file: Path) -> None:
             top.set_ylabel("training loss")
             bottom.set_ylabel("cosine")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    save(figure, file)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    show.save(figure, file)
 
 
-# Command line.
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    add = parser.add_argument
-    add(
-        "--data-dir",
-        type=Path,
-        default=HERE.parent.parent / "shared" / "data",
-        help="folder of the data files; default ../shared/data beside the project",
-    )
-    add("--datasets", nargs="+", choices=SOURCES, default=list(SOURCES))
-    add("--seeds", type=int, default=20, help="of the data of part 2")
-    add("--out", type=Path, default=HERE, help="holds the folders results and figures")
-    add("--smoke", action="store_true", help="a little of everything, for CI")
-    options = parser.parse_args(arguments)
-    options.iterations, options.step_sizes, options.dampings = 100, STEP_SIZES, DAMPINGS
+def experiment(run: harness.Run) -> None:
+    """Runs what is missing in the results, then prints and draws everything."""
+    options = run.options
+    jax.config.update("jax_enable_x64", True)
+    steps = 60 if options.smoke else 50_000
+    found = {
+        method: run.cell(
+            functools.partial(field, method, steps),
+            **{"part": "field", "method": method, "steps": steps},
+        )
+        for method in METHODS
+    }
+    sizes = (100,) if options.smoke else (1000, 100_000)
+    errors = {}
+    for kind in MAKERS:
+        for case in CASES:
+            for size in sizes:
+                compute = functools.partial(
+                    *(misspecified, kind, case, size, options.seeds)
+                )
+                errors[kind, case, size] = run.cell(
+                    compute,
+                    **{"part": "misspecified", "model": kind, "case": case},
+                    **{"size": size, "seeds": options.seeds},
+                )
+    step_sizes, dampings = STEP_SIZES, DAMPINGS
     if options.smoke:
-        options.iterations, options.seeds = 5, 2
-        options.step_sizes, options.dampings = STEP_SIZES[::20], DAMPINGS[::10]
-        options.datasets = ["wine"]
-    options.command = shlex.join(
-        ["python", "benchmarks/empirical_fisher.py", *arguments]
-    )
-    return options
+        step_sizes, dampings = STEP_SIZES[::20], DAMPINGS[::10]
+    runs = {}
+    for name in options.datasets:
+        try:
+            problem = load(name, options.data_dir)
+        except FileNotFoundError as error:
+            harness.say(f"{name} is left out: no file {error.filename}")
+            continue
+        grid = step_sizes, dampings, options.iterations
+        runs[name] = {
+            method: run.cell(
+                functools.partial(optimise, problem, SOURCES[name], method, *grid),
+                **{"part": "optimisation", "data": name, "method": method},
+                **{"iterations": options.iterations, "dampings": len(dampings)},
+            )
+            for method in METHODS
+        }
+    print_tables(errors, runs)
+    plot_fields(found, run.picture("_fields"))
+    plot_misspecified(errors, sizes[0], run.picture("_misspecified"))
+    if runs:
+        plot_optimisation(runs, run.picture())
+
+
+def add_options(add):
+    data = harness.HERE.parents[1] / "shared" / "data"
+    add("--data-dir", type=Path, default=data)
+    add("--datasets", nargs="+", choices=SOURCES, default=list(SOURCES))
+    add("--seeds", type=harness.whole, default=20, help="of the data of part 2")
+    add("--iterations", type=harness.whole, default=100)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what is missing in the results, then prints and draws everything."""
-    options = parse(arguments)
-    jax.config.update("jax_enable_x64", True)
-    file = options.out / "results" / "empirical_fisher.json"
-    figures = options.out / "figures"
-    results = resume({**header(options), "optimisation": {}}, file)
-    for name, part in (("fields", fields), ("misspecified", misspecified)):
-        if name not in results:
-            messages.print(f"Part: {name}.")
-            results = write({**results, name: part(options)}, file)
-    with progress_bars() as progress:
-        for name in options.datasets:
-            if name in results["optimisation"]:
-                continue
-            try:
-                results["optimisation"][name] = optimise(name, options, progress)
-            except FileNotFoundError as error:
-                messages.print(f"{name} is left out: no file {error.filename}")
-                continue
-            results = write(results, file)
-    print_tables(results)
-    plot_fields(results["fields"], figures / "empirical_fisher_fields.png")
-    plot_misspecified(
-        results["misspecified"], figures / "empirical_fisher_misspecified.png"
+    smoke = {"iterations": 5, "seeds": 2, "datasets": ["wine"]}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
     )
-    if results["optimisation"]:
-        plot_optimisation(results["optimisation"], figures / "empirical_fisher.png")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,15 +13,6 @@ Estimators, 2024, https://arxiv.org/abs/2402.05379:
     python benchmarks/fisher_variance.py                        # the digits
     python benchmarks/fisher_variance.py --data-dir data/mnist  # MNIST too
 
-A part of a typical printout:
-
-     data, task, activation, accuracy layer      V1      V2 bound bound      I1   I2
-     ───────────────────────────────────────────────────────────────────────────────
-     digits, class., sigmoid, 91%     1     0.00019  0.0001    33   3.7      18   13
-                                      2     2.8e-05 3.8e-05    36   4.6      13   15
-                                      3     6.4e-06 2.1e-05    66   6.7      14   25
-                                      4     0.00061       0    32     -      18    0
-
 The last layer always calls for I2, which is exact there. Below it, I1 varies less at
 the start of training; as a classifier grows sure, I2 overtakes it, early with softplus
 and late with sigmoid. Both are far from certain: with one label per input, the
@@ -32,34 +23,26 @@ parameters of a layer; an estimate from N inputs with S labels each has 1/(N S) 
 They are computed in closed form: the paper drew 5000 labels for the same quantities.
 """
 
-import argparse
 import functools
-import importlib.metadata
 import itertools
-import platform
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from empirical_fisher import MUTED, new_figure, progress_bars, resume, save
-from generalization import spread, write
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+import show
 
 import fsam_optax
+from fsam_optax import variance
 
 
-HERE = Path(__file__).parent
-# Okabe and Ito's palette.
-COLOURS = {"i1": "#0072b2", "i2": "#d55e00"}
+COLOURS = {"i1": show.BLUE, "i2": show.VERMILLION}
 LABELS = {"i1": "I1", "i2": "I2"}
 SHORT = {"classification": "class.", "regression": "regr."}
 LAYERS = ("layer 1", "layer 2", "layer 3", "layer 4")
@@ -68,8 +51,6 @@ TASKS = {
     "classification": fsam_optax.categorical,
     "regression": fsam_optax.gaussian(),
 }
-
-messages = Console(stderr=True)
 
 
 # 1. Natural gradient descent with two weights.
@@ -122,28 +103,22 @@ def descend(kind: str, name: str, damping: float, epochs: int, key: jax.Array):
     return jax.lax.scan(epoch, (w, optimizer.init(w)), keys)[1]
 
 
-def toy(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs both estimators on both models from the same seeds."""
-    epochs = 4 if options.smoke else EPOCHS
-    seeds = jnp.stack([jax.random.key(seed) for seed in range(options.toy_seeds)])
-    record = {"damping": options.damping, "seeds": options.toy_seeds}
-    for kind in TOYS:
-        record[kind] = {}
-        for name in LABELS:
-            run = functools.partial(descend, kind, name, options.damping, epochs)
-            paths, losses = jax.jit(jax.vmap(run))(seeds)
-            late = paths[:, epochs // 2 :]
-            centre = jnp.mean(late, axis=1, keepdims=True)
-            strays = jnp.linalg.norm(paths - centre, axis=-1)
-            record[kind][name] = {
-                "path": paths[0],
-                # From where it ends up, of the seeds: tenth, half and nine tenths.
-                "stray": jnp.quantile(strays, jnp.array([0.1, 0.5, 0.9]), axis=0),
-                "wander": jnp.sqrt(jnp.mean(jnp.var(late, axis=1), axis=-1)),
-                "distance": jnp.linalg.norm(centre[:, 0] - TRUTH[None], axis=-1),
-                "final_excess_loss": losses[:, -1],
-            }
-    return record
+def toy(kind: str, name: str, damping: float, epochs: int, seeds: int) -> Any:
+    """Runs one estimator on one model."""
+    keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
+    run = functools.partial(descend, kind, name, damping, epochs)
+    paths, losses = jax.jit(jax.vmap(run))(keys)
+    late = paths[:, epochs // 2 :]
+    centre = jnp.mean(late, axis=1, keepdims=True)
+    strays = jnp.linalg.norm(paths - centre, axis=-1)
+    return {
+        "path": paths[0],
+        # From where it ends up, of the seeds: tenth, half and nine tenths.
+        "stray": jnp.quantile(strays, jnp.array([0.1, 0.5, 0.9]), axis=0),
+        "wander": jnp.sqrt(jnp.mean(jnp.var(late, axis=1), axis=-1)),
+        "distance": jnp.linalg.norm(centre[:, 0] - TRUTH[None], axis=-1),
+        "final_excess_loss": losses[:, -1],
+    }
 
 
 # 2. Variances by layer.
@@ -209,9 +184,9 @@ def by_layer(tree: Any) -> jax.Array:
 def variances(apply_fn, likelihood, params, inputs) -> dict[str, Any]:
     """Returns F, V1, V2 and their bounds, as means over each layer."""
     args = apply_fn, likelihood, params, inputs
-    i1, i2 = fsam_optax.fisher_variance_i1(*args), fsam_optax.fisher_variance_i2(*args)
-    i1_bounds = fsam_optax.fisher_variance_i1_bounds(*args)
-    i2_bounds = fsam_optax.fisher_variance_i2_bounds(*args)
+    i1, i2 = variance.fisher_variance_i1(*args), variance.fisher_variance_i2(*args)
+    i1_bounds = variance.fisher_variance_i1_bounds(*args)
+    i2_bounds = variance.fisher_variance_i2_bounds(*args)
     estimator = fsam_optax.fisher_exact(apply_fn, likelihood)
     trees = {
         "fisher": fsam_optax.diagonal(estimator, params, (inputs, None)),
@@ -226,9 +201,9 @@ def variances(apply_fn, likelihood, params, inputs) -> dict[str, Any]:
 
 
 def preferences(record: dict[str, Any]) -> list[str]:
-    """Returns "i1" or "i2" for each layer, by `fsam_optax.prefer`."""
+    """Returns "i1" or "i2" for each layer, by `fsam_optax.variance.prefer`."""
     i1, i2 = (dict(zip(LAYERS, np.array(record[n]), strict=True)) for n in LABELS)
-    best = fsam_optax.prefer({name: name for name in LAYERS}, i1, i2)
+    best = variance.prefer({name: name for name in LAYERS}, i1, i2)
     return [best[name] for name in LAYERS]
 
 
@@ -238,7 +213,6 @@ def train(
     task: str,
     activation: str,
     seed: int,
-    advance: Callable,
 ) -> dict[str, Any]:
     """Trains a network, with stops to compute its variances.
 
@@ -283,7 +257,6 @@ def train(
         if number in plan.checkpoints:
             record = jax.device_get(measure(params))
             records.append({**record, "preferred": preferences(record)})
-            advance()
         key = jax.random.fold_in(order_key, number)
         params, state = epoch(params, state, key)
     return {name: [record[name] for record in records] for name in records[0]}
@@ -292,125 +265,70 @@ def train(
 # Results.
 
 
-def header(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what a reader needs to repeat a run."""
-    packages = ("fsam_optax", "jax", "optax", "numpy", "scikit-learn")
-    return {
-        "command": options.command,
-        "settings": {
-            "smoke": options.smoke,
-            "damping": options.damping,
-            "toy_seeds": options.toy_seeds,
-            "learning_rate": LEARNING_RATE,
-            "batch_size": BATCH_SIZE,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-    }
-
-
 def series(records: list[dict[str, Any]], name: str) -> np.ndarray:
     """Returns a quantity of shape (seeds, checkpoints, layers)."""
     return np.array([record[name] for record in records], float)
 
 
-def average_ratio(above: np.ndarray, below: np.ndarray) -> str:
-    """Returns the geometric mean of a ratio, a dash where it is of zeros."""
+def ratio(above: np.ndarray, below: np.ndarray) -> str:
+    """Returns the geometric mean of a ratio, a dash where it has no sense."""
+    if not above.any() and below.all():
+        return "0"
     if not (above > 0).all() or not (below > 0).all():
         return "-"
     return f"{np.exp(np.mean(np.log(above / below))):.2g}"
 
 
-def print_tables(results: dict[str, Any]) -> None:
+def print_tables(toys: dict[str, Any], layers: dict[str, Any]) -> None:
     """Prints how the weights wander, and the variances at the end of training."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=100)
-    table = Table(
-        title="Natural gradient descent with two weights",
-        caption="Mean ± standard deviation over "
-        f"{results['toy']['seeds']} seeds, each with data of its own. Wander: standard "
-        "deviation of a weight over the second half of the epochs.",
-        box=SIMPLE_HEAD,
-    )
-    for heading in ("model", "estimator"):
-        table.add_column(heading)
-    for heading in ("wander", "distance to the truth", "excess test loss"):
-        table.add_column(heading, justify="right")
-    for kind in TOYS:
-        for name, title in LABELS.items():
-            record = results["toy"][kind][name]
-            table.add_row(
-                kind,
-                title,
-                spread(record["wander"], ".4f"),
-                spread(record["distance"], ".4f"),
-                spread(record["final_excess_loss"], ".4f"),
-            )
-    console.print(table)
-
-    table = Table(
-        title="Variances of one drawn label, at the end of training",
-        caption="Geometric means over seeds of layer means. Bound: upper bound over "
-        "exact value. Relative: standard deviation over the Fisher. Preferred: share "
-        "of the checkpoints after the first at which I2 varies less.",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    for heading in ("data, task, activation, accuracy", "layer"):
-        table.add_column(heading)
-    for heading in (
-        "V1",
-        "V2",
-        "V1\nbound",
-        "V2\nbound",
-        "rel.\nI1",
-        "rel.\nI2",
-        "I2 pre-\nferred",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for data, tasks in results["layers"].items():
-        for (task, activation), records in entries(tasks):
-            last = {
-                name: series(records, name)[:, -1]
-                for name in ("fisher", "i1", "i2", "i1_upper", "i2_upper", "accuracy")
-            }
+    keys = "wander", "distance", "final_excess_loss"
+    rows = [
+        [kind, LABELS[name], *(show.cell(record[key], ".4f") for key in keys)]
+        for kind, by_name in toys.items()
+        for name, record in by_name.items()
+    ]
+    headings = ["model", "I", "wander", "distance to\nthe truth", "excess\ntest loss"]
+    caption = "Mean ± standard error over seeds with data of their own. Wander: "
+    caption += "standard deviation of a weight over the second half of the epochs."
+    title = "Natural gradient descent with two weights"
+    show.table(title, headings, rows, caption)
+    rows = []
+    for data, tasks in layers.items():
+        for (task, activation), records in tasks.items():
+            names = "fisher", "i1", "i2", "i1_upper", "i2_upper"
+            last = {name: series(records, name)[:, -1] for name in names}
             preferred = np.array([record["preferred"] for record in records])[:, 1:]
-            accuracy = f"{last['accuracy'].mean():.0%}"
-            title = f"{data}, {SHORT[task]}, {activation}, {accuracy}"
+            accuracy = series(records, "accuracy")[:, -1].mean()
+            title = f"{data}, {SHORT[task]}, {activation}, {accuracy:.0%}"
             for index, layer in enumerate(LAYERS):
-                v = {k: x[:, index] if x.ndim > 1 else x for k, x in last.items()}
-                table.add_row(
-                    "" if index else title,
-                    layer[-1],
-                    *(
-                        average_ratio(v[k], np.ones_like(v[k])) if v[k].any() else "0"
-                        for k in LABELS
-                    ),
-                    average_ratio(v["i1_upper"], v["i1"]),
-                    average_ratio(v["i2_upper"], v["i2"]),
-                    average_ratio(np.sqrt(v["i1"]), v["fisher"]),
-                    average_ratio(np.sqrt(v["i2"]), v["fisher"])
-                    if v["i2"].any()
-                    else "0",
-                    f"{np.mean(preferred[..., index] == 'i2'):.0%}",
+                v = {name: values[:, index] for name, values in last.items()}
+                relative = [np.sqrt(v[name]) for name in LABELS]
+                rows.append(
+                    [
+                        "" if index else title,
+                        layer[-1],
+                        *(ratio(v[name], np.ones_like(v[name])) for name in LABELS),
+                        *(ratio(v[f"{name}_upper"], v[name]) for name in LABELS),
+                        *(ratio(values, v["fisher"]) for values in relative),
+                        f"{np.mean(preferred[..., index] == 'i2'):.0%}",
+                    ]
                 )
-            table.add_section()
-    console.print(table)
-
-
-def entries(tasks: dict[str, Any]):
-    """Yields ((task, activation), records of the seeds) of what is finished."""
-    for task, activation in itertools.product(TASKS, ACTIVATIONS):
-        if f"{task}, {activation}" in tasks:
-            yield (task, activation), tasks[f"{task}, {activation}"]
+    headings = ["data, task, activation, accuracy", "layer", "V1", "V2", "V1\nbound"]
+    headings += ["V2\nbound", "rel.\nI1", "rel.\nI2", "I2 pre-\nferred"]
+    caption = (
+        "Geometric means over seeds of layer means. Bound: upper bound over exact "
+    )
+    caption += "value. Relative: standard deviation over the Fisher. Preferred: share "
+    caption += "of the checkpoints after the first at which I2 varies less."
+    title = "Variances of one drawn label, at the end of training"
+    show.table(title, headings, rows, caption, first=33)
 
 
 def plot_toy(record: dict[str, Any], file: Path) -> None:
     """Draws one path and, for all seeds, the distance from where the weights end."""
-    figure, axes = new_figure(1, 4, figsize=(11.6, 3.1))
+    headline = "I2 gives the steadier path"
+    figure, axes = show.figure(1, 4, headline, figsize=(11.6, 3.6))
+    axes = axes[0]
     for column, kind in enumerate(TOYS):
         left, right = axes[2 * column], axes[2 * column + 1]
         for name, title in LABELS.items():
@@ -427,24 +345,23 @@ def plot_toy(record: dict[str, Any], file: Path) -> None:
         right.set(title=f"{kind}: distance to their mean", xlabel="epoch")
         right.set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    save(figure, file)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    show.save(figure, file)
 
 
 def plot_layers(
-    tasks: dict[str, Any], checkpoints: tuple[int, ...], file: Path
+    tasks: dict[Any, Any], checkpoints: tuple[int, ...], file: Path
 ) -> None:
     """Draws both variances and their bounds by layer and epoch."""
-    found = list(entries(tasks))
-    figure, axes = new_figure(
-        len(found),
+    figure, axes = show.figure(
+        len(tasks),
         len(LAYERS),
-        figsize=(10.5, 2.25 * len(found) + 0.6),
+        "The last layer calls for I2; below it, I1 varies less at first",
+        figsize=(10.5, 2.25 * len(tasks) + 0.8),
         sharex=True,
         sharey="row",
-        squeeze=False,
     )
-    for row, ((task, activation), records) in enumerate(found):
+    for row, ((task, activation), records) in enumerate(tasks.items()):
         for column, layer in enumerate(LAYERS):
             axis = axes[row, column]
             for name, title in LABELS.items():
@@ -493,81 +410,68 @@ def plot_layers(
             axis.grid(alpha=0.2)
             if not row:
                 axis.set_title(layer)
-            if row == len(found) - 1:
+            if row == len(tasks) - 1:
                 axis.set_xlabel("epoch")
             if not column:
                 axis.set_ylabel(f"{task},\n{activation}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    figure.supylabel(
-        "variance for one label, mean over the layer", fontsize=9, color=MUTED
-    )
-    save(figure, file)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.supylabel("variance for one label, mean over the layer", fontsize=9)
+    show.save(figure, file)
 
 
-# Command line.
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    add = parser.add_argument
-    add("--data-dir", type=Path, help="folder of MNIST, which is left out otherwise")
-    add("--damping", type=float, default=0.01, help="of the natural gradient")
-    add("--toy-seeds", type=int, default=20)
-    add("--out", type=Path, default=HERE, help="holds the folders results and figures")
-    add("--smoke", action="store_true", help="a little of everything, for CI")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.toy_seeds = 2
-    options.command = shlex.join(
-        ["python", "benchmarks/fisher_variance.py", *arguments]
-    )
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
+def experiment(run: harness.Run) -> None:
     """Runs what is missing in the results, then prints and draws everything."""
-    options = parse(arguments)
+    options = run.options
     plans = {"digits": SMOKE} if options.smoke else dict(PLANS)
     if options.data_dir is None:
         plans.pop("mnist", None)
-    file = options.out / "results" / "fisher_variance.json"
-    results = resume({**header(options), "layers": {}}, file)
-    if "toy" not in results:
-        messages.print("Part: toy.")
-        results = write({**results, "toy": toy(options)}, file)
-    with progress_bars() as progress:
-        for name, plan in plans.items():
-            try:
-                data = datasets.load(name, options.data_dir or Path())
-            except FileNotFoundError as error:
-                raise SystemExit(str(error)) from None
-            done = results["layers"].setdefault(name, {})
-            pairs = list(itertools.product(TASKS, ACTIVATIONS))
+    data = {name: datasets.load(name, options.data_dir or Path()) for name in plans}
+    of_toy = {"damping": options.damping, "epochs": 4 if options.smoke else EPOCHS}
+    of_toy["seeds"] = options.toy_seeds
+    toys = {
+        kind: {
+            name: run.cell(
+                functools.partial(toy, kind, name, **of_toy),
+                **{"part": "toy", "model": kind, "estimator": name, **of_toy},
+            )
+            for name in LABELS
+        }
+        for kind in TOYS
+    }
+    layers = {}
+    pairs = list(itertools.product(TASKS, ACTIVATIONS))
+    for name, plan in plans.items():
+        layers[name] = {
             # In smoke mode, each task and each activation once.
-            for task, activation in pairs[::3] if options.smoke else pairs:
-                title = f"{task}, {activation}"
-                if title in done:
-                    continue
-                total = plan.seeds * len(plan.checkpoints)
-                bar = progress.add_task(title, total=total, note=name)
-                advance = functools.partial(progress.advance, bar)
-                done[title] = [
-                    train(data, plan, task, activation, seed, advance)
-                    for seed in range(plan.seeds)
-                ]
-                results = write(results, file)
-                done = results["layers"][name]
-    print_tables(results)
-    figures = options.out / "figures"
-    plot_toy(results["toy"], figures / "fisher_variance_toy.png")
-    for name, tasks in results["layers"].items():
-        checkpoints = (plans if name in plans else PLANS)[name].checkpoints
+            pair: [
+                run.cell(
+                    functools.partial(train, data[name], plan, *pair, seed),
+                    **{"data": name, "task": pair[0], "activation": pair[1]},
+                    **{"seed": seed, "plan": plan._asdict()},
+                )
+                for seed in range(plan.seeds)
+            ]
+            for pair in (pairs[::3] if options.smoke else pairs)
+        }
+    print_tables(toys, layers)
+    plot_toy(toys, run.picture("_toy"))
+    for name, tasks in layers.items():
         suffix = "" if name == "digits" else f"_{name}"
-        plot_layers(tasks, checkpoints, figures / f"fisher_variance{suffix}.png")
-    return 0
+        plot_layers(tasks, plans[name].checkpoints, run.picture(suffix))
+
+
+def add_options(add):
+    add("--data-dir", type=Path, help="folder of MNIST, which is left out otherwise")
+    add("--damping", type=float, default=0.01, help="of the natural gradient")
+    add("--toy-seeds", type=harness.whole, default=20)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"toy_seeds": 2}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
 
 
 if __name__ == "__main__":

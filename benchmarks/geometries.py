@@ -4,25 +4,21 @@ A logistic regression with two weights, one on a feature of small and one on a f
 of large scale. In each panel: the loss, the ball or ellipsoid `||T^-1 eps|| = rho`
 around w, and the perturbation that the library returns for the gradient there.
 
-    python benchmarks/geometries.py         # writes benchmarks/figures/geometries.png
+    python benchmarks/geometries.py         # benchmarks/figures/geometries.png
 """
 
-import pathlib
+import sys
 
+import harness
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+import show
 
 import fsam_optax
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-
 INK, MUTED = "#1a1a1a", "#5f6368"
-COLOURS = {"SAM": "#0072b2", "ASAM": "#009e73", "Fisher SAM": "#d55e00"}
 
 
 def make_problem():
@@ -44,70 +40,78 @@ def make_problem():
     return loss, fisher, jnp.array([2.6, 0.55])
 
 
-def main() -> None:
+def perturbation_of(name):
+    """Returns the perturbation of a geometry, and the T and radius of its ball."""
     loss, fisher, w = make_problem()
     g, f = jax.grad(loss)(w), fisher(w)
-    balls = {
-        "SAM": (
-            fsam_optax.euclidean_ball(0.6),
-            jnp.ones(2),
-            "$T = 1$",
-        ),
-        "ASAM": (
-            fsam_optax.adaptive_ellipsoid(0.4),
-            jnp.abs(w) + 0.01,
-            r"$T = |w| + \eta$",
-        ),
+    ball, t, rho = {
+        "SAM": (fsam_optax.euclidean_ball, jnp.ones(2), 0.6),
+        "ASAM": (fsam_optax.adaptive_ellipsoid, jnp.abs(w) + 0.01, 0.4),
         "Fisher SAM": (
-            fsam_optax.fisher_ellipsoid(0.9, fsam_optax.given(), eta=4.0),
+            lambda rho: fsam_optax.fisher_ellipsoid(rho, fsam_optax.given(), eta=4.0),
             1 / jnp.sqrt(1 + 4.0 * f / jnp.mean(f)),
-            r"$T^2 = 1\,/\,(1 + \eta F)$",
+            0.9,
         ),
-    }
-    rhos = {"SAM": 0.6, "ASAM": 0.4, "Fisher SAM": 0.9}
+    }[name]
+    ball = ball(rho)
+    eps, _ = ball.update(g, ball.init(w), w, fisher=f)
+    return {"eps": eps, "t": t, "rho": rho, "rise": loss(w + eps) - loss(w)}
+
+
+FORMULAS = {
+    "SAM": "$T = 1$",
+    "ASAM": r"$T = |w| + \eta$",
+    "Fisher SAM": r"$T^2 = 1\,/\,(1 + \eta F)$",
+}
+
+
+def draw(found, path) -> None:
+    """Draws a panel for each geometry."""
+    loss, _, w = make_problem()
     across, up = np.linspace(1.1, 4.1, 120), np.linspace(-0.55, 1.65, 100)
     grid = jnp.stack(jnp.meshgrid(across, up), axis=-1)
     surface = jax.vmap(jax.vmap(loss))(grid)
     angle = np.linspace(0, 2 * np.pi, 200)
-
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.5), sharey=True, dpi=160)
-    for axis, (name, (ball, t, formula)) in zip(axes, balls.items(), strict=True):
-        eps, _ = ball.update(g, ball.init(w), w, fisher=f)
-        end = np.asarray(w) + np.asarray(eps)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    w = np.asarray(w)
+    headline = "One loss, three balls: each bounds the same formula"
+    figure, axes = show.figure(1, 3, headline, figsize=(10.5, 3.9), sharey=True)
+    arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
+    for axis, (name, facts) in zip(axes[0], found.items(), strict=True):
+        color, end = show.LOOKS[name][0], w + facts["eps"]
+        axis.grid(visible=False)
         axis.contour(across, up, surface, levels=14, colors="#c9cdd2", linewidths=0.8)
-        edge = np.asarray(w)[:, None] + rhos[name] * np.asarray(t)[:, None] * np.stack(
-            [np.cos(angle), np.sin(angle)]
-        )
-        axis.fill(*edge, color=COLOURS[name], alpha=0.12, linewidth=0)
-        axis.plot(*edge, color=COLOURS[name], linewidth=1.8)
-        axis.annotate(
-            "",
-            xy=end,
-            xytext=np.asarray(w),
-            arrowprops={
-                "arrowstyle": "-|>",
-                "color": INK,
-                "linewidth": 1.8,
-                "shrinkA": 0,
-                "shrinkB": 0,
-            },
-        )
-        axis.plot(*np.asarray(w), "o", color=INK, markersize=4)
-        axis.annotate("w", np.asarray(w), (-11, -10), textcoords="offset points")
+        edge = w[:, None] + facts["rho"] * np.array(facts["t"])[:, None] * circle
+        axis.fill(*edge, color=color, alpha=0.12, linewidth=0)
+        axis.plot(*edge, color=color, linewidth=1.8)
+        axis.annotate("", xy=end, xytext=w, arrowprops=arrow)
+        axis.plot(*w, "o", color=INK, markersize=4)
+        axis.annotate("w", w, (-11, -10), textcoords="offset points")
         axis.annotate("w + ε", end, (4, 5), textcoords="offset points", color=INK)
-        axis.set_title(f"{name}    {formula}", color=INK, fontsize=11)
+        axis.set_title(f"{name}    {FORMULAS[name]}", color=INK, fontsize=11)
         axis.set_aspect("equal")
-        axis.set_xlabel("weight of the small feature", color=MUTED, fontsize=9)
-        axis.tick_params(colors=MUTED, labelsize=8, length=0)
+        axis.set_xlabel("weight of the small feature", color=MUTED)
+        axis.tick_params(colors=MUTED, length=0)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    axes[0].set_ylabel("weight of the large feature", color=MUTED, fontsize=9)
-    figure.tight_layout()
-    out = pathlib.Path(__file__).parent / "figures" / "geometries.png"
-    out.parent.mkdir(exist_ok=True)
-    figure.savefig(out)
-    print(f"wrote {out.relative_to(pathlib.Path.cwd())}")
+    axes[0, 0].set_ylabel("weight of the large feature", color=MUTED)
+    show.save(figure, path)
+
+
+def experiment(run: harness.Run) -> None:
+    """Draws, and prints how far the loss rises in each ball."""
+    found = {
+        name: run.cell(lambda name=name: perturbation_of(name), geometry=name)
+        for name in FORMULAS
+    }
+    rows = [[name, f["rho"], f"{f['rise']:.3f}"] for name, f in found.items()]
+    show.table("How far the loss rises", ["ball", "rho", "loss(w + eps) - loss"], rows)
+    draw(found, run.picture())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return harness.main(__doc__, experiment, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,33 +14,24 @@ The radii of all geometries are matched: on networks of another seed, the median
 the same for all of them. Three such rises are tried.
 
     python benchmarks/sharpness_and_gap.py
-    python benchmarks/sharpness_and_gap.py --smoke        # to see that it runs
-
-Finished parts are kept in the results; the same command goes on from there.
 """
 
-import argparse
 import itertools
-import json
-import pathlib
+import sys
 from functools import partial
 
 import datasets
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cost import save
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+import show
+from perceptron import initial
 
 import fsam_optax as fsam
 
 
-HERE = pathlib.Path(__file__).parent
-RESULTS = HERE / "results" / "sharpness_and_gap.json"
-FIGURE = HERE / "figures" / "sharpness_and_gap.png"
 SIZES = (64, 48, 48, 10)
 IMAGES = 300
 BATCH_SIZES = (15, 45, 135)
@@ -90,18 +81,6 @@ def apply(params, x, dropout=0.0, key=None):
 LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
 
 
-def initial(key):
-    """Returns parameters of the network."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    return [
-        {
-            "kernel": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5,
-            "bias": jnp.zeros(n),
-        }
-        for k, m, n in zip(keys, SIZES[:-1], SIZES[1:], strict=True)
-    ]
-
-
 def train(setting, key, batch_size, train_set, target, rounds, every=10):
     """Trains one network for `rounds * every` steps.
 
@@ -111,7 +90,7 @@ def train(setting, key, batch_size, train_set, target, rounds, every=10):
     rate, decay, dropout = setting
     images, labels = train_set
     init_key, train_key = jax.random.split(key)
-    params = initial(init_key)
+    params = initial(init_key, SIZES)
     optimizer = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, 0.9))
 
     def step(carry, key):
@@ -307,53 +286,41 @@ def correlations(table, options):
     return found
 
 
-def print_tables(results):
+def print_tables(found, radii, tau, resamples):
     """Prints the invariance, and tau at the middle rise."""
-    console = Console(width=120)
-    found = results["invariance"]
-    table = Table(title="Rise, over that of the same network not rescaled")
-    table.add_column("sharpness")
-    for a in found["scales"]:
-        table.add_column(f"a = {a:g}", justify="right")
-    for kind, values in found["rise"].items():
-        table.add_row(kind, *(f"{v / values[2]:.4g}" for v in values))
-    console.print(table)
-    console.print(
-        f"Largest change of an output: {found['largest change of an output']:.1e}, of "
-        f"outputs up to {found['largest output']:.0f}"
-    )
+    headings = ["sharpness", *(f"a = {a:g}" for a in found["scales"])]
+    rows = [
+        [kind, *(f"{v / values[2]:.4g}" for v in values)]
+        for kind, values in found["rise"].items()
+    ]
+    caption = f"Largest change of an output: {found['largest change of an output']:.1e}"
+    title = "Rise, over that of the same network not rescaled"
+    show.table(title, headings, rows, caption)
+    show.table("Radii", ["ball", *map(str, RISES)], [[k, *v] for k, v in radii.items()])
+    headings = ["predictor", "all pairs", "equal learning\nrate", "seeds only"]
     for rule, gap in itertools.product(RULES, ("loss", "error")):
-        taus = results["tau"][rule][gap]
-        networks = results["tau"][rule]["networks"]
-        table = Table(title=f"{rule}, gap in {gap}: tau, {networks} networks")
-        table.add_column("predictor")
-        for title in ("all pairs", "equal learning rate", "seeds only", "with rate"):
-            table.add_column(title, justify="right")
-        for name, by_pairs in taus.items():
+        rows = []
+        for name, by_pairs in tau[rule][gap].items():
             if not isinstance(by_pairs, dict):
                 continue
             if "rise" in name and not name.endswith(f"rise {RISES[MIDDLE]:g}"):
                 continue
             *cells, rate = by_pairs.values()
-            table.add_row(
-                name.partition(", rise")[0],
-                *(f"{t:.2f} [{low:.2f}, {high:.2f}]" for t, low, high in cells),
-                f"{rate:.2f}",
-            )
-        console.print(table)
-        low, high = taus["adaptive less plain"]
-        console.print(f"adaptive less plain, {AGAINST}: [{low:.2f}, {high:.2f}]")
+            cells = (f"{t:.2f} [{low:.2f}, {high:.2f}]" for t, low, high in cells)
+            rows.append([name.partition(", rise")[0], *cells, f"{rate:.2f}"])
+        low, high = tau[rule][gap]["adaptive less plain"]
+        caption = f"Adaptive less plain, {AGAINST}: [{low:.2f}, {high:.2f}]"
+        title = f"{rule}, gap in {gap}: tau of {tau[rule]['networks']} networks"
+        every = [*headings, "with\nrate"]
+        show.table(title, every, rows, caption)
 
 
-def draw(results, table, path):
+def draw(found, tau_of, table, path):
     """Draws the invariance, two of the measures against the gap, and tau."""
-    import matplotlib.pyplot as plt
-
-    plain, adaptive, fisher = "#0072B2", "#D55E00", "#009E73"
-    fig = plt.figure(figsize=(13, 9.2))
-    top, bottom = fig.add_gridspec(2, 1, height_ratios=(1, 1.15), hspace=0.27)
-    axes = top.subgridspec(1, 3, wspace=0.3).subplots(squeeze=False)[0]
-    found = results["invariance"]
+    plain, adaptive, fisher = show.BLUE, show.VERMILLION, show.GREEN
+    headline = "Adaptive sharpness orders the gap better than plain, and neither well"
+    fig, every = show.figure(2, 3, headline, figsize=(13, 9.6), height_ratios=(1, 1.2))
+    axes = every[0]
     lines = {
         "plain, p = 2": (plain, "-", "o"),
         "plain, p = inf": (plain, "--", "s"),
@@ -405,8 +372,7 @@ def draw(results, table, path):
     axes[1].legend(fontsize=8, frameon=False)
     names = [*(f"{ball}, 10 steps" for ball in BALLS), "learning rate", "batch size"]
     names += ["weight decay", "dropout"]
-    grid = bottom.subgridspec(1, 3, wspace=0.08)
-    axes = grid.subplots(sharex=True, sharey=True, squeeze=False)[0]
+    axes = every[1]
     titles = {
         "all": "all pairs of networks",
         "equal learning rate": "pairs of equal learning rate",
@@ -416,7 +382,7 @@ def draw(results, table, path):
         for rule, offset, fill in (("same loss", -0.14, True), ("same steps", 0.14, 0)):
             for i, name in enumerate(names):
                 key = f"{name}, rise {RISES[MIDDLE]:g}" if "steps" in name else name
-                tau, low, high = results["tau"][rule]["loss"][key][kind]
+                tau, low, high = tau_of[rule]["loss"][key][kind]
                 if low == high:  # Equal in all of these pairs.
                     continue
                 color = {"p": plain, "a": adaptive, "F": fisher}.get(name[0], "#666666")
@@ -433,38 +399,42 @@ def draw(results, table, path):
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("Kendall's tau with the gap in loss")
         ax.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [n.removesuffix(", 10 steps") for n in names])
-    axes[0].invert_yaxis()
+    for ax in axes:
+        ticks = [n.removesuffix(", 10 steps") if ax is axes[0] else "" for n in names]
+        ax.set_yticks(range(len(names)), ticks)
+        ax.set_xlim(-0.8, 0.8)
+        ax.invert_yaxis()
     for fill, rule in ((True, "at the same training loss"), (False, "same steps")):
         axes[2].errorbar(
             [], [], fmt="o", color="#666666", mfc=None if fill else "white", label=rule
         )
     axes[2].legend(fontsize=8, frameon=False, loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(fig)
+    show.save(fig, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def matched(data, train, rounds):
+    """Returns the matched radii, and what rescaling does at them."""
+    pilots, _, _ = train
+    radii = matched_radii(pilots, data, rounds)
+    first = jax.tree.map(lambda w: w[0], pilots)
+    found = invariance(first, data, radii, len(jax.tree.leaves(pilots)[0]))
+    return {"invariance": found, "radii": dict(zip(BALLS, radii.tolist(), strict=True))}
+
+
+def measured(grid, networks, data, radii, batch_size, seed):
+    """Returns a row of numbers for each network of a batch size and seed."""
+    stopped, reached, last = networks
+    rows = [[[batch_size, *setting, seed] for setting in grid.tolist()], reached]
+    for params in (stopped, last):
+        rows += [figures(params, data), rises(params, data[0], radii)]
+    rows = np.concatenate([np.reshape(r, (len(grid), -1)) for r in rows], 1)
+    return [" ".join(f"{v:.4g}" for v in row) for row in rows]
+
+
+def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=150, help="of 10 steps")
-    parser.add_argument("--target", type=float, default=0.03, help="the same loss")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--halvings", type=int, default=10, help="to match radii")
-    parser.add_argument("--resamples", type=int, default=2000)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--figure", type=pathlib.Path, default=FIGURE)
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
-    options = parser.parse_args(arguments)
-    batch_sizes = BATCH_SIZES
-    if options.smoke:
-        options.seeds, options.target = 2, 10.0
-        options.rounds, options.halvings, options.resamples = 10, 2, 20
-        batch_sizes = (45,)
-    digits = datasets.load("digits", pathlib.Path())
+    options = run.options
+    digits = datasets.load("digits")
     data = [
         (jnp.asarray(x.reshape(len(x), -1) / 255, jnp.float32), jnp.asarray(y))
         for x, y in (
@@ -472,16 +442,6 @@ def main(arguments: list[str] | None = None) -> None:
             (digits.test_images, digits.test_labels),
         )
     ]
-    about = {k: v for k, v in vars(options).items() if not isinstance(v, pathlib.Path)}
-    about |= {"columns": columns()}
-    done = (
-        json.loads(options.out.read_text())["results"] if options.out.exists() else {}
-    )
-
-    def keep(name, value):
-        done[name] = value
-        save(options.out, name, value, **about)
-
     grid = jnp.asarray(settings(options.smoke))
 
     def trained(batch_size, seed):
@@ -489,41 +449,48 @@ def main(arguments: list[str] | None = None) -> None:
         keys = jax.random.split(key, len(grid))
         return sweep(grid, keys, data[0], options.target, batch_size, options.rounds)
 
-    parts = list(itertools.product(batch_sizes, range(options.seeds)))
-    with Progress(transient=True) as progress:
-        task = progress.add_task("radii", total=len(parts) + 1)
-        if "radii" not in done:
-            pilots, _, _ = trained(batch_sizes[len(batch_sizes) // 2], 1000)
-            radii = matched_radii(pilots, data[0], options.halvings)
-            first = jax.tree.map(lambda w: w[0], pilots)
-            keep("invariance", invariance(first, data[0], radii, len(grid)))
-            keep("radii", dict(zip(BALLS, radii.tolist(), strict=True)))
-        radii = jnp.array(list(done["radii"].values()))
-        for batch_size, seed in parts:
-            name = f"batch size {batch_size}, seed {seed}"
-            progress.update(task, advance=1, description=name)
-            if name in done:
-                continue
-            stopped, reached, last = trained(batch_size, seed)
-            rows = [
-                [[batch_size, *setting, seed] for setting in grid.tolist()],
-                reached,
-            ]
-            for networks in (stopped, last):
-                rows += [figures(networks, data), rises(networks, data[0], radii)]
-            rows = np.concatenate([np.reshape(r, (len(grid), -1)) for r in rows], 1)
-            keep(name, [" ".join(f"{v:.4g}" for v in row) for row in rows])
-    table = np.array(
-        [
-            [float(v) for v in row.split()]
-            for batch_size, seed in parts
-            for row in done[f"batch size {batch_size}, seed {seed}"]
-        ]
+    about = {"rounds": options.rounds, "target": options.target}
+    pilot = options.batch_sizes[len(options.batch_sizes) // 2]
+    found = run.cell(
+        lambda: matched(data[0], trained(pilot, 1000), options.halvings),
+        **{"part": "radii", "halvings": options.halvings},
+        **about,
     )
-    keep("tau", correlations(table, options))
-    print_tables(done)
-    draw(done, table, options.figure)
+    radii, rows = jnp.array(list(found["radii"].values())), []
+    for part in itertools.product(options.batch_sizes, range(options.seeds)):
+        rows += run.cell(
+            lambda part=part: measured(grid, trained(*part), data, radii, *part),
+            **dict(zip(("batch_size", "seed"), part, strict=True)),
+            **about,
+        )
+    table = np.array([[float(v) for v in row.split()] for row in rows])
+    tau = run.cell(
+        lambda: correlations(table, options),
+        **{"part": "tau", "resamples": options.resamples, "seeds": options.seeds},
+        **about,
+    )
+    print_tables(found["invariance"], found["radii"], tau, options.resamples)
+    draw(found["invariance"], tau, table, run.picture())
+
+
+def add_options(add):
+    add("--batch-sizes", type=harness.whole, nargs="+", default=list(BATCH_SIZES))
+    add("--rounds", type=harness.whole, default=150, help="of 10 steps")
+    add("--target", type=harness.positive, default=0.03, help="the same loss")
+    add("--seeds", type=harness.whole, default=3)
+    add("--halvings", type=harness.whole, default=10, help="to match radii")
+    add("--resamples", type=harness.whole, default=2000)
+
+
+SMOKE = {"seeds": 2, "target": 10.0, "rounds": 10, "halvings": 2, "resamples": 20}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {**SMOKE, "batch_sizes": [45]}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

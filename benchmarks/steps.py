@@ -120,8 +120,9 @@ def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]
 
         return tx.init, step
 
-    def oracle(perturbation, **options):
-        f = fsam.value_and_grad(loss, perturbation, **({"metrics": False} | options))
+    def oracle(perturbation, **options: Any):
+        options = {"metrics": False, **options}
+        f = fsam.value_and_grad(loss, perturbation, **options)
         return taken(methods.around(f, optimizer))
 
     def taken(stepper):

@@ -14,74 +14,49 @@ says another word. BLEU compares greedy translations of the test set of 2016, ma
 back to their words, with references in lower case. Its signature is in the results.
 
     python benchmarks/translation.py --data-dir FOLDER
-    python benchmarks/translation.py --smoke              # made-up text, to see it run
 
 The folder holds train, val and test_2016_flickr, each as `.de.gz` and `.en.gz`, one
-sentence a line. Finished runs are kept in the results; the same command goes on from
-there.
+sentence a line. Smoke mode makes up its text.
 """
 
-import argparse
 import collections
 import gzip
 import pathlib
 import re
-import statistics
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
+import harness
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
 import optax
-from cost import finished, save
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+import show
 from sacrebleu.metrics.bleu import BLEU
 
-import fsam_optax as fsam
 
-
-HERE = pathlib.Path(__file__).parent
-RESULTS = HERE / "results" / "translation.json"
-FIGURE = HERE / "figures" / "translation.png"
 PARTS = {"train": 29_000, "val": 1014, "test_2016_flickr": 1000}
-NEEDED = (
-    "--data-dir must name a folder with the files "
-    + ", ".join(f"{part}.{language}.gz" for part in PARTS for language in ("de", "en"))
-    + ": one sentence a line, as in data/task1/raw of the repository multi30k/dataset "
-    "on GitHub. --smoke needs no files."
-)
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 PAD, EOS, UNKNOWN = range(3)  # EOS also begins the input of the decoder.
 SPECIAL = ("<pad>", "</s>", "<unk>")
 MIN_COUNT = 3
 ROW = 64  # tokens
 LONGEST = 32  # tokens of a translation
-BATCH = 16  # rows, of about 70 pairs
 HEADS = 4
 DROPOUT = 0.1
 SMOOTHING = 0.1
 WARM_UP = 0.1
 RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
-BALLS = {
-    "Adam": None,
-    "SAM": fsam.euclidean_ball,
-    "ASAM": fsam.adaptive_ellipsoid,
-    "Fisher SAM": partial(fsam.fisher_ellipsoid, estimator=fsam.squared_gradient()),
-}
-RADII = {
-    # In the middle the choices of Kwon et al., and one of Fisher SAM that raises the
-    # loss as much as that of ASAM.
-    "SAM": (0.03, 0.1, 0.3),
-    "ASAM": (0.06, 0.2, 0.6),
-    "Fisher SAM": (0.06, 0.2, 0.6),
-}
-COLORS = dict(zip(BALLS, ("#000000", "#0072B2", "#D55E00", "#009E73"), strict=True))
-STYLES = dict(zip(BALLS, ("-", "--", "-.", ":"), strict=True))
+# In the middle the choices of Kwon et al., and one of Fisher SAM that raises the loss
+# as much as that of ASAM.
+RADII = {"ASAM": (0.06, 0.2, 0.6), "relative": (0.06, 0.2, 0.6)}
+RADII["absolute"] = (0.005, 0.015, 0.05)
+# The loss is no likelihood: its labels are smoothed, without an array of words a token.
+NAMES = [name for name in methods.METHODS if "empirical" not in name]
 
 
 # Text.
@@ -120,7 +95,10 @@ def read(folder: pathlib.Path) -> dict[str, list[tuple[str, str]]]:
         for language in ("de", "en"):
             path = folder / f"{part}.{language}.gz"
             if not path.exists():
-                raise SystemExit(f"There is no {path}; {NEEDED}")
+                raise SystemExit(
+                    f"There is no {path}; --data-dir must name a folder with the files "
+                    "of data/task1/raw in the repository multi30k/dataset on GitHub"
+                )
             with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
                 sides.append([line.strip() for line in file])
             if len(sides[-1]) != size:
@@ -356,12 +334,12 @@ def smoothed_cross_entropy(params, x, labels):
 
 
 def training(method, model, corpus, options):
-    """Returns `start(params, rho, rate)` and jitted `advance(carry, key, rho, rate)`.
+    """Returns jitted `start(params, rho, rate)`, `advance(...)` and `weights(...)`.
 
-    A call of `advance` is one of `options.rounds`; the carry begins with parameters.
+    A call of `advance(carry, key, rho, rate)` is one of `options.rounds`.
     """
-    per_step = 1 if method == "Adam" else 2
-    every = options.gradients // (options.rounds * per_step)
+    every = options.gradients // (options.rounds * methods.METHODS[method].passes)
+    steps = options.rounds * every
     pairs = jax.tree.map(jnp.asarray, corpus.train)
 
     def loss_fn(params, batch, key):
@@ -370,41 +348,28 @@ def training(method, model, corpus, options):
         used = batch.part > 0
         return jnp.sum(losses * used) / jnp.sum(used)
 
-    def of(rho, rate):
-        steps = options.rounds * every
+    def stepper(rho, rate):
         schedule = optax.warmup_cosine_decay_schedule(0, 1, int(WARM_UP * steps), steps)
         optimizer = optax.adamw(
             lambda count: rate * schedule(count), b2=0.98, weight_decay=1e-4
         )
-        if method == "Adam":
-            plain = jax.value_and_grad(loss_fn)
-
-            def no_perturbation(params, state, *args):
-                return *plain(params, *args), state
-
-            return optimizer, lambda params: (), no_perturbation
-        oracle = fsam.value_and_grad(loss_fn, BALLS[method](rho), metrics=False)
-        return optimizer, oracle.init, oracle
-
-    def start(params, rho, rate):
-        optimizer, oracle_init, _ = of(rho, rate)
-        return params, oracle_init(params), optimizer.init(params)
+        return methods.stepper(method, loss_fn, optimizer, rho)
 
     def advance(carry, key, rho, rate):
-        optimizer, _, oracle = of(rho, rate)
-
         def step(carry, key):
-            params, state, opt_state = carry
             rows_key, dropout_key = jax.random.split(key)
             rows = jax.random.randint(rows_key, (options.batch,), 0, len(pairs.part))
             batch = jax.tree.map(lambda leaf: leaf[rows], pairs)
-            _, grads, state = oracle(params, state, batch, dropout_key)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), state, opt_state), None
+            _, *carry = stepper(rho, rate).step(*carry, batch, dropout_key)
+            return tuple(carry), None
 
         return jax.lax.scan(step, carry, jax.random.split(key, every))[0]
 
-    return start, jax.jit(advance)
+    return (
+        jax.jit(lambda params, rho, rate: (params, stepper(rho, rate).init(params))),
+        jax.jit(advance),
+        jax.jit(lambda carry, rho, rate: stepper(rho, rate).weights(*carry)),
+    )
 
 
 def common(model, corpus):
@@ -454,210 +419,159 @@ def common(model, corpus):
     return jax.jit(init), jax.jit(score), jax.jit(translate)
 
 
-def run(compiled, corpus, rounds, seed, rho, rate, advance_bar):
+def trained(compiled, shared, corpus, rounds, rho, rate, seed):
     """Trains one network; returns what there is to know of it."""
-    (start, advance), (init, score, translate) = compiled
+    (start, advance, weights), (init, score, translate) = compiled, shared
     keys = jax.random.split(jax.random.key(seed), rounds + 1)
     carry = start(init(keys[0]), rho, rate)
     scores = []
     for key in keys[1:]:
         carry = advance(carry, key, rho, rate)
-        scores.append(np.asarray(score(carry[0]), float))
-        advance_bar()
-    outputs = [in_words(row, corpus.words) for row in np.asarray(translate(carry[0]))]
+        scores.append(np.asarray(score(weights(carry, rho, rate)), float))
+    outputs = np.asarray(translate(weights(carry, rho, rate)))
+    texts = [in_words(row, corpus.words) for row in outputs]
     bleu = BLEU(lowercase=True)
-    test = bleu.corpus_score(outputs, [corpus.references])
+    test = bleu.corpus_score(texts, [corpus.references])
     losses, accuracies = np.round(np.transpose(scores), 4).tolist()
     return {
         "validation loss": losses,
         "validation accuracy": accuracies,
         "test BLEU": round(test.score, 2),
         "signature": str(bleu.get_signature()),
-        "a translation": outputs[0],
+        "a translation": texts[0],
     }
 
 
 # The experiment.
 
 
-def name_of(method, rho, rate, seed):
-    return f"{method}, rho {rho:g}, rate {rate:g}, seed {seed}"
+def tries(method, attempt):
+    """Makes five tries with the first seed; returns the best, and all of them."""
+    slower, middle, faster = RATES[1:4]
+    if method == "base":
+        points = [{"rho": 0.0, "rate": rate} for rate in RATES]
+    else:
+        radii = RADII.get(method.split(", ")[-1], (0.03, 0.1, 0.3))
+        points = [{"rho": rho, "rate": middle} for rho in radii]
+    found = [attempt(**point) for point in points]
+    best = harness.choose(points, found)
+    if method != "base":
+        more = [{"rho": best["rho"], "rate": rate} for rate in (slower, faster)]
+        found += [attempt(**point) for point in more]
+        points += more
+        best = harness.choose(points, found)
+    return best, list(zip(points, found, strict=True))
 
 
-def tries(method, results):
-    """Yields pairs of radius and learning rate; goes on by the results of the first."""
-    if method == "Adam":
-        yield from ((0.0, rate) for rate in RATES)
-        return
-    _, slower, middle, faster, _ = RATES
-    pairs = [(rho, middle) for rho in RADII[method]]
-    yield from pairs
-    rho, _ = best(method, pairs, results)
-    yield from ((rho, rate) for rate in (slower, faster))
-
-
-def best(method, pairs, results):
-    """Returns the pair with the greatest accuracy."""
-
-    def accuracy(pair):
-        rho, rate = pair
-        return results[name_of(method, rho, rate, 0)]["validation accuracy"][-1]
-
-    return max(pairs, key=accuracy)
-
-
-def chosen(method, results):
-    """Returns the pair with the greatest accuracy of all tries."""
-    return best(method, tries(method, results), results)
-
-
-def runs_of(method, results, options):
-    """Returns the runs of the chosen pair, one for each seed."""
-    rho, rate = chosen(method, results)
-    names = (name_of(method, rho, rate, seed) for seed in range(options.seeds))
-    return [results[name] for name in names]
-
-
-def print_tables(results, options, console):
+def print_tables(results, options):
     """Prints BLEU, and what the tries found."""
-    table = Table(title=f"{options.gradients} gradients a run, {options.seeds} seeds")
-    table.add_column("method")
-    for title in (
-        *("rho", "learning rate", "validation loss", "validation accuracy, %"),
-        "test BLEU",
-    ):
-        table.add_column(title, justify="right")
-    for method in options.methods:
-        rho, rate = chosen(method, results)
-        runs = runs_of(method, results, options)
-        columns = (
-            ([r["validation loss"][-1] for r in runs], 3),
-            ([100 * r["validation accuracy"][-1] for r in runs], 1),
-            ([r["test BLEU"] for r in runs], 1),
+    rows, every = [], []
+    for method, (best, tried, runs) in results.items():
+        accuracy = [run["validation accuracy"][-1] for run in runs]
+        rows.append(
+            [
+                title_of(method),
+                *(f"{best['rho']:g}", f"{best['rate']:g}"),
+                show.cell([run["validation loss"][-1] for run in runs], ".3f"),
+                show.cell(accuracy, ".1f", 100),
+                show.cell([run["test BLEU"] for run in runs], ".1f"),
+            ]
         )
-        cells = (
-            f"{statistics.mean(values):.{digits}f} ± "
-            f"{statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
-            for values, digits in columns
-        )
-        table.add_row(method, f"{rho:g}", f"{rate:g}", *cells)
-    console.print(table)
-    console.print("Mean ± standard deviation.")
-    table = Table(title="Tries: validation accuracy of the first seed, %")
-    table.add_column("method")
-    table.add_column("rho, learning rate: accuracy")
-    for method in options.methods:
-        found = (
-            (pair, results[name_of(method, *pair, 0)]["validation accuracy"][-1])
-            for pair in tries(method, results)
-        )
-        table.add_row(
-            method,
-            "   ".join(f"{rho:g}, {rate:g}: {100 * a:.1f}" for (rho, rate), a in found),
-        )
-    console.print(table)
+        for point, found in tried:
+            cells = f"{point['rho']:g}", f"{point['rate']:g}", f"{found:.1%}"
+            every.append([title_of(method), *cells])
+    headings = ["method", "rho", "learning\nrate", "validation\nloss"]
+    headings += ["token\naccuracy, %", "test\nBLEU"]
+    title = f"{options.gradients} gradients a run, {options.seeds} seeds"
+    show.table(title, headings, rows, "Mean ± standard error.", first=22)
+    headings = ["method", "rho", "learning rate", "accuracy"]
+    show.table("Tries: validation accuracy of the first seed", headings, every)
+
+
+def title_of(method):
+    """Returns the name of a method in tables."""
+    return "Adam" if method == "base" else method
 
 
 def draw(results, options, path):
     """Draws the validation loss along training, and the BLEU of every run."""
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1.5, 1))
-    rounds = options.rounds
-    x = options.gradients / rounds * np.arange(1, rounds + 1)
+    headline = (
+        "Captions, German to English: a second gradient is better spent on a step"
+    )
+    fig, axes = show.figure(1, 2, headline, figsize=(10, 4.4), width_ratios=(1.5, 1))
+    left, right = axes[0]
+    x = options.gradients / options.rounds * np.arange(1, options.rounds + 1)
     lasts = []
-    for at, method in enumerate(options.methods):
-        runs = runs_of(method, results, options)
-        color, style = COLORS[method], STYLES[method]
-        losses = np.array([r["validation loss"] for r in runs])
-        left.plot(x, losses.mean(0), color=color, ls=style, label=method)
-        low, high = losses.min(0), losses.max(0)
-        left.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-        lasts.append(losses[:, rounds // 4 :])
-        bleu = np.array([r["test BLEU"] for r in runs])
-        right.plot(np.full(len(bleu), at), bleu, "o", color=color, alpha=0.7, ms=5)
-        right.hlines(bleu.mean(), at - 0.25, at + 0.25, color=color)
+    for at, (method, (_, _, runs)) in enumerate(results.items()):
+        losses = np.array([run["validation loss"] for run in runs])
+        left.plot(x, losses.mean(0), label=title_of(method), **show.look(method), ms=3)
+        lasts.append(losses[:, options.rounds // 4 :])
+        show.dots(right, at, [run["test BLEU"] for run in runs], method)
     # The first quarter, alike for all methods, would flatten the rest.
     low, high = np.nanmin(lasts), np.nanmax(lasts)
     margin = 0.05 * (high - low) or 0.1
     left.set_ylim(low - margin, high + margin)
     left.set_xlabel("gradients")
-    left.set_ylabel("validation loss, nats per token")
-    left.set_title("mean and range over the seeds", fontsize=10)
-    left.legend(frameon=False, fontsize=9)
-    right.set_xticks(range(len(options.methods)), options.methods)
-    right.set_xlim(-0.5, len(options.methods) - 0.5)
-    right.set_ylabel("test BLEU")
-    right.set_title("each seed, and their mean", fontsize=10)
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    left.set_title("Validation loss, nats per token, mean of the seeds")
+    left.legend(fontsize=8)
+    names = [title_of(m).replace("Fisher SAM, ", "F-SAM\n") for m in results]
+    right.set_xticks(range(len(results)), names)
+    right.set_title("Test BLEU")
+    show.save(fig, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", type=pathlib.Path)
-    parser.add_argument("--methods", nargs="+", choices=BALLS, default=list(BALLS))
-    parser.add_argument("--gradients", type=int, default=1800, help="of one run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=10, help="looks at validation")
-    parser.add_argument(
-        "--batch", type=int, default=BATCH, help=f"rows of {ROW} tokens"
-    )
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--figure", type=pathlib.Path, default=FIGURE)
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.gradients, options.rounds, options.seeds = 4, 2, 2
-        options.batch, options.width, options.depth = 2, 8, 1
-    elif options.data_dir is None:
-        parser.error(NEEDED)
-    if options.gradients <= 0 or options.gradients % (2 * options.rounds):
-        parser.error(f"--gradients must be a multiple of {2 * options.rounds}")
-    about = {
-        name: getattr(options, name)
-        for name in ("smoke", "gradients", "rounds", "batch", "width", "depth")
-    }
-    done = finished(options.out, about)
+    options, results = run.options, {}
+    if options.gradients % (2 * options.rounds):
+        raise SystemExit(f"--gradients must be a multiple of {2 * options.rounds}")
     corpus = prepare(made_up() if options.smoke else read(options.data_dir))
     words = len(corpus.words)
     model = Model(corpus.source_size, words, options.width, options.depth)
     shared = common(model, corpus)
-    with Progress(transient=True) as progress:
-        runs = len(options.methods) * (len(RATES) + options.seeds - 1)
-        task = progress.add_task("", total=runs * options.rounds)
-        advance_bar = partial(progress.advance, task)
+    names = "gradients", "rounds", "batch", "width", "depth"
+    settings = {name: getattr(options, name) for name in names}
+    for method in options.methods:
+        compiled = training(method, model, corpus, options)
 
-        def ensure(method, compiled, pair, seed):
-            rho, rate = pair
-            name = name_of(method, rho, rate, seed)
-            progress.update(task, description=name)
-            if name in done:
-                progress.advance(task, options.rounds)
-                return
-            done[name] = run(
-                compiled, corpus, options.rounds, seed, rho, rate, advance_bar
+        def attempt(method=method, compiled=compiled, **point):
+            compute = partial(
+                *(trained, compiled, shared, corpus, options.rounds), **point
             )
-            save(options.out, name, done[name], **about)
+            return run.cell(compute, method=method, **point, **settings)
 
-        for method in options.methods:
-            compiled = training(method, model, corpus, options), shared
-            for pair in tries(method, done):
-                ensure(method, compiled, pair, 0)
-            for seed in range(1, options.seeds):
-                ensure(method, compiled, chosen(method, done), seed)
-    print_tables(done, options, Console(width=110))
-    draw(done, options, options.figure)
+        best, tried = tries(
+            method, lambda **point: attempt(seed=0, **point)["validation accuracy"][-1]
+        )
+        point = {"rho": best["rho"], "rate": best["rate"]}
+        runs = [attempt(seed=seed, **point) for seed in range(options.seeds)]
+        results[method] = best, tried, runs
+    print_tables(results, options)
+    draw(results, options, run.picture())
+
+
+def add_options(add):
+    add("--data-dir", type=pathlib.Path, default=pathlib.Path("data/multi30k"))
+    add("--methods", nargs="+", choices=NAMES, default=NAMES)
+    add("--gradients", type=harness.whole, default=1800, help="of one run")
+    add("--seeds", type=harness.whole, default=3)
+    add("--rounds", type=harness.whole, default=10, help="looks at validation")
+    add("--batch", type=harness.whole, default=16, help=f"rows of {ROW} tokens")
+    add("--width", type=harness.whole, default=64)
+    add("--depth", type=harness.whole, default=2)
+
+
+SMOKE = {
+    **{"gradients": 4, "rounds": 2, "seeds": 2, "batch": 2, "width": 8, "depth": 1},
+    "methods": ["base", "Fisher SAM, squared, relative"],
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=SMOKE
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
