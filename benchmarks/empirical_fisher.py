@@ -100,7 +100,9 @@ def matrix_fn(problem: Regression, method: str) -> Callable[[Any, Any], jax.Arra
         "NGD": fsam_optax.dense_fisher,
         "EFGD": fsam_optax.dense_empirical_fisher,
     }[method]
-    return functools.partial(dense, model, problem.likelihood)
+    return functools.partial(
+        dense, fsam_optax.negative_log_likelihood(model, problem.likelihood)
+    )
 
 
 def direction_fn(
@@ -560,7 +562,7 @@ def number(value: Any, form: str) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:{form}}"
 
 
-def print_tables(errors: dict[str, Any], runs: dict[str, Any]) -> None:
+def print_tables(errors: dict[Any, Any], runs: dict[str, Any]) -> None:
     """Prints both tables."""
     sizes = list(dict.fromkeys(size for _, _, size in errors))
     rows = []

