@@ -22,7 +22,6 @@ from fsam_optax._ball.perturbation import (
 )
 from fsam_optax._engine import (
     check_separable as check_separable,
-    explain as explain,
     explain_loss as explain_loss,
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
@@ -32,6 +31,10 @@ from fsam_optax._fisher.at_hand import (
     squared_gradient as squared_gradient,
 )
 from fsam_optax._fisher.by_group import by_group as by_group
+from fsam_optax._fisher.dataset import (
+    dataset_diagonal as dataset_diagonal,
+    DatasetState as DatasetState,
+)
 from fsam_optax._fisher.diagonal import diagonal as diagonal
 from fsam_optax._fisher.estimators import (
     fisher_empirical as fisher_empirical,
@@ -39,6 +42,12 @@ from fsam_optax._fisher.estimators import (
     fisher_gnb as fisher_gnb,
     fisher_hutchinson as fisher_hutchinson,
     fisher_i1 as fisher_i1,
+)
+from fsam_optax._fisher.explain import explain as explain
+from fsam_optax._fisher.functional import functional_gradient as functional_gradient
+from fsam_optax._fisher.heads import (
+    gaussian_with_variance as gaussian_with_variance,
+    heads as heads,
 )
 from fsam_optax._fisher.i2 import fisher_i2 as fisher_i2
 from fsam_optax._fisher.likelihoods import (

@@ -419,8 +419,9 @@ def _sums(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), operands[0])
         sums, h = [[z] * len(powers) for z in jax.tree.leaves(zeros)], weights
     else:
+        rows = _like_examples(operands[1]) if keep else None
         sums, h = without_explicit_axes(
-            mapped, operands, (jax.tree.leaves(operands[0]), None)
+            mapped, operands, (jax.tree.leaves(operands[0]), rows)
         )
     leaves, tree = jax.tree.flatten(params)
     sums = tuple(
@@ -430,6 +431,14 @@ def _sums(
         for i in range(len(powers))
     )
     return lax.stop_gradient((sums, h))
+
+
+def _like_examples(examples):
+    """Returns one number for each example, sharded over devices as they are."""
+    for x in jax.tree.leaves(examples):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.sum(jnp.zeros_like(x), axis=tuple(range(1, x.ndim)))
+    return None
 
 
 def _count(examples):

@@ -32,6 +32,18 @@ class EstimatorState(NamedTuple):
     batch_weight: jax.Array
 
 
+class Draws(NamedTuple):
+    """How many independent draws a standard error speaks of.
+
+    Attributes:
+        weight: Sum of the weights of the examples.  # shape=()
+        number: Draws of equal weight that would be as many.  # shape=()
+    """
+
+    weight: jax.Array
+    number: jax.Array
+
+
 class SampledState(NamedTuple):
     """State of a sampled estimator.
 
@@ -41,11 +53,14 @@ class SampledState(NamedTuple):
         standard_error: Standard error of the last diagonal, with its structure; None
             if not asked for, inf before the first update.
         batch_weight: The divisor D of the last batch; 0 before the first.  # shape=()
+        draws: The draws behind the standard error, if it takes the inputs as drawn
+            too; None if it is that for the given inputs, or not asked for.
     """
 
     key: jax.Array
     standard_error: Any
     batch_weight: jax.Array
+    draws: Draws | None = None
 
 
 class Problem(NamedTuple):
@@ -70,8 +85,16 @@ class Problem(NamedTuple):
     of_all: Callable[[Any, Any], Any]
 
 
-def _is_masked(x):
+def is_masked(x: Any) -> bool:
+    """Tells whether a node stands in the place of a parameter."""
     return isinstance(x, optax.MaskedNode)
+
+
+def masked_by(keep: Any, params: Any) -> Any:
+    """Returns params with `optax.MaskedNode` where `keep` is False; None keeps all."""
+    if keep is None:
+        return params
+    return jax.tree.map(lambda k, w: w if k else optax.MaskedNode(), keep, params)
 
 
 def _problem(
@@ -114,7 +137,7 @@ def _problem(
 
     def complete(variables):
         return jax.tree.map(
-            lambda w, v: w if _is_masked(v) else v, full_params, variables
+            lambda w, v: w if is_masked(v) else v, full_params, variables
         )
 
     real = jax.tree.map(lambda w: w if is_real(w) else optax.MaskedNode(), params)
@@ -159,7 +182,7 @@ def _restore(diagonal: Any, params: Any) -> Any:
     """Sets the dtype by that of `params`, and zeros where these are not real."""
 
     def leaf(w, d):
-        return full_like(w, 0) if _is_masked(d) else jnp.asarray(d, diagonal_dtype(w))
+        return full_like(w, 0) if is_masked(d) else jnp.asarray(d, diagonal_dtype(w))
 
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
@@ -183,9 +206,16 @@ def power_sums_of(problem: Problem, cotangents: Callable, extra: Any, powers: tu
 
 def mean_powers(problem, cotangents, extra=None, *, draws=1, powers=(2,)):
     """Returns 1 / (draws D) times the `power_sums_of`."""
-    total = divisor(draws * problem.labels.total)
+    total = draws * problem.labels.divisor
     sums = power_sums_of(problem, cotangents, extra, powers)
     return tuple(jax.tree.map(lambda x: x / total, tree) for tree in sums)
+
+
+def draws_of(problem: Problem, draws_per_example: int) -> Draws:
+    """Returns the weight of the examples, and how many draws weighed alike they are."""
+    w = problem.labels.examples
+    weight = jnp.sum(w)
+    return Draws(weight, draws_per_example * weight**2 / divisor(jnp.sum(w * w)))
 
 
 def _no_weight():
@@ -247,16 +277,23 @@ def sampled(
     estimate: Callable[[Problem, jax.Array], tuple[Any, Any]],
     key: jax.Array,
     standard_error: bool = False,
+    draws_per_example: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds an estimator from `estimate(problem, key) -> diagonal, standard error`."""
+    """Builds an estimator from `estimate(problem, key) -> diagonal, standard error`.
+
+    `draws_per_example` is given where the standard error takes inputs as drawn too.
+    """
     key_data(key)  # Raises on anything but a key.
     impl = jax.random.key_impl(key) if is_key(key) else None
 
-    def init_fn(params):
+    def init_fn(params) -> Any:
         error = None
         if standard_error:
             error = jax.tree.map(lambda w: full_like(w, jnp.inf), params)
-        return SampledState(key_data(key), error, _no_weight())
+        draws = Draws(_no_weight(), _no_weight()) if standard_error else None
+        if draws_per_example is None:
+            draws = None
+        return SampledState(key_data(key), error, _no_weight(), draws)
 
     def update_fn(
         updates,
@@ -270,7 +307,7 @@ def sampled(
         loss_args=(),
         loss_kwargs=None,
         **extra_args,
-    ):
+    ) -> Any:
         del updates, extra_args
         given = (batch, example_weights, full_params, loss_args, loss_kwargs)
         problem = _problem(name, nll, False, params, *given)
@@ -280,10 +317,15 @@ def sampled(
         if replica is not None:
             draw = jax.random.fold_in(draw, replica)
         diagonal, error = estimate(problem, draw)
+        draws = None
+        if standard_error and draws_per_example is not None:
+            draws = draws_of(problem, draws_per_example)
+            draws = Draws(*(jnp.asarray(x, float) for x in draws))
         return _restore(diagonal, params), SampledState(
             key=jax.random.key_data(following),
             standard_error=_restore(error, params) if standard_error else None,
             batch_weight=_weight_of(problem),
+            draws=draws,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -19,6 +19,7 @@ from fsam_optax._common.checks import check_count
 from fsam_optax._common.norms import divisor, widen
 from fsam_optax._fisher.estimation import (
     closed_form,
+    draws_of,
     mean_powers,
     power_sums_of,
     Problem,
@@ -57,25 +58,25 @@ def _mean_square_draws(
             lambda key: cotangent(problem.likelihood, h, key, present, within)
         )(jax.random.split(key, num_samples))
 
-    w, total = problem.labels.examples, problem.labels.total
+    w, total = problem.labels.examples, problem.labels.divisor
     sums = power_sums_of(
         problem,
         cotangents,
         jax.random.split(key, w.size),
         powers=(2, 4) if standard_error else (2,),
     )
-    scale = divisor(num_samples * total)
+    scale = num_samples * total
     diagonal = jax.tree.map(lambda x: x / scale, sums[0])
     if not standard_error:
         return diagonal, None
     # The mean over examples, of which the diagonal is a multiple.
-    draws = divisor(num_samples * jnp.sum(w))
-    count = num_samples * jnp.sum(w) ** 2 / divisor(jnp.sum(w * w))
+    weight, count = draws_of(problem, num_samples)
+    number = divisor(num_samples * weight)
 
     def error(second, fourth):
-        variance = jnp.maximum(fourth / draws - (second / draws) ** 2, 0)
+        variance = jnp.maximum(fourth / number - (second / number) ** 2, 0)
         error = jnp.where(count > 1, jnp.sqrt(variance / divisor(count - 1)), jnp.inf)
-        return error * draws / scale
+        return error * (number / scale)
 
     return diagonal, jax.tree.map(error, *sums)
 
@@ -275,7 +276,7 @@ def fisher_i1(
             problem, drawn_score, key, num_samples, standard_error
         )
 
-    return sampled("fisher_i1", nll, estimate, key, standard_error)
+    return sampled("fisher_i1", nll, estimate, key, standard_error, num_samples)
 
 
 def fisher_hutchinson(
@@ -339,7 +340,7 @@ def fisher_hutchinson(
             problem, signed_factor, key, num_samples, standard_error
         )
 
-    return sampled("fisher_hutchinson", nll, estimate, key, standard_error)
+    return sampled("fisher_hutchinson", nll, estimate, key, standard_error, num_samples)
 
 
 def fisher_gnb(
@@ -394,7 +395,7 @@ def fisher_gnb(
     def estimate(problem, key):
         # The square root makes the square of the sum weigh each example by its weight.
         roots = jnp.sqrt(problem.labels.examples)
-        total = divisor(problem.labels.total)
+        total = problem.labels.divisor
         if standard_error:
             return estimate_and_error(problem, roots, total, key)
         h, pull = jax.vjp(lambda w: problem.of_all(w, problem.inputs), problem.params)

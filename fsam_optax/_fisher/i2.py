@@ -10,7 +10,7 @@ import optax
 
 from fsam_optax._common.checks import check_choice, check_count
 from fsam_optax._common.mapped_axes import vary_like
-from fsam_optax._common.norms import divisor, widen
+from fsam_optax._common.norms import widen
 from fsam_optax._engine import (
     depends,
     entries,
@@ -219,7 +219,7 @@ def fisher_i2(
         h = problem.of_all(problem.params, problem.inputs)
         _, present, within = problem.labels.of_examples
         # The curvature of a label counts as its square does: by m^2.
-        shares = problem.labels.weights * within / divisor(problem.labels.total)
+        shares = problem.labels.weights * within / problem.labels.divisor
 
         def score(key):
             drawn = drawn_score(nll.likelihood, h, key, present, shares)

@@ -37,6 +37,11 @@ class Labels(NamedTuple):
     total: jax.Array
 
     @property
+    def divisor(self) -> jax.Array:
+        """D, or 1 where it is 0. An impossible label makes it NaN, and all with it."""
+        return jnp.where(self.total == 0, 1, self.total)
+
+    @property
     def of_examples(self) -> tuple[Any, Any, jax.Array]:
         """What `log_likelihood` and its like need, with a leading axis of examples."""
         return self.targets, self.present, self.within

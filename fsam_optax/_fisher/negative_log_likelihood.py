@@ -1,4 +1,4 @@
-"""The loss that knows its model: its value, its gradient, its Fisher in one pass."""
+"""The loss that knows its model."""
 
 import dataclasses
 import functools
@@ -9,21 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._common.checks import check_function, leaf_shape
-from fsam_optax._common.mapped_axes import is_key
-from fsam_optax._common.norms import divisor
 from fsam_optax._common.rest import without_rest
-from fsam_optax._engine import loss_power_sums
 from fsam_optax._fisher.labels import Labels, log_likelihood, weigh
 from fsam_optax._fisher.likelihoods import Likelihood
-from fsam_optax._fisher.outputs import (
-    aux_axes,
-    Call,
-    check_outputs,
-    count_examples,
-    of_batch,
-    of_example,
-    row_numbers,
-)
+from fsam_optax._fisher.outputs import Call, check_outputs, count_examples, of_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +38,7 @@ class NegativeLogLikelihood:
 
     def __call__(self, params: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the loss of a batch, or `(loss, aux)`."""
-        value, aux = _value(self, params, parts_of(self, batch), args, kwargs)
+        value, aux = value_of(self, params, parts_of(self, batch), args, kwargs)
         return (value, aux) if self.has_aux else value
 
 
@@ -237,7 +226,9 @@ def call_of(nll: NegativeLogLikelihood, args: Any, kwargs: Any) -> Call:
     return Call(nll.apply_fn, nll.has_aux, nll.split_keys, args, dict(kwargs))
 
 
-def outputs_like(nll: NegativeLogLikelihood, params: Any, inputs: Any, call: Call):
+def outputs_like(
+    nll: NegativeLogLikelihood, params: Any, inputs: Any, call: Call
+) -> Any:
     """Returns shapes and dtypes of the outputs of a batch, after checking them."""
     # The keys need not be split to know the shapes.
     h, _ = jax.eval_shape(call, params, inputs)
@@ -245,7 +236,8 @@ def outputs_like(nll: NegativeLogLikelihood, params: Any, inputs: Any, call: Cal
     return h
 
 
-def _labels(nll, h, parts) -> Labels:
+def labels_of(nll: NegativeLogLikelihood, h: Any, parts: Any) -> Labels:
+    """Returns the labels of a batch with their weights; raises if there are none."""
     _, targets, weights = parts
     if not jax.tree.leaves(targets):
         raise TypeError(
@@ -255,16 +247,20 @@ def _labels(nll, h, parts) -> Labels:
     return weigh(nll.likelihood, h, targets, weights)
 
 
-def _mean_loss(nll, h, labels: Labels) -> jax.Array:
+def mean_loss(nll: NegativeLogLikelihood, h: Any, labels: Labels) -> jax.Array:
+    """Returns the loss of outputs."""
     log_prob = log_likelihood(nll.likelihood, h, labels.targets, labels.weights)
-    return -jnp.sum(log_prob) / divisor(labels.total)
+    return -jnp.sum(log_prob) / labels.divisor
 
 
-def _value(nll, params, parts, args, kwargs) -> tuple[jax.Array, Any]:
+def value_of(
+    nll: NegativeLogLikelihood, params: Any, parts: Any, args: Any, kwargs: Any
+) -> tuple[jax.Array, Any]:
+    """Returns `(loss, aux)` of a batch in parts; aux is None if there is none."""
     inputs = parts[0]
     h, aux = of_batch(call_of(nll, args, kwargs), params, inputs)
     check_outputs(h, nll.likelihood, inputs)
-    return _mean_loss(nll, h, _labels(nll, h, parts)), aux
+    return mean_loss(nll, h, labels_of(nll, h, parts)), aux
 
 
 def total_weight(
@@ -273,198 +269,4 @@ def total_weight(
     """Returns D, the sum of the weights of the labels of a batch."""
     parts = parts_of(nll, batch)
     h = outputs_like(nll, params, parts[0], call_of(nll, args, kwargs))
-    return _labels(nll, h, parts).total
-
-
-def value_grad_and_fisher(
-    nll: NegativeLogLikelihood, params: Any, batch: Any, args: Any, kwargs: Any
-) -> tuple[tuple[jax.Array, Any], Any, Any]:
-    """Returns `((loss, aux), gradient, empirical Fisher)`, all from one pass.
-
-    Loss, aux and gradient have their ordinary derivatives; the Fisher is a constant.
-
-    Raises:
-        ValueError: If a key is given to a loss with `split_keys=False`, which would
-            have other masks here than there; or for a statistic over the batch in aux.
-    """
-    if call_of(nll, args, kwargs).holds_keys and not nll.split_keys:
-        raise ValueError(
-            "The gradient and the Fisher cannot come from one pass with a PRNG key "
-            "among the arguments and `split_keys=False`: examples that are run one by "
-            "one would draw other masks than the batch does. Use `split_keys=True`, or "
-            "an estimator that makes a pass of its own."
-        )
-    operands = (parts_of(nll, batch), tuple(args), dict(kwargs))
-    arrays, rebuild = _arrays_of(operands)
-    kinds: list[Any] = []
-
-    def plain(params, arrays):
-        def loss(params):
-            value, aux = _value(nll, params, *rebuild(arrays))
-            return value, _keys_as_data(aux)
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    @jax.custom_jvp
-    def one_pass(params, arrays):
-        return _one_pass(nll, params, kinds, *rebuild(arrays))
-
-    @one_pass.defjvp
-    def _(primals, tangents):
-        out = one_pass(*primals)
-        _, changes = jax.jvp(plain, primals, tangents)
-        return out, (*changes, jax.tree.map(jnp.zeros_like, out[2]))
-
-    (value, aux), grads, fisher = one_pass(params, arrays)
-    return (value, _data_as_keys(aux, kinds)), grads, fisher
-
-
-def _one_pass(nll, params, kinds, parts, args, kwargs):
-    """Returns `((loss, aux), gradient, Fisher)`; notes in `kinds` the keys in aux."""
-    call = call_of(nll, args, kwargs)
-    inputs = parts[0]
-    labels = _labels(nll, outputs_like(nll, params, inputs, call), parts)
-    axes = aux_axes(call, params, inputs) if nll.has_aux else None
-    rows = row_numbers(inputs) if call.one_by_one else None
-
-    def example_loss(params, example) -> Any:
-        own, (targets, _, within) = example
-        h, aux = of_example(call, params, own, axes)
-        log_prob = log_likelihood(nll.likelihood, h, targets, within)
-        loss = -jnp.sum(log_prob)
-        if not nll.has_aux:
-            return loss
-        kinds[:] = _kinds_of_keys(aux)
-        return loss, _keys_as_data(aux)
-
-    value, sums, *aux = loss_power_sums(
-        example_loss,
-        params,
-        ((inputs, rows), labels.of_examples),
-        powers=(1, 2),
-        weights=labels.examples,
-        has_value=True,
-        **({"has_aux": True} if nll.has_aux else {}),
-    )
-    total = divisor(labels.total)
-    grads, squares = (jax.tree.map(lambda x: x / total, tree) for tree in sums)
-    grads = jax.tree.map(lambda g, w: g.astype(jnp.asarray(w).dtype), grads, params)
-    aux = aux[0] if aux else None
-    if nll.has_aux:
-        aux = jax.tree.map(lambda own, a: a if own else a[0], axes, aux)
-    return (value / total, aux), grads, squares
-
-
-def _keys_as_data(tree):
-    """Returns a tree with the data of typed keys in their place."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
-
-
-def _kinds_of_keys(tree):
-    """Returns for each leaf the kind of key that it is, None if it is none."""
-    leaves = jax.tree.leaves(tree)
-    return [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
-
-
-def _data_as_keys(tree, kinds):
-    """Undoes `_keys_as_data`, given the kinds of the keys."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(
-        [
-            x if kind is None else jax.random.wrap_key_data(x, impl=kind)
-            for x, kind in zip(leaves, kinds, strict=True)
-        ]
-    )
-
-
-def _arrays_of(tree: Any) -> tuple[list, Callable[[list], Any]]:
-    """Returns the arrays of a tree, and what puts them back among its other leaves."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_array = [hasattr(x, "dtype") and hasattr(x, "shape") for x in leaves]
-    arrays = [x for x, here in zip(leaves, is_array, strict=True) if here]
-
-    def rebuild(arrays):
-        rest = iter(arrays)
-        return structure.unflatten(
-            [
-                next(rest) if here else x
-                for x, here in zip(leaves, is_array, strict=True)
-            ]
-        )
-
-    return arrays, rebuild
-
-
-def value_grad_and_pull(
-    nll: NegativeLogLikelihood, params: Any, batch: Any, args: Any, kwargs: Any
-) -> tuple[tuple[jax.Array, Any], Any, Callable[[Any], tuple[jax.Array, Any]]]:
-    """Returns `((loss, aux), gradient, pull)`, where `pull(point) -> (loss, gradient)`.
-
-    `pull` evaluates the loss at another point, and pulls the gradient by the outputs at
-    `params` back there: J(point)^T dloss/dh(params).
-    """
-    parts = parts_of(nll, batch)
-    call = call_of(nll, args, kwargs)
-
-    def outputs(params):
-        return of_batch(call, params, parts[0])
-
-    h, pull_back, aux = jax.vjp(outputs, params, has_aux=True)
-    check_outputs(h, nll.likelihood, parts[0])
-    labels = _labels(nll, h, parts)
-
-    def loss_of(h):
-        return _mean_loss(nll, h, labels)
-
-    value, cotangent = jax.value_and_grad(loss_of)(h)
-
-    def pull(point):
-        there, pull_back, _ = jax.vjp(outputs, point, has_aux=True)
-        return loss_of(there), pull_back(_cast(cotangent, there))[0]
-
-    return (value, aux), pull_back(cotangent)[0], pull
-
-
-def _cast(tree, like):
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
-
-
-def functional_gradient(
-    nll: NegativeLogLikelihood, params: Any, batch: Any, *args: Any, **kwargs: Any
-) -> Callable[[Any], Any]:
-    """Returns the gradient of Functional SAM as a function of the perturbed point.
-
-        grad_fn(v) = J(v)^T dloss/dh(w)               J = dh / dw, h: outputs
-
-    The gradient of the loss by the outputs is that at `params` w, and only the Jacobian
-    is perturbed: what is left is the sharpness of the model as a function, without that
-    of the loss. At v = w it is the gradient.
-
-    Args:
-        nll: The loss, from `negative_log_likelihood`.
-        params: Parameters w.
-        batch: What the loss takes.
-        *args: Further arguments of the model.
-        **kwargs: Further keyword arguments of the model.
-
-    Returns:
-        `grad_fn(point) -> grads`, to pass to `sharpness_aware(...).update` as
-        `grad_fn`.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from fsam_optax import gaussian
-        >>> model = lambda w, x: (x * w)[:, None] ** 2
-        >>> nll = negative_log_likelihood(model, gaussian())
-        >>> batch = (jnp.array([1.0]), jnp.array([[0.0]]))
-        >>> grad_fn = functional_gradient(nll, jnp.array(1.0), batch)
-        >>> print(grad_fn(jnp.array(1.0)), grad_fn(jnp.array(3.0)))  # 1 x 2 v
-        2.0 6.0
-
-    References:
-        Singh, Mobahi, Agarwala, Dauphin, Avoiding spurious sharpness minimization
-        broadens applicability of SAM, 2025, https://arxiv.org/abs/2502.02407.
-    """
-    nll = resolve("functional_gradient", nll)
-    _, _, pull = value_grad_and_pull(nll, params, batch, args, kwargs)
-    return lambda point: pull(point)[1]
+    return labels_of(nll, h, parts).total

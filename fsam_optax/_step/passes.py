@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._common.checks import leaf_shape
-from fsam_optax._fisher.negative_log_likelihood import (
-    value_grad_and_fisher,
-    value_grad_and_pull,
-)
+from fsam_optax._fisher.functional import value_grad_and_pull
+from fsam_optax._fisher.one_pass import value_grad_and_fisher
 from fsam_optax._step.parts import Data
 
 

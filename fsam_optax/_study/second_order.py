@@ -120,7 +120,7 @@ def _mean_of_products(nll, params, batch, args, kwargs, factors, has_labels=True
     a, b = jax.vmap(rows)(inputs, rows_of_keys, labels.of_examples)
     a = labels.examples[:, None, None] * a
     product = jnp.einsum("nkp,nkq->pq", a, b, precision="highest")
-    return product / divisor(labels.total)
+    return product / labels.divisor
 
 
 @takes_model

@@ -18,7 +18,7 @@ from fsam_optax._common.checks import (
     check_transformation,
     leaf_shape,
 )
-from fsam_optax._common.norms import divisor, widen
+from fsam_optax._common.norms import widen
 from fsam_optax._fisher.labels import Labels, weigh
 from fsam_optax._fisher.likelihoods import factor_product, Likelihood
 from fsam_optax._fisher.negative_log_likelihood import (
@@ -181,7 +181,7 @@ def _outputs_and_labels(nll, params, eps, batch, args, kwargs):
 
 def _mean_over_labels(values: jax.Array, labels: Labels) -> jax.Array:
     w = labels.weights
-    return jnp.sum(jnp.where(w == 0, 0, w * values)) / divisor(labels.total)
+    return jnp.sum(jnp.where(w == 0, 0, w * values)) / labels.divisor
 
 
 def _where_present(labels: Labels, tree: Any, otherwise: Any) -> Any:

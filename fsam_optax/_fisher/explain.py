@@ -1,0 +1,61 @@
+"""How the gradients of the examples of a loss are squared, and at what cost."""
+
+from typing import Any
+
+from fsam_optax import _engine
+from fsam_optax._engine import Explanation
+from fsam_optax._fisher.likelihoods import Likelihood
+from fsam_optax._fisher.negative_log_likelihood import (
+    call_of,
+    NegativeLogLikelihood,
+    parts_of,
+    resolve,
+)
+from fsam_optax._fisher.one_pass import example_losses
+
+
+def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Tells how the squared gradients of examples are formed, parameter by parameter.
+
+    Called as `explain(nll, params, batch, *args, **kwargs)`, with what the loss takes.
+    Nothing is computed. It speaks of one pass that yields squared scores: that of
+    `fisher_empirical`, of one draw of the sampled estimators, and of
+    `value_and_grad(nll, ..., empirical_fisher=True)`; `fisher_exact` makes as many as
+    its factor has columns. A model that mixes examples has no gradient for each of
+    them, which no program shows: `check_separable` tries it.
+
+    Args:
+        model: A `negative_log_likelihood`; or `apply_fn, likelihood` in its place; or
+            `apply_fn`, followed by what `power_sums` takes:
+            `explain(apply_fn, params, inputs, cotangents, targets)`.
+        *args: Parameters, batch, and further arguments of the model.
+        **kwargs: Further keyword arguments of the model.
+
+    Returns:
+        One `Leaf` for each parameter: its path, shape, rule and cost, relative to that
+        of its gradient; a table when printed. Every rule but "fallback" costs about as
+        much as the gradient. A fallback forms the gradient of each example.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import categorical, negative_log_likelihood
+        >>> def apply_fn(params, x):
+        ...     return x @ params["kernel"] + params["bias"]
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        >>> nll = negative_log_likelihood(apply_fn, categorical)
+        >>> print(explain(nll, params, (jnp.ones((8, 3)), jnp.zeros(8, int))))
+        parameter   shape   rule           cost
+        ['bias']    (2,)    reduction      1.00
+        ['kernel']  (3, 2)  outer product  1.00
+    """
+    if isinstance(model, NegativeLogLikelihood):
+        return _explain(model, *args, **kwargs)
+    if args and isinstance(args[0], Likelihood):
+        return _explain(resolve("explain", model, args[0]), *args[1:], **kwargs)
+    return _engine.explain(model, *args, **kwargs)
+
+
+def _explain(nll, params, batch, *args, **kwargs):
+    parts, call = parts_of(nll, batch), call_of(nll, args, kwargs)
+    loss, examples, _ = example_losses(nll, params, parts, call)
+    return _engine.explain_loss(lambda w, x: loss(w, x)[0], params, examples)
