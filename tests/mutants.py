@@ -1,0 +1,489 @@
+"""Do the tests notice? Mutants are errors made on purpose, which some test must find.
+
+    python tests/mutants.py                   # all of them
+    python tests/mutants.py --only norms      # those whose file or text match
+    python tests/mutants.py --every 5         # each fifth
+    python tests/mutants.py --check           # only: does every old text still occur?
+
+A mutant is one text of the package put in the place of another. It is made in a copy of
+the package, on which the short tests that concern it run (never those marked `slow`)
+until the first that fails, which must pass without the mutant. One that survives
+is an error that the tests would let pass: write the test. Where an old text does not
+occur exactly once, nothing runs and the script fails: give the mutant the new text.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "fsam_optax"
+SECONDS = 1200  # For the tests of one mutant.
+
+
+class Mutant(NamedTuple):
+    """One error: in `file`, `new` stands where `old` did."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _mutants(file, tests, *changes):
+    return [
+        Mutant(file, old, new, " ".join([*more, tests])) for old, new, *more in changes
+    ]
+
+
+MUTANTS = [
+    # The formula.
+    *_mutants(
+        "_ball/perturbation.py",
+        "perturbation faults geometries",
+        ("exponent = 1 / (ord - 1)", "exponent = ord - 1"),
+        ("dual_ord = 1 / (1 - 1 / ord)", "dual_ord = ord"),
+        ("(t * direction(x, n, exponent))", "direction(x, n, exponent)"),
+        ("products = [t * g for t, g in zip(ts, gs, strict=True)]", "products = gs"),
+        ("& (known > 0)", ""),
+        ("usable = jnp.all(jnp.isfinite(known)) & (known > 0)", "usable = known > 0"),
+        ("radius = radius * factor", "radius = factor"),
+        ("found, state.skipped, optax.safe", "~found, state.skipped, optax.safe"),
+        ("jnp.where(found, new, old)", "new"),
+        ("optax.safe_increment(state.count)", "state.count + 1"),
+        ("radius = radius_at(rho, state.count)", "radius = radius_at(rho, 0)"),
+        ("rho=jnp.array(radius, jnp.float32)", "rho=state.rho"),
+    ),
+    *_mutants(
+        "_ball/operators.py",
+        "geometries perturbation faults",
+        ("magnitude(path, w) + eta if use", "magnitude(path, w) if use"),
+        ("lambda is_bias: not is_bias", "lambda is_bias: is_bias"),
+        (
+            "for i, axis in enumerate(inside) if i not",
+            "for i, axis in enumerate(inside) if i",
+        ),
+        ("metric = 1 + (eta * unit) * positive", "metric = 1 + eta * positive"),
+        ("metric = unit * positive + damping", "metric = unit * (positive + damping)"),
+        ("root = 1 / jnp.sqrt(", "root = 1 / ("),
+        ("(f >= 0) & (f < jnp.inf), f, 0)", "f < jnp.inf, f, 0)"),
+        ("mean = amount / size", "mean = amount"),
+    ),
+    *_mutants(
+        "_common/norms.py",
+        "faults precision perturbation",
+        (
+            "return jnp.result_type(jnp.float32, *arrays)",
+            "return jnp.result_type(*arrays)",
+        ),
+        ("return unit * root(found, ord)", "return root(found, ord)"),
+        ("return jnp.sign(x) * size**exponent", "return size**exponent"),
+        ("powers >= info.tiny / info.eps**2", "powers >= 0"),
+        ("jnp.where(squares < 1, 1 / near, near)", "near"),
+        ("jax.lax.psum(part, axes) if axes else part", "part", "devices"),
+        ("return x_norm, jnp.where(finite, cosine, jnp.nan)", "return x_norm, cosine"),
+        (
+            "return unit * root(jnp.sum((x / unit) ** 2",
+            "return root(jnp.sum((x / unit) ** 2",
+        ),
+        (
+            "d = direction(x, Reciprocal.of(length), q - 1)",
+            "d = direction(x, Reciprocal.of(length), 1)",
+        ),
+    ),
+    # The step.
+    *_mutants(
+        "_step/step.py",
+        "step sharpness_aware value_and_grad faults",
+        ("value, h = gradient(point)", "value, h = gradient(params)"),
+        ("(w.astype(widen(w, e)) + e)", "(w.astype(widen(w, e)) - e)"),
+        ("(w.astype(widen(w, e)) + e)", "(w + e.astype(w.dtype))"),
+        ("descent = _keep_unless(found, descent, memory.descent)", ""),
+        (
+            "return eps, _keep_unless(finite, after, before), found",
+            "return eps, after, found",
+        ),
+        ("step % every == 0", "step % every == 1"),
+        (
+            "return isinstance(every, numbers.Integral) and int(every) == 1",
+            "return True",
+        ),
+        ('"clean_grads": grads, "eps": eps}', '"clean_grads": h, "eps": eps}'),
+        (
+            "return Stride(d, memory, jnp.array(False), metrics, None)",
+            "return Stride(d, memory, jnp.array(True), metrics, None)",
+        ),
+        ("return cast_like(d, grads), after", "return d, after"),
+    ),
+    *_mutants(
+        "_step/parts.py",
+        "value_and_grad step devices",
+        ("weight > 0, part.weight * part.value, 0)", "weight > 0, part.value, 0)"),
+        ("return jnp.where(part.found, part.weight, 0)", "return part.weight"),
+        (
+            'args, kwargs = fold_keys((data.args, data.kwargs), numbers["replica"])',
+            "args, kwargs = data.args, data.kwargs",
+        ),
+        (
+            "_spread(x, rows).reshape(rows, parts, *x.shape[1:]), 1, 0)",
+            "_spread(x, rows).reshape(parts, rows, *x.shape[1:]), 0, 0)",
+        ),
+    ),
+    *_mutants(
+        "_step/value_and_grad.py",
+        "value_and_grad step sharpness",
+        (
+            "rise = jnp.asarray(stride.value, wide) - jnp.asarray(clean.value, wide)",
+            "rise = jnp.asarray(stride.value, wide)",
+        ),
+        ("optax.safe_increment(state.step)", "state.step + 1", "faults"),
+        ("        weight = total_weight(oracle.loss_fn, params, *data)\n", ""),
+    ),
+    *_mutants(
+        "_step/metrics.py",
+        "sharpness_aware step",
+        ("jnp.asarray(v, wide) - jnp.asarray(w, wide)", "jnp.asarray(v, wide)"),
+    ),
+    *_mutants(
+        "_common/mapped_axes.py",
+        "devices merging value_and_grad",
+        (
+            "jax.lax.axis_index(axis_name) * (count or 1) + replica",
+            "jax.lax.axis_index(axis_name) + replica",
+        ),
+        (
+            "mean = jax.lax.psum(share.astype(x.dtype) * x, axes) / number",
+            "mean = jax.lax.psum(x, axes) / number",
+        ),
+        ("x = jnp.where(share > 0, x, jnp.zeros_like(x))", ""),
+        ("return x + weight.astype(x.dtype) * y", "return x + y"),
+        ("jnp.where(total > 0, x / number, old)", "x / number"),
+    ),
+    *_mutants(
+        "_common/keys.py",
+        "keys value_and_grad",
+        ("return fold_in(x, index)", "return fold_in(x, 0)"),
+    ),
+    # The likelihoods and the labels.
+    *_mutants(
+        "_fisher/likelihoods.py",
+        "likelihoods fisher variance",
+        (
+            "score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.softmax(h)",
+            "score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.sigmoid(h)",
+        ),
+        ("return s * v - p * jnp.sum(s * v, axis=-1, keepdims=True)", "return s * v"),
+        ("first = -jnp.sum(", "first = jnp.sum("),
+        ("return jnp.where(y < 0, 0, log_p).squeeze(-1)", "return log_p.squeeze(-1)"),
+        (
+            "return variance, variance * (1 - 6 * variance)",
+            "return variance, variance * (1 + 6 * variance)",
+        ),
+        (
+            "variance = jax.nn.sigmoid(h) * jax.nn.sigmoid(-h)",
+            "variance = jax.nn.sigmoid(h)",
+        ),
+        ("(u - jnp.sum(p * u, axis=-1, keepdims=True)) ** 4", "u**4"),
+        ("+ 3 * second_moment**2", "+ second_moment**2"),
+        (
+            "largest = jnp.minimum(jnp.max(p, axis=-1), trace)",
+            "largest = jnp.max(p, axis=-1) * trace",
+        ),
+        (
+            "y - jnp.sum(y, axis=-1, keepdims=True) * jax.nn.softmax(h)",
+            "y - jax.nn.softmax(h)",
+        ),
+    ),
+    *_mutants(
+        "_fisher/labels.py",
+        "fisher likelihoods second_order",
+        (
+            "a = jnp.max(w, axis=tuple(range(1, w.ndim)))",
+            "a = jnp.min(w, axis=tuple(range(1, w.ndim)))",
+        ),
+        ("within=w / expand(divisor(a), w)", "within=w"),
+        ("total=jnp.sum(w),", "total=jnp.sum(a),"),
+        ("return jnp.where(m == 0, 0, m * x)", "return m * x"),
+        (
+            "columns = jnp.where(here, columns, 0)",
+            "columns = jnp.where(here, columns, columns)",
+        ),
+    ),
+    *_mutants(
+        "_fisher/negative_log_likelihood.py",
+        "fisher fused value_and_grad",
+        (
+            "return -jnp.sum(log_prob) / divisor(labels.total)",
+            "return -jnp.mean(log_prob)",
+        ),
+        (
+            "pull_back(_cast(cotangent, there))[0]",
+            "pull_back(jax.grad(loss_of)(there))[0]",
+            "step",
+        ),
+        (
+            "return (value / total, aux), grads, squares",
+            "return (value, aux), grads, squares",
+        ),
+        (
+            "weights=labels.examples,\n        has_value",
+            "weights=None,\n        has_value",
+        ),
+    ),
+    # The estimators.
+    *_mutants(
+        "_fisher/estimators.py",
+        "fisher variance",
+        ("scale = divisor(num_samples * total)", "scale = divisor(total)"),
+        (
+            "roots = jnp.sqrt(problem.labels.examples)",
+            "roots = problem.labels.examples",
+        ),
+        ("jnp.maximum(2 * s2**2 - s4, 0)", "jnp.maximum(2 * s2**2, 0)"),
+        (
+            "variance = jnp.maximum(fourth / draws - (second / draws) ** 2, 0)",
+            "variance = jnp.maximum(fourth / draws, 0)",
+        ),
+        (
+            "count = num_samples * jnp.sum(w) ** 2 / divisor(jnp.sum(w * w))",
+            "count = num_samples * w.size",
+        ),
+        ("(jax.random.split(key, num_samples))", "(jnp.stack([key] * num_samples))"),
+    ),
+    *_mutants(
+        "_fisher/estimation.py",
+        "fisher devices value_and_grad",
+        (
+            "draw = jax.random.fold_in(draw, replica)",
+            "pass",
+        ),
+        ("key=jax.random.key_data(following),", "key=state.key,"),
+        (
+            "total = divisor(draws * problem.labels.total)",
+            "total = divisor(draws * problem.labels.examples.size)",
+        ),
+        (
+            "lambda w, v: w if _is_masked(v) else v, full_params",
+            "lambda w, v: w, full_params",
+        ),
+    ),
+    *_mutants(
+        "_fisher/i2.py",
+        "fisher variance",
+        ("return total / len(xs)", "return total"),
+    ),
+    *_mutants(
+        "_fisher/refresh_every.py",
+        "fisher",
+        ("age=(state.age + 1) % k", "age=state.age + 1"),
+    ),
+    *_mutants(
+        "_fisher/at_hand.py",
+        "fisher geometries",
+        ("return g * g", "return jnp.abs(g)"),
+    ),
+    # The engine.
+    *_mutants(
+        "_engine/sums.py",
+        "engine engine_models",
+        (
+            "return x if p == 1 else power(x * x, p // 2)",
+            "return x if p == 1 else x * x",
+        ),
+        (
+            "weight = jnp.sum(weight, axis=tuple(j for j, b in enumerate(live)",
+            "weight = jnp.max(weight, axis=tuple(j for j, b in enumerate(live)",
+        ),
+        (
+            "found = step(found, many * number, rest) if rest else found",
+            "found = found",
+        ),
+        (
+            "return jnp.zeros_like(rows).at[jnp.argmax(same, axis=-1)].add(rows)",
+            "return rows",
+        ),
+        (
+            "return scaled(a, has[0], scale), scaled(g, has[1], 1 / scale)",
+            "return scaled(a, has[0], scale), scaled(g, has[1], scale)",
+        ),
+        ("index = jnp.clip(index, 0, last)", "index = index"),
+        ("(low, high, hole - 1)", "(low, high, 0)"),
+        ("reach = (g.shape[1 + d] - 1) * hole + 1", "reach = g.shape[1 + d]"),
+    ),
+    *_mutants(
+        "_engine/plan.py",
+        "engine engine_models engine_complex",
+        (
+            'if name == "neg":\n        return -s if p % 2 else s',
+            'if name == "neg":\n        return s',
+        ),
+        ("factor = power(others[0], p)", "factor = others[0]"),
+        (
+            "return i if moves and real else None",
+            "return i if moves else None",
+            "engine_complex",
+        ),
+        ("return len(boxes) > 1 and all(", "return len(boxes) > 1 or all("),
+    ),
+    *_mutants(
+        "_engine/entries.py",
+        "fisher",
+        ("return squares(v + u) - squares(v - u)", "return squares(v + u)"),
+    ),
+    *_mutants(
+        "_engine/power_sums.py",
+        "engine fused",
+        ("jnp.sum(losses if weights is None else weights * losses)", "jnp.sum(losses)"),
+        ("if not error <= tolerance * scale:", "if error > scale:"),
+    ),
+    # What studies.
+    *_mutants(
+        "_study/sharpness.py",
+        "sharpness",
+        (
+            "size = jnp.where(rises, jnp.minimum(2 * size, 1), size / 2)",
+            "size = size / 2",
+        ),
+        (
+            "return _mean_over_labels(sum(squares[1:], squares[0]), labels) / 2",
+            "return _mean_over_labels(sum(squares[1:], squares[0]), labels)",
+        ),
+    ),
+    *_mutants(
+        "_study/second_order.py",
+        "second_order",
+        (
+            "f = jnp.maximum(jnp.asarray(f, widen(f)), 0) + damping",
+            "f = jnp.asarray(f, widen(f)) + damping",
+        ),
+        ("values = jnp.maximum(values, 0) + damping", "values = values + damping"),
+    ),
+    *_mutants(
+        "variance.py",
+        "variance",
+        ("+ 2 * jnp.sum(second) ** 2", "+ jnp.sum(second) ** 2"),
+        (
+            "return (_sum_of_fourth(fourth_moment(h, u) - second**2, second),)",
+            "return (_sum_of_fourth(fourth_moment(h, u), second),)",
+        ),
+    ),
+]
+
+
+def stale(root=ROOT):
+    """Returns a sentence for each mutant that cannot be made."""
+    found = []
+    for m in MUTANTS:
+        path = root / "fsam_optax" / m.file
+        number = path.read_text().count(m.old) if path.is_file() else 0
+        if number != 1:
+            found.append(f"{m.file}: {m.old!r} occurs {number} times, not once.")
+        found += [
+            f"{m.file}: there is no tests/test_{name}.py."
+            for name in m.tests.split()
+            if not (root / "tests" / f"test_{name}.py").is_file()
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _copy(folder):
+    """Copies what the tests need, without what was compiled or measured."""
+    for name in ("fsam_optax", "tests", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__", "figures", "results")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def _run(folder, tests):
+    """Returns the exit status of pytest, and what it printed."""
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "--no-header"]
+    cache = str(pathlib.Path(tempfile.gettempdir()) / "fsam_optax_mutants")
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-B", "-m", "pytest", *options, *tests],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return 1, "It ran too long."
+    if done.returncode not in (0, 1, 2):
+        raise RuntimeError(f"pytest could not run:\n{done.stdout}")
+    return done.returncode, done.stdout
+
+
+def _failed(printed):
+    """Returns the tests that failed, without their parameters."""
+    found = re.findall(
+        r"^(?:FAILED|ERROR) (tests/\w+\.py(?:::\w+)?)", printed, re.MULTILINE
+    )
+    return list(dict.fromkeys(found))
+
+
+def _try(mutant, unchanged):
+    """Returns whether the mutant is killed, and by what."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        shutil.copytree(unchanged, folder, dirs_exist_ok=True)
+        path = folder / "fsam_optax" / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        files = dict.fromkeys(f"tests/test_{name}.py" for name in mutant.tests.split())
+        status, printed = _run(folder, ["-x", *files])
+    return status != 0, _failed(printed)
+
+
+def main():
+    """Runs what the command line asks for, and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="make no mutant")
+    parser.add_argument("--only", default="", help="pattern of the file or the text")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th mutant")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    options = parser.parse_args()
+    if problems := stale():
+        print(*problems, sep="\n")
+        return 2
+    chosen = [m for m in MUTANTS if re.search(options.only, f"{m.file} {m.old}")]
+    chosen = chosen[:: options.every]
+    if options.check or not chosen:
+        print(f"{len(MUTANTS)} mutants, of which {len(chosen)} were asked for.")
+        return 0 if options.check else 2
+    start = time.monotonic()
+    survivors = 0
+    with (
+        tempfile.TemporaryDirectory() as name,
+        concurrent.futures.ThreadPoolExecutor(options.jobs) as pool,
+    ):
+        unchanged = pathlib.Path(name)
+        _copy(unchanged)
+        results = pool.map(lambda m: _try(m, unchanged), chosen)
+        killers = []
+        for m, (killed, by) in zip(chosen, results, strict=True):
+            survivors += not killed
+            killers += by
+            word = "killed  " if killed else "SURVIVED"
+            print(word, m.file, repr(m.old), *by, flush=True)
+        # What fails without a mutant too has killed none.
+        void = _failed(_run(unchanged, dict.fromkeys(killers))[1]) if killers else []
+        if void:
+            print("These fail without a mutant too:", *void, sep="\n")
+    seconds = time.monotonic() - start
+    print(f"{len(chosen)} mutants, {survivors} survived; {seconds:.0f} s.")
+    return 1 if survivors or void else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
