@@ -107,11 +107,7 @@ MUTANTS = [
         ("value, h = gradient(point)", "value, h = gradient(params)"),
         ("(w.astype(widen(w, e)) + e)", "(w.astype(widen(w, e)) - e)"),
         ("(w.astype(widen(w, e)) + e)", "(w + e.astype(w.dtype))"),
-        ("descent = _keep_unless(found, descent, memory.descent)", ""),
-        (
-            "return eps, _keep_unless(finite, after, before), found",
-            "return eps, after, found",
-        ),
+        ("descent = keep_unless(found, descent, memory.descent)", ""),
         ("step % every == 0", "step % every == 1"),
         (
             "return isinstance(every, numbers.Integral) and int(every) == 1",
@@ -172,6 +168,52 @@ MUTANTS = [
         "_common/keys.py",
         "keys value_and_grad",
         ("return fold_in(x, index)", "return fold_in(x, 0)"),
+    ),
+    # Before, beside and instead of the ball.
+    *_mutants(
+        "_ball/guard.py",
+        "step perturbation golden_family",
+        ("keep_unless(finite, after, state), finite", "after, finite"),
+        ("jnp.where(finite, e, 0) if is_real(e) else e", "e"),
+    ),
+    *_mutants(
+        "_ball/memory.py",
+        "golden_family perturbation step",
+        ("jnp.where(started, g - sigma * m, g)", "g - sigma * m"),
+        ("started, decay * m + (1 - decay) * g, g)", "started, decay * m + g, g)"),
+    ),
+    *_mutants(
+        "_ball/multi_step.py",
+        "golden_family perturbation",
+        ("jax.tree.map(_add, eps, next_.eps)", "next_.eps"),
+        ("grads = grad_fn(_move(params, eps))", "grads = grad_fn(params)"),
+        ('last, first.state, "count"', 'last, last, "count"'),
+    ),
+    *_mutants(
+        "_step/descents.py",
+        "descents golden_family",
+        ("h - alpha * (g - c * h)", "h - alpha * (g - h)"),
+        ("start = jnp.where(near_clean, 0.0, 1.0)", "start = 0.0"),
+        ("c = component(_real(updates), _real(clean_grads), shard_axes)", "c = 1.0"),
+        ("jnp.where(length > noise, direction(v, unit, 1), 0)", "v"),
+        ("jnp.where(jnp.isfinite(length), new, old)", "new"),
+    ),
+    *_mutants(
+        "_step/displaced.py",
+        "displaced",
+        (
+            "return update.astype(dtype), held - next_w",
+            "return update.astype(dtype), eps",
+        ),
+        ("(p.astype(d.dtype) - d)", "(p.astype(d.dtype) + d)"),
+        ("jnp.asarray(eps, wide) - d", "jnp.asarray(eps, wide)"),
+    ),
+    *_mutants(
+        "_step/bsam.py",
+        "golden_family",
+        ("w + z / jnp.sqrt(num_data * s)", "w + z / (num_data * s)"),
+        ("w + radius * h / s", "w + radius * h"),
+        ("jnp.sqrt(s) * jnp.abs(h)", "s * jnp.abs(h)"),
     ),
     # The likelihoods and the labels.
     *_mutants(
@@ -304,8 +346,8 @@ MUTANTS = [
             "weight = jnp.max(weight, axis=tuple(j for j, b in enumerate(live)",
         ),
         (
-            "found = step(found, many * number, rest) if rest else found",
-            "found = found",
+            "return added(found, *_rows(axes, operands, many * number, rest))",
+            "return found",
         ),
         (
             "return jnp.zeros_like(rows).at[jnp.argmax(same, axis=-1)].add(rows)",
@@ -333,6 +375,14 @@ MUTANTS = [
             "engine_complex",
         ),
         ("return len(boxes) > 1 and all(", "return len(boxes) > 1 or all("),
+    ),
+    *_mutants(
+        "_engine/columns.py",
+        "engine engine_models fisher",
+        (
+            "jnp.where(index < count, weight, jnp.zeros_like(weight))",
+            "weight + 0 * index",
+        ),
     ),
     *_mutants(
         "_engine/entries.py",
