@@ -84,6 +84,7 @@ from fsam_optax._step.displaced import (
     DisplacedState as DisplacedState,
     eval_params as eval_params,
 )
+from fsam_optax._step.lagged import LaggedState as LaggedState
 from fsam_optax._step.metrics import Metrics as Metrics
 from fsam_optax._step.sharpness_aware import (
     sharpness_aware as sharpness_aware,

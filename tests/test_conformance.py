@@ -128,6 +128,7 @@ CASES = {
     "looksam": Case(fsam_optax.looksam, {**SGD, "rho": 0.1, "every": 2}, "step"),
     "bsam": Case(fsam_optax.bsam, BAYES, "step"),
     "value_and_grad": Case(oracle, {}, "gradient"),
+    "value_and_grad_lagged": Case(oracle, {"lagged": True}, "gradient"),
     "value_and_grad_micro": Case(oracle, {"micro_batches": 2, "every": 2}, "gradient"),
 }
 

@@ -25,7 +25,9 @@ from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
     total_weight,
 )
+from fsam_optax._step import lagged as lagged_step
 from fsam_optax._step.explain import explain_step, StepExplanation
+from fsam_optax._step.lagged import LaggedState
 from fsam_optax._step.metrics import Metrics
 from fsam_optax._step.parts import Data, mean_over_parts, names, Part
 from fsam_optax._step.passes import (
@@ -79,18 +81,18 @@ class ValueAndGrad:
             perturbed step computes and costs, as a table when printed.
     """
 
-    init: Callable[[Any], ValueAndGradState]
-    apply: Callable[..., tuple[Any, Any, ValueAndGradState]]
+    init: Callable[[Any], Any]
+    apply: Callable[..., tuple[Any, Any, Any]]
     explain: Callable[..., StepExplanation]
 
     def __call__(
         self,
         params: Any,
-        state: ValueAndGradState = _MISSING,
+        state: ValueAndGradState | LaggedState = _MISSING,
         batch: Any = _MISSING,
         *args,
         **kwargs,
-    ) -> tuple[Any, Any, ValueAndGradState]:
+    ) -> tuple[Any, Any, Any]:
         """Returns `(value, grads, state)`, or `((value, aux), grads, state)`."""
         if state is _MISSING or batch is _MISSING:
             raise TypeError(
@@ -121,6 +123,7 @@ def value_and_grad(
     merge_aux: Callable[[Any], Any] | None = None,
     every: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 1,
     empirical_fisher: bool = False,
+    lagged: bool = False,
     functional: bool = False,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
@@ -165,6 +168,11 @@ def value_and_grad(
             the squared gradient, from the same pass as the gradient, and hand it to
             the perturbation as the extra argument `fisher`, which `given()` reads.
             `loss_fn` must be `negative_log_likelihood(apply_fn, likelihood)`.
+        lagged: Take the eps of the step before, so that a step costs one gradient, as
+            in `displaced`, but with clean parameters in the caller's hands. Value and
+            `aux` are those at w + eps, and there is one eps a step, of the mean
+            gradient over parts and devices. No `descent`, no `every`, no metrics and
+            no sharpness: there is no gradient at w to compare with.
         functional: Take as the second gradient that of the outputs at w, pulled back
             at w + eps (Functional SAM). `loss_fn` must be a `negative_log_likelihood`.
         perturb_dtype: Dtype in which the second pass sees w + eps. None keeps the
@@ -236,6 +244,22 @@ def value_and_grad(
             f"`has_aux={has_aux}`, but the `negative_log_likelihood` was made with "
             f"`has_aux={loss_fn.has_aux}`: give both the same."
         )
+    if lagged:
+        _check_lagged(descent, every, empirical_fisher, functional)
+        one_pass = lagged_step.Lagged(
+            loss_fn,
+            has_aux,
+            optax.with_extra_args_support(perturbation),
+            perturb_dtype,
+            micro_batches,
+            merge_aux,
+            axis_name,
+        )
+        return ValueAndGrad(
+            functools.partial(lagged_step.init, one_pass),
+            functools.partial(lagged_step.apply, one_pass),
+            functools.partial(lagged_step.explain, one_pass),
+        )
     rule = Rule(
         optax.with_extra_args_support(perturbation),
         descent,
@@ -251,6 +275,22 @@ def value_and_grad(
         functools.partial(_apply, oracle),
         functools.partial(_explain, oracle),
     )
+
+
+def _check_lagged(descent, every, empirical_fisher, functional) -> None:
+    """Raises ValueError for what needs a gradient at w, which `lagged` has not."""
+    asked = {
+        "descent": descent is not None,
+        "every": not always(every),
+        "empirical_fisher": empirical_fisher,
+        "functional": functional,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(
+                f"`{name}` cannot be combined with `lagged=True`: a step has one "
+                "gradient, at w + eps, and every step but the first is perturbed."
+            )
 
 
 def check_merge_aux(merge_aux: Any, micro_batches: Any, has_aux: bool) -> None:
