@@ -50,7 +50,7 @@ SGD = {"base": optax.sgd(0.1, momentum=0.9)}
 BALL = {"perturbation": fsam_optax.euclidean_ball(0.1)}
 DIAGONAL = {"estimator": fsam_optax.given()}
 AVERAGE = {"estimator": optax.chain(fsam_optax.squared_gradient(), optax.ema(0.9))}
-MODEL = {"apply_fn": model, "likelihood": fsam_optax.categorical}
+MODEL = {"model": model, "likelihood": fsam_optax.categorical}
 SAMPLED = {**MODEL, "key": jax.random.key(7)}
 ERROR = {**SAMPLED, "num_samples": 2, "standard_error": True}
 EXACT = {"estimator": fsam_optax.fisher_exact(**MODEL)}
@@ -158,7 +158,7 @@ def case(request):
 def transformation(name):
     factory, kwargs, _ = CASES[name]
     tx = factory(**kwargs)
-    asks = {"every", "micro_batches", "apply_fn", "estimators", "matrix_fn"}
+    asks = {"every", "micro_batches", "model", "estimators", "matrix_fn"}
     models = [EXACT["estimator"], DRAWN["estimator"]]
     if not asks & kwargs.keys() and kwargs.get("estimator") not in models:
         return tx
