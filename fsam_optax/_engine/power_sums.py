@@ -64,9 +64,13 @@ def power_sums(
         powers: Which powers, of 1, 2 and 4. The first power is the gradient.
         weights: Weights of the examples, shape (B,); None for ones. Zero masks an
             example, unless its gradient is not finite.
-        chunk_bytes: Bytes of per-example gradients that may exist at a time, per
-            parameter that needs them. None for one example at a time on CPU, where
-            that is fastest, and 64 MiB elsewhere.
+        chunk_bytes: Bytes that a loop over examples may hold at a time on each device,
+            for each parameter whose gradients are formed a few at a time, and that the
+            backward passes of the cotangents may hold, of which at least one is run at
+            a time. None for what suits the platform that the program is lowered for:
+            64 MiB, and one example at a time where that is fastest, on CPUs; for the
+            cotangents as much as keeps the whole within twice the memory of one
+            gradient, or within about 64 MiB if that is more.
 
     Returns:
         For each power a pytree like `params`: the sum, not the mean; float32, or the
@@ -357,12 +361,13 @@ def sums_of_powers(
     fn: Callable,
     params: PyTree,
     examples: tuple[PyTree, PyTree],
-    cotangents: Callable,
+    cotangents: Callable | Columns,
     powers: Sequence[int],
     weights: jax.Array,
+    chunk_bytes: int | None = None,
 ) -> tuple[PyTree, ...]:
     """Returns what `power_sums` does, for a function of one example."""
-    return _sums(fn, params, examples, cotangents, powers, weights, None)[0]
+    return _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes)[0]
 
 
 def _sums(

@@ -11,7 +11,7 @@ import optax
 from fsam_optax._common.checks import check_leaves, check_params, is_real
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._common.norms import divisor, widen
-from fsam_optax._engine import sums_of_powers
+from fsam_optax._engine import Columns, sums_of_powers
 from fsam_optax._fisher.labels import Labels, weigh
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
@@ -187,27 +187,42 @@ def _restore(diagonal: Any, params: Any) -> Any:
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
 
-def power_sums_of(problem: Problem, cotangents: Callable, extra: Any, powers: tuple):
+def power_sums_of(
+    problem: Problem,
+    cotangents: Callable | Columns,
+    extra: Any,
+    powers: tuple,
+    chunk_bytes: int | None = None,
+):
     """Returns the sums over examples, weighted, of powers of pulled-back cotangents.
 
     `cotangents(h, label, extra)` maps the outputs of one example, its
-    `(targets, present, m)`, and its part of `extra`.
+    `(targets, present, m)`, and its part of `extra`; those of `Columns` take the pair
+    `(label, extra)` for the target.
     """
     labels = problem.labels
+
+    def of_one(h, target):
+        assert not isinstance(cotangents, Columns)
+        return cotangents(h, *target)
+
     return sums_of_powers(
         problem.of_one,
         problem.params,
         ((problem.inputs, problem.rows), (labels.of_examples, extra)),
-        lambda h, target: cotangents(h, *target),
+        cotangents if isinstance(cotangents, Columns) else of_one,
         powers,
         labels.examples,
+        chunk_bytes,
     )
 
 
-def mean_powers(problem, cotangents, extra=None, *, draws=1, powers=(2,)):
+def mean_powers(
+    problem, cotangents, extra=None, *, draws=1, powers=(2,), chunk_bytes=None
+):
     """Returns 1 / (draws D) times the `power_sums_of`."""
     total = draws * problem.labels.divisor
-    sums = power_sums_of(problem, cotangents, extra, powers)
+    sums = power_sums_of(problem, cotangents, extra, powers, chunk_bytes)
     return tuple(jax.tree.map(lambda x: x / total, tree) for tree in sums)
 
 

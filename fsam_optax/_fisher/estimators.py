@@ -8,6 +8,7 @@ for one example, vectors c on its outputs whose squared pullbacks (J_n^T c)^2 ad
 that example's share.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import optax
 
 from fsam_optax._common.checks import check_count
 from fsam_optax._common.norms import divisor, widen
+from fsam_optax._engine import Columns
 from fsam_optax._fisher.estimation import (
     closed_form,
     draws_of,
@@ -45,6 +47,7 @@ def _mean_square_draws(
     key: jax.Array,
     num_samples: int,
     standard_error: bool,
+    chunk_bytes: int | None,
 ) -> tuple[Any, Any]:
     """Averages the squared pullbacks of `num_samples` random cotangents an example.
 
@@ -52,18 +55,18 @@ def _mean_square_draws(
     of independent draws, from their second moment (the fourth power).
     """
 
-    def cotangents(h, label, key):
-        _, present, within = label
-        return jax.vmap(
-            lambda key: cotangent(problem.likelihood, h, key, present, within)
-        )(jax.random.split(key, num_samples))
+    def draw(h, target, i):
+        (_, present, within), key = target
+        key = jax.random.split(key, num_samples)[i]
+        return cotangent(problem.likelihood, h, key, present, within)
 
     w, total = problem.labels.examples, problem.labels.divisor
     sums = power_sums_of(
         problem,
-        cotangents,
+        Columns(lambda h: num_samples, draw),
         jax.random.split(key, w.size),
-        powers=(2, 4) if standard_error else (2,),
+        (2, 4) if standard_error else (2,),
+        chunk_bytes,
     )
     scale = num_samples * total
     diagonal = jax.tree.map(lambda x: x / scale, sums[0])
@@ -81,14 +84,42 @@ def _mean_square_draws(
     return diagonal, jax.tree.map(error, *sums)
 
 
-def exact_cotangents(likelihood: Likelihood) -> Callable:
+MANY_COLUMNS = 10_000
+
+
+def check_bytes(chunk_bytes: int | None) -> None:
+    """Raises ValueError unless `chunk_bytes` is None or an integer of at least 1."""
+    if chunk_bytes is not None:
+        check_count("chunk_bytes", chunk_bytes)
+
+
+def exact_cotangents(likelihood: Likelihood) -> Columns:
     """Returns the columns of the factor of all labels, as cotangents."""
     columns = factor_columns(likelihood)
-    return lambda h, label, _: columns(h, label)
+
+    def number(h):
+        found = columns.number(h)
+        if found > MANY_COLUMNS:
+            warnings.warn(
+                f"The exact Fisher pulls back {found} cotangents an example, one for "
+                "each column of the factor of each label, at about .7 gradients each. "
+                "`fisher_hutchinson` and `fisher_i1` are unbiased and pull back one.",
+                stacklevel=2,
+            )
+        return found
+
+    def column(h, target, i):
+        label, _ = target
+        return columns.column(h, label, i)
+
+    return Columns(number, column)
 
 
 def fisher_exact(
-    model: Model, likelihood: Likelihood | None = None
+    model: Model,
+    likelihood: Likelihood | None = None,
+    *,
+    chunk_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Diagonal of the Fisher, with the expectation over labels in closed form.
 
@@ -98,7 +129,7 @@ def fisher_exact(
     natural parameters and the m are 0 or 1. Exact for the given inputs, whatever the
     labels. It pulls back K cotangents a label, one for each column of the factor (C - 1
     for `categorical`), and T K of them if the model emits T labels: for large
-    vocabularies, sample.
+    vocabularies, sample. Beyond 10 000 of them an example a warning says so.
 
     All estimators share one call, `update(updates, state, params, *, batch, ...)`,
     which returns `(diagonal, state)`. It does not read `updates`. Its extra arguments:
@@ -127,6 +158,11 @@ def fisher_exact(
             a leading axis of size 1, so it must treat each example on its own: no
             batch statistics.
         likelihood: Its likelihood, in the second case: distribution of the labels.
+        chunk_bytes: Bytes that the backward passes of several cotangents, and
+            per-example gradients which have to be formed, may hold on a device; at
+            least one cotangent is pulled back at a time. None for as many as keep the
+            whole within twice the memory of the gradient, or within about 64 MiB if
+            that is more. See `power_sums`.
 
     Returns:
         A stateless estimator. Its diagonal has the structure of params, is float32 or
@@ -151,15 +187,20 @@ def fisher_exact(
         https://arxiv.org/abs/1905.12558 (proposition 1).
     """
     nll = resolve("fisher_exact", model, likelihood)
+    check_bytes(chunk_bytes)
 
     def estimate(problem):
-        return mean_powers(problem, exact_cotangents(nll.likelihood))[0]
+        columns = exact_cotangents(nll.likelihood)
+        return mean_powers(problem, columns, chunk_bytes=chunk_bytes)[0]
 
     return closed_form("fisher_exact", nll, estimate)
 
 
 def fisher_empirical(
-    model: Model, likelihood: Likelihood | None = None
+    model: Model,
+    likelihood: Likelihood | None = None,
+    *,
+    chunk_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Mean squared score at the labels of the data: the empirical Fisher.
 
@@ -173,6 +214,9 @@ def fisher_empirical(
     Args:
         model: A `negative_log_likelihood`, or the `apply_fn` of one.
         likelihood: Its likelihood, in the second case.
+        chunk_bytes: Bytes that per-example gradients which have to be formed, and the
+            backward passes of several cotangents, may hold on a device; see
+            `power_sums`. None for what suits the platform.
 
     Returns:
         A stateless estimator, called as `fisher_exact` is. It costs about one backward
@@ -203,6 +247,7 @@ def fisher_empirical(
         for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.12558 (eq. 3).
     """
     nll = resolve("fisher_empirical", model, likelihood)
+    check_bytes(chunk_bytes)
 
     def cotangents(h, label, _):
         targets, _, within = label
@@ -210,7 +255,7 @@ def fisher_empirical(
         return jax.tree.map(lambda c: c[None], one)
 
     def estimate(problem):
-        return mean_powers(problem, cotangents)[0]
+        return mean_powers(problem, cotangents, chunk_bytes=chunk_bytes)[0]
 
     return closed_form("fisher_empirical", nll, estimate, needs_labels=True)
 
@@ -222,6 +267,7 @@ def fisher_i1(
     num_samples: int = 1,
     key: jax.Array,
     standard_error: bool = False,
+    chunk_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Mean squared score at labels drawn from the model: the estimator I1.
 
@@ -243,6 +289,9 @@ def fisher_i1(
             inputs random too, and for all S never less, on average, than the error
             from the labels alone, of which it may be several times where the inputs
             differ more than their labels. inf for a single draw.
+        chunk_bytes: Bytes that per-example gradients which have to be formed, and the
+            backward passes of several cotangents, may hold on a device; see
+            `power_sums`. None for what suits the platform.
 
     Returns:
         An estimator, called as `fisher_exact` is. The targets in
@@ -270,10 +319,11 @@ def fisher_i1(
     """
     nll = resolve("fisher_i1", model, likelihood)
     check_count("num_samples", num_samples)
+    check_bytes(chunk_bytes)
 
     def estimate(problem, key):
         return _mean_square_draws(
-            problem, drawn_score, key, num_samples, standard_error
+            problem, drawn_score, key, num_samples, standard_error, chunk_bytes
         )
 
     return sampled("fisher_i1", nll, estimate, key, standard_error, num_samples)
@@ -286,6 +336,7 @@ def fisher_hutchinson(
     num_samples: int = 1,
     key: jax.Array,
     standard_error: bool = False,
+    chunk_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Squared pullback of a randomly signed factor of I(h|x), for each example.
 
@@ -305,6 +356,9 @@ def fisher_hutchinson(
         key: PRNG key of the draws. It is copied into the state and split every update.
         standard_error: Whether to keep the standard error of each entry in the state;
             as in `fisher_i1`.
+        chunk_bytes: Bytes that per-example gradients which have to be formed, and the
+            backward passes of several cotangents, may hold on a device; see
+            `power_sums`. None for what suits the platform.
 
     Returns:
         An estimator, called as `fisher_exact` is. The targets in
@@ -334,10 +388,11 @@ def fisher_hutchinson(
     """
     nll = resolve("fisher_hutchinson", model, likelihood)
     check_count("num_samples", num_samples)
+    check_bytes(chunk_bytes)
 
     def estimate(problem, key):
         return _mean_square_draws(
-            problem, signed_factor, key, num_samples, standard_error
+            problem, signed_factor, key, num_samples, standard_error, chunk_bytes
         )
 
     return sampled("fisher_hutchinson", nll, estimate, key, standard_error, num_samples)

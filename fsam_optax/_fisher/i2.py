@@ -18,7 +18,7 @@ from fsam_optax._engine import (
     without_explicit_axes,
 )
 from fsam_optax._fisher.estimation import mean_powers, Problem, sampled
-from fsam_optax._fisher.estimators import exact_cotangents, Model
+from fsam_optax._fisher.estimators import check_bytes, exact_cotangents, Model
 from fsam_optax._fisher.labels import drawn_score
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._fisher.negative_log_likelihood import resolve
@@ -132,6 +132,7 @@ def fisher_i2(
     key: jax.Array,
     hessian: Literal["exact", "hutchinson"] = "exact",
     standard_error: bool = False,
+    chunk_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Minus the mean Hessian diagonal of log p at labels from the model: I2.
 
@@ -170,6 +171,9 @@ def fisher_i2(
         standard_error: Whether to keep the standard error of each entry in the state,
             for the given inputs, from S draws that are then carried out one by one.
             inf for a single draw.
+        chunk_bytes: Bytes that per-example gradients which have to be formed, and the
+            backward passes of several cotangents, may hold on a device; see
+            `power_sums`. None for what suits the platform.
 
     Returns:
         An estimator, called as `fisher_exact` is. The targets in `batch` are not read.
@@ -197,6 +201,7 @@ def fisher_i2(
         it does, and with that one I2 is exact.
     """
     check_count("num_samples", num_samples)
+    check_bytes(chunk_bytes)
     check_choice("hessian", hessian, "exact", "hutchinson")
     nll = resolve("fisher_i2", model, likelihood)
 
@@ -229,7 +234,8 @@ def fisher_i2(
             exact = hessian == "exact"
             return _curvature(problem, scores, key, exact, num_probes)
 
-        (fisher,) = mean_powers(problem, exact_cotangents(nll.likelihood))
+        columns = exact_cotangents(nll.likelihood)
+        (fisher,) = mean_powers(problem, columns, chunk_bytes=chunk_bytes)
         label_key, probe_key = jax.random.split(key)
         keys = jax.random.split(label_key, num_samples)
         if not standard_error:

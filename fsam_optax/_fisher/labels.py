@@ -5,14 +5,16 @@
 One divisor D for everything that is averaged: the loss, its gradient, every Fisher.
 """
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fsam_optax._common.checks import leaf_shape
 from fsam_optax._common.norms import divisor, widen
+from fsam_optax._engine import Columns
 from fsam_optax._fisher.likelihoods import factor_product, Likelihood
 
 
@@ -195,39 +197,40 @@ def _keys(key, number):
     return [key] if number == 1 else list(jax.random.split(key, number))
 
 
-def factor_columns(likelihood: Likelihood) -> Callable:
-    """Returns the columns of the factor of an example, one label at a time.
+def factor_columns(likelihood: Likelihood) -> Columns:
+    """Returns the columns of the factor of an example, those of one label at a time.
 
-    A function of the outputs h of one example and of its `(targets, present, m)`, whose
-    result has a leading axis of all columns of all positions.
+    The target of a column is the example's `(targets, present, m)`. It is 0 but at its
+    label, and made of the outputs there alone: no more than one column is formed.
     """
 
-    def one_at_a_time(factor):
-        columns = jnp.swapaxes(factor, -1, -2)
-        columns = columns.reshape(-1, 1, *columns.shape[-2:])  # (T, 1, K, C)
-        here = jnp.eye(len(columns), dtype=bool)[..., None, None]
-        columns = jnp.where(here, columns, 0)  # (T, T, K, C)
-        columns = jnp.swapaxes(columns, 1, 2)
-        return columns.reshape(-1, *factor.shape[:-1])
-
-    def columns_of(h, label):
-        _, present, m = label
-
-        def factors(f):
-            return _where_weighed(m, f)
-
-        tree = jax.tree.map(factors, likelihood.factor(h))
-        if present is not None:
-            tree = _masked(tree, jax.tree.map(lambda x: x[..., None], present))
-        leaves, structure = jax.tree.flatten(jax.tree.map(one_at_a_time, tree))
-        # The columns of one output are 0 in all others.
-        blocks = [
-            [
-                x if i == k else jnp.zeros((len(x), *y.shape[1:]), y.dtype)
-                for i, x in enumerate(leaves)
-            ]
-            for k, y in enumerate(leaves)
+    def ranks(h):
+        return [
+            f.shape[-1] for f in jax.tree.leaves(jax.eval_shape(likelihood.factor, h))
         ]
-        return structure.unflatten([jnp.concatenate(block) for block in blocks])
 
-    return columns_of
+    def number(h):
+        return math.prod(positions(h)) * sum(ranks(h))
+
+    def column(h, label, i):
+        _, present, m = label
+        t, k = jnp.divmod(i, sum(ranks(h)))
+        units, start = [], 0
+        for x, rank in zip(jax.tree.leaves(h), ranks(h), strict=True):
+            # All zeros, but in one of the outputs.
+            units.append(jax.nn.one_hot(k - start, rank, dtype=widen(x)))
+            start += rank
+        there = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(
+                x.reshape(-1, x.shape[-1]), t, keepdims=False
+            ),
+            h,
+        )
+        c = factor_product(likelihood, there, jax.tree.structure(h).unflatten(units))
+        here = (jnp.arange(m.size) == t).reshape(m.shape)
+        c = jax.tree.map(
+            lambda c: _where_weighed(m, jnp.where(here[..., None], c, 0)), c
+        )
+        return _masked(c, present)
+
+    return Columns(number, column)

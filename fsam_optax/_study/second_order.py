@@ -160,7 +160,8 @@ def dense_fisher(
     columns = factor_columns(nll.likelihood)
 
     def factors(h, pull, label):
-        rows = jax.vmap(pull)(columns(h, label))
+        index = jnp.arange(columns.number(h))
+        rows = jax.vmap(lambda i: pull(columns.column(h, label, i)))(index)
         return rows, rows
 
     return _mean_of_products(nll, params, batch, args, kwargs, factors, False)

@@ -1,0 +1,172 @@
+"""The engine in bounded memory: loops over cotangents and examples, by platform."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fsam_optax import (
+    categorical,
+    diagonal,
+    fisher_empirical,
+    fisher_exact,
+    fisher_hutchinson,
+    fisher_i1,
+    fisher_i2,
+    negative_log_likelihood,
+    power_sums,
+)
+
+
+BUDGET = 64 << 20
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return np.asarray(RNG.normal(size=shape), np.float32)
+
+
+def like(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def temporaries(fn, *args):
+    used = jax.jit(fn).lower(*args).compile().memory_analysis()
+    return getattr(used, "temp_size_in_bytes")  # noqa: B009  (None has not)
+
+
+def segment(params, x):
+    """A hidden convolution, and one of size one."""
+    x = jax.lax.conv_general_dilated(
+        x, params["c"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.tanh(x) @ params["w"]
+
+
+def dense(params, x):
+    return jnp.tanh(x @ params["c"]) @ params["w"]
+
+
+LARGE = {
+    "segmentation": (
+        segment,
+        {"c": like(3, 3, 3, 8), "w": like(8, 5)},
+        like(8, 32, 32, 3),
+    ),
+    "tokens": (dense, {"c": like(32, 32), "w": like(32, 1000)}, like(8, 64, 32)),
+    "1000 classes": (dense, {"c": like(32, 64), "w": like(64, 1000)}, like(64, 32)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_columns_of_the_exact_fisher_keep_to_the_budget(name):
+    model, params, x = LARGE[name]
+    labels = like(*jax.eval_shape(model, params, x).shape[:-1], dtype=jnp.int32)
+    gradient = temporaries(
+        jax.grad(negative_log_likelihood(model, categorical)), params, (x, labels)
+    )
+    allowed = max(2 * gradient, BUDGET)
+    for estimator in (
+        fisher_exact(model, categorical),
+        fisher_i2(model, categorical, key=KEY, hessian="hutchinson"),
+    ):
+        fn = functools.partial(diagonal, estimator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # For the tokens, see below.
+            assert (
+                temporaries(lambda p, x, fn=fn: fn(p, (x, None)), params, x) < allowed
+            )
+
+
+def test_many_columns_are_too_many():
+    model, params, x = LARGE["tokens"]
+    estimator = fisher_exact(model, categorical)
+    with pytest.warns(UserWarning, match="63936 cotangents an example.*hutchinson"):
+        jax.eval_shape(lambda p, x: diagonal(estimator, p, (x, None)), params, x)
+
+
+def test_draws_of_large_outputs_keep_to_what_is_asked_for():
+    model, params, x = LARGE["tokens"]
+    used = {}
+    for draws, chunk_bytes in (1, None), (32, 1), (32, 1 << 30):
+        estimator = fisher_hutchinson(
+            model, categorical, key=KEY, num_samples=draws, chunk_bytes=chunk_bytes
+        )
+        used[draws, chunk_bytes] = temporaries(
+            lambda p, x, e=estimator: diagonal(e, p, (x, None)), params, x
+        )
+    assert used[32, 1] < 1.2 * used[1, None]
+    assert used[32, 1 << 30] > 5 * used[1, None]
+
+
+PARAMS = {"c": normal(4, 3) / 2, "w": normal(3, 5) / 2}
+POSITIONS = normal(6, 3, 4)
+WEIGHTS = np.asarray(RNG.uniform(size=(6, 3)) * (RNG.uniform(size=(6, 3)) > 0.3))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 700, 5000, None])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, weighted):
+    """Twelve columns of each of six examples, against all Jacobians at once."""
+    batch = (POSITIONS, None, WEIGHTS) if weighted else (POSITIONS, None)
+    m = WEIGHTS if weighted else np.ones((6, 3))
+    estimator = fisher_exact(dense, categorical, chunk_bytes=chunk_bytes)
+    found = jax.jit(functools.partial(diagonal, estimator))(PARAMS, batch)
+
+    def columns(params, x):
+        return jax.jacobian(dense)(params, x[None])  # (1, T, C, *shape)
+
+    factors = categorical.factor(dense(PARAMS, POSITIONS))  # (N, T, C, K)
+    a = np.max(m, 1, keepdims=True)
+    within = np.divide(m, a, where=a > 0, out=np.zeros_like(m))
+    scale = a * within**2 / np.sum(m)
+    for name, jacobian in jax.vmap(columns, (None, 0))(PARAMS, POSITIONS).items():
+        rows = jnp.einsum("ntcij,ntck->ntkij", jacobian[:, 0], factors)
+        expected = jnp.einsum("nt,ntkij->ij", scale, rows**2)
+        np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["empirical", "i1", "hutchinson", "i2"])
+def test_the_budget_does_not_change_the_estimate(name):
+    estimator = {
+        "empirical": fisher_empirical,
+        "i1": functools.partial(fisher_i1, key=KEY, num_samples=3),
+        "hutchinson": functools.partial(fisher_hutchinson, key=KEY, num_samples=3),
+        "i2": functools.partial(fisher_i2, key=KEY),
+    }[name]
+    batch = POSITIONS, RNG.integers(5, size=(6, 3))
+    found = [
+        diagonal(estimator(dense, categorical, chunk_bytes=b), PARAMS, batch)
+        for b in (None, 1)
+    ]
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5])
+def test_a_budget_is_a_number_of_bytes(wrong):
+    with pytest.raises(ValueError, match="chunk_bytes"):
+        fisher_exact(dense, categorical, chunk_bytes=wrong)
+
+
+def test_the_loop_over_examples_is_chosen_for_the_platform():
+    """Single examples on CPUs, whatever the machine that lowers the program."""
+
+    def squares(w, x):
+        return power_sums(lambda w, x: jnp.tanh(x @ w), w, x, lambda h, _: h[None])
+
+    args = PARAMS["w"], normal(16, 4, 3)
+    traced = jax.jit(squares).trace(*args)
+    text = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert "stablehlo.while" in text["cpu"]
+    assert "stablehlo.while" not in text["cuda"] + text["tpu"]
+    exported = jax.export.export(jax.jit(squares), platforms=("cuda", "cpu"))(*args)
+    for x, y in zip(exported.call(*args), squares(*args), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
