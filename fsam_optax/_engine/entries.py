@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._engine.jaxpr import Dataflow, evaluate, flatten, MOVES, read, size
+from fsam_optax._engine.flatten import flatten
+from fsam_optax._engine.jaxpr import Dataflow, evaluate, is_real, read, size
 from fsam_optax._engine.power_sums import sums_of_powers
+from fsam_optax._engine.primitives import ENTERED_BY, LINEAR_MOVES, name_of
 
 
 PyTree = Any
-# What is linear in an operand, and makes of it something of another shape.
-LINEAR = ("dot_general", "conv_general_dilated", "gather")
 
 
 class Entry(NamedTuple):
@@ -61,7 +61,8 @@ def entries(
         return fn(tree.unflatten(leaves), x)
 
     closed = jax.make_jaxpr(model)(leaves, flat_example)
-    flat = jax.make_jaxpr(flatten(closed))(*closed.in_avals)
+    varies = [i >= len(leaves) for i in range(len(closed.in_avals))]
+    flat = jax.make_jaxpr(flatten(closed, varies))(*closed.in_avals)
     jaxpr = flat.jaxpr
     variables, given = jaxpr.invars[: len(leaves)], jaxpr.invars[len(leaves) :]
     flow = Dataflow(jaxpr, given)
@@ -100,13 +101,12 @@ def _entered(flow, v, limit) -> Any:
     itself = v if size(v) <= limit else None
     while flow.uses.get(v) == 1 and v not in flow.jaxpr.outvars:
         (eqn,) = (e for e in flow.jaxpr.eqns if v in e.invars)
-        name = eqn.primitive.name
         others = [x for x in eqn.invars if x is not v]
-        if not all(jnp.issubdtype(x.aval.dtype, jnp.floating) for x in eqn.outvars):
+        if not all(map(is_real, eqn.outvars)):
             break
-        if name in LINEAR and (name != "gather" or eqn.invars[0] is v):
+        if name_of(eqn) in ENTERED_BY:
             return eqn.outvars[0]
-        if name not in MOVES or others or len(eqn.outvars) != 1:
+        if name_of(eqn) not in LINEAR_MOVES or others or len(eqn.outvars) != 1:
             break
         (v,) = eqn.outvars
     return itself

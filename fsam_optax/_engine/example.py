@@ -19,15 +19,9 @@ from fsam_optax._engine.columns import (
     held_by_column,
     over_cotangents,
 )
-from fsam_optax._engine.jaxpr import (
-    Dataflow,
-    evaluate,
-    flatten,
-    largest,
-    read,
-    size,
-)
-from fsam_optax._engine.plan import make_plan, run
+from fsam_optax._engine.flatten import flatten
+from fsam_optax._engine.jaxpr import Dataflow, evaluate, largest, read, size
+from fsam_optax._engine.plan import make_plan, most_held, run
 from fsam_optax._engine.sums import looped, reduced, Steps, widened
 
 
@@ -138,10 +132,13 @@ def _checked(cs, h, tree):
 def _rewritten(program, what, report):
     closed, known, n_outputs, cotangents, weight = program
     given = [*known, *closed.in_avals[len(known) :]]
-    flat = jax.make_jaxpr(flatten(closed))(*given)
+    n_params = len(closed.out_avals) - n_outputs
+    varies = [i >= n_params for i in range(len(given))]
+    flat = jax.make_jaxpr(flatten(closed, varies))(*given)
     jaxpr = flat.jaxpr
     outputs, wanted = jaxpr.outvars[:n_outputs], jaxpr.outvars[n_outputs:]
-    flow = Dataflow(jaxpr, jaxpr.invars[len(wanted) :])
+    constants = dict(zip(jaxpr.constvars, flat.consts, strict=True))
+    flow = Dataflow(jaxpr, jaxpr.invars[n_params:], constants)
     consts = lax.stop_gradient(flat.consts)
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, known, strict=False))  # The cotangents follow.
@@ -167,11 +164,11 @@ def _rewritten(program, what, report):
     number = made.number
     if number > 1:
         each, beside = held_by_column(flow, columns, plan.needed)
-        most = max((source.held for source in plan.sources.values()), default=0)
+        most = most_held(plan)
         number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
     sums = over_cotangents(pull, made, weight, number)
     if report is not None:
-        report[:] = [plan.rules(v) for v in wanted]
+        report[:] = [plan.rules(k) for k in range(len(wanted))]
     return sums, h
 
 
@@ -186,7 +183,7 @@ def _as_it_is(program, what, report):
     steps = Steps(held, what.chunk_bytes, what.devices)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what.powers, steps)
     if report is not None:
-        report[:] = [[("fallback", math.inf, 1)] for _ in gradients]
+        report[:] = [[("fallback", math.inf, 1.0)] for _ in gradients]
 
     def pull(axes, weight, c):
         return reduced(rule, axes)(weight, *known, *c)

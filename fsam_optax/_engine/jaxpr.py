@@ -1,4 +1,4 @@
-"""Programs as jaxprs: a flat form of them, their dataflow, their evaluation.
+"""Programs as jaxprs: their dataflow and their evaluation.
 
 The only module that knows how a jaxpr is laid out. It touches the public part of it:
 equations with a primitive, parameters, inputs and outputs.
@@ -11,34 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Literal
 
-
-CALLS = ("jit", "pjit", "closed_call", "core_call", "xla_call")
-REMATERIALISED = ("checkpoint", "remat", "remat2")
-SUMS = ("add_any", "add")
-CONTRACTIONS = {
-    "dot_general": "shared dense",
-    "conv_general_dilated": "convolution",
-    "scatter-add": "embedding",
-}
-# Linear operations that move entries about, or scale each by itself.
-MOVES = (
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "expand_dims",
-    "neg",
-    "reshape",
-    "rev",
-    "sharding_constraint",
-    "slice",
-    "split",
-    "squeeze",
-    "transpose",
-)
+from fsam_optax._engine.primitives import BARRIER, KEEPS_ZEROS, LOOP, name_of, SUMS
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -76,6 +52,11 @@ def size(v: Any) -> int:
     return math.prod(v.aval.shape)
 
 
+def is_real(v: Any) -> bool:
+    """Tells whether a variable or literal holds real floating-point numbers."""
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
 class Dataflow:
     """A flat jaxpr with what depends on what.
 
@@ -84,12 +65,18 @@ class Dataflow:
         producer: The equation that produces a variable.
         uses: How often a variable is read.
         varying: The variables that differ from one example to the next.
+        readers: The equations that read a variable.
         loop_sizes: By loop, what `arising` found.
     """
 
-    def __init__(self, jaxpr: Any, varying: Iterable[Any]):
-        """Takes the jaxpr and those of its inputs that differ between examples."""
+    def __init__(
+        self, jaxpr: Any, varying: Iterable[Any], known: dict[Any, Any] | None = None
+    ):
+        """Takes a jaxpr, the inputs that differ between examples, and known values."""
         self.jaxpr = jaxpr
+        self._known = {
+            v: x for v, x in (known or {}).items() if not isinstance(x, Tracer)
+        }
         self.producer = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         self.loop_sizes: dict[int, list[int]] = {}
         self._order = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
@@ -100,7 +87,7 @@ class Dataflow:
                 self.uses[v] = self.uses.get(v, 0) + 1
         for eqn in jaxpr.eqns:
             varies = [self.varies(v) for v in eqn.invars]
-            if eqn.primitive.name == "optimization_barrier":
+            if name_of(eqn) == BARRIER:
                 self.varying.update(
                     v for v, b in zip(eqn.outvars, varies, strict=True) if b
                 )
@@ -120,10 +107,23 @@ class Dataflow:
         if isinstance(v, Literal):
             return bool(np.all(np.asarray(v.val) == 0))
         eqn = self.made_by(v)
-        passes = ("broadcast_in_dim", "convert_element_type", "copy")
-        return bool(
-            eqn and eqn.primitive.name in passes and self.is_zero(eqn.invars[0])
-        )
+        return bool(eqn and name_of(eqn) in KEEPS_ZEROS and self.is_zero(eqn.invars[0]))
+
+    def known_value(self, v: Any) -> np.ndarray | None:
+        """Returns the value if it can be computed now, from constants alone."""
+        if isinstance(v, Literal):
+            return np.asarray(v.val)
+        if v not in self._known:
+            self._known[v] = None
+            eqn = self.made_by(v)
+            if eqn is not None and not self.varies(v):
+                values = [self.known_value(x) for x in eqn.invars]
+                if all(x is not None for x in values):
+                    with jax.ensure_compile_time_eval():
+                        out = [np.asarray(x) for x in bind(eqn, values)]
+                    self._known.update(zip(eqn.outvars, out, strict=True))
+        value = self._known[v]
+        return None if value is None else np.asarray(value)
 
     def ancestors(self, roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
         """Returns the variables that `roots` are computed from, and themselves."""
@@ -147,12 +147,19 @@ class Dataflow:
 
     def summands(self, v: Any) -> list[Any]:
         """Returns the terms that `v` is the sum of; itself if it is not a sum."""
-        eqn = self.made_by(v)
-        if eqn is None or eqn.primitive.name not in SUMS:
-            return [v]
-        if any(x.aval.shape != v.aval.shape for x in eqn.invars):
-            return [v]
-        return [term for x in eqn.invars for term in self.summands(x)]
+        terms, pending = [], [v]
+        while pending:  # A weight that is used often is a deep sum.
+            x = pending.pop()
+            eqn = self.made_by(x)
+            if (
+                eqn is not None
+                and name_of(eqn) in SUMS
+                and all(y.aval.shape == x.aval.shape for y in eqn.invars)
+            ):
+                pending += reversed(eqn.invars)
+            else:
+                terms.append(x)
+        return terms
 
 
 def depends(fn: Callable, *likes: Any) -> bool:
@@ -162,14 +169,23 @@ def depends(fn: Callable, *likes: Any) -> bool:
     return any(flow.varies(v) for v in jaxpr.outvars)
 
 
-def loop_flow(flow: Dataflow, eqn: Any) -> Dataflow:
-    """Returns the dataflow of the body of a loop."""
+def loop_flow(flow: Dataflow, eqn: Any, knowing: bool = False) -> Dataflow:
+    """Returns the dataflow of the body of a loop, with constants known if asked for."""
     jaxpr, _ = body_of(eqn)
     n_consts, n_carry = loop_counts(eqn)
     varies = [flow.varies(v) for v in eqn.invars]
+    known = (
+        {
+            x: value
+            for x, v in zip(jaxpr.invars[:n_consts], eqn.invars, strict=False)
+            if (value := flow.known_value(v)) is not None
+        }
+        if knowing
+        else {}
+    )
     while True:
         body = Dataflow(
-            jaxpr, (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
+            jaxpr, (v for v, b in zip(jaxpr.invars, varies, strict=True) if b), known
         )
         grown = [
             b or (0 <= k < n_carry and body.varies(jaxpr.outvars[k]))
@@ -203,7 +219,7 @@ def arising(flow: Dataflow, v: Any) -> int:
     eqn = flow.made_by(v)
     if eqn is None or not flow.varies(v):
         return 1
-    if eqn.primitive.name != "scan":
+    if name_of(eqn) != LOOP:
         read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
         return size(v) if size(v) > read_here else 1
     if id(eqn) not in flow.loop_sizes:
@@ -255,247 +271,3 @@ def evaluate(eqns: Iterable[Any], env: dict[Any, Any], needed: set[Any]) -> None
                     strict=True,
                 )
             )
-
-
-def flatten(closed: Any) -> Callable:
-    """Returns the function of a closed jaxpr, which traces to a flat jaxpr.
-
-    Calls are inlined. Rematerialised calls are inlined behind a barrier, which is what
-    keeps the compiler from merging them with the first evaluation. A loop that only
-    adds up matrix products, convolutions or scattered rows is taken apart, see
-    `_scan`.
-    """
-    return lambda *args: _run(closed.jaxpr, closed.consts, args)
-
-
-def _run(jaxpr, consts, args):
-    flow = Dataflow(jaxpr, ())
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    for eqn in jaxpr.eqns:
-        values = [read(env, v) for v in eqn.invars]
-        name = eqn.primitive.name
-        if name in CALLS:
-            out = _run(*body_of(eqn), values)
-        elif name in REMATERIALISED:
-            out = _run(*body_of(eqn), _barrier(eqn, values))
-        elif name == "scan":
-            out = _scan(eqn, values)
-        elif name == "dot_general":
-            out = [_product(eqn, *values)]
-        elif name == "dynamic_update_slice" and _is_one_row(flow, eqn):
-            out = [_scattered(eqn, *values)]
-        else:
-            out = bind(eqn, values)
-        env.update(zip(eqn.outvars, out, strict=True))
-    return [read(env, v) for v in jaxpr.outvars]
-
-
-def _product(eqn, a, g):
-    """Evaluates a matrix product without the axes of size one.
-
-    A model for batches meets one example as a batch of one. Mapped over examples, its
-    products would have an axis too many, which XLA:CPU pays for with copies.
-    """
-    (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
-
-    def thin(x, contract, batch):
-        drop = [d for d in range(x.ndim) if x.shape[d] == 1 and d not in batch]
-        kept = [d for d in range(x.ndim) if d not in drop]
-        contract = [kept.index(d) for d in contract if d in kept]
-        return lax.squeeze(x, drop), contract, [kept.index(d) for d in batch]
-
-    a, contract_a, batch_a = thin(a, contract_a, batch_a)
-    g, contract_g, batch_g = thin(g, contract_g, batch_g)
-    y = lax.dot_general(
-        a,
-        g,
-        ((contract_a, contract_g), (batch_a, batch_g)),
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-    )
-    return y.reshape(eqn.outvars[0].aval.shape)
-
-
-def _is_one_row(flow, eqn):
-    """Tells whether an activation is put at an index into zeros, as for one token."""
-    zeros, rows = eqn.invars[:2]
-    eqn, _ = _without_moves(flow, rows)
-    return (
-        flow.is_zero(zeros)
-        and all(
-            n in (1, m) for n, m in zip(rows.aval.shape, zeros.aval.shape, strict=True)
-        )
-        and not (eqn and eqn.primitive.name in CONTRACTIONS)
-    )
-
-
-def _scattered(eqn, zeros, rows, *start):
-    """Evaluates such an update as what several tokens would give."""
-    indexed = tuple(d for d, n in enumerate(rows.shape) if n != zeros.shape[d])
-    window = tuple(range(1, 1 + rows.ndim - len(indexed)))
-    index = [start[d] for d in indexed]
-    return lax.scatter_add(
-        zeros,
-        jnp.stack(index)[None] if index else jnp.zeros((1, 0), jnp.int32),
-        lax.squeeze(rows, indexed)[None],
-        lax.ScatterDimensionNumbers(window, indexed, indexed),
-        mode=lax.GatherScatterMode.CLIP,
-    )
-
-
-def _without_moves(flow, v):
-    """Returns the equation below the moves on top of `v`, and what they produce."""
-    moved, eqn = [], flow.made_by(v)
-    while eqn and eqn.primitive.name in MOVES:
-        moved.append(v)
-        (v, *_) = eqn.invars
-        eqn = flow.made_by(v)
-    return eqn, moved
-
-
-def _barrier(eqn, values):
-    guard = eqn.params.get("prevent_cse", True)
-    if not eqn.params.get("differentiated", True) or guard is False:
-        return values
-    chosen = [guard] * len(values) if guard is True else list(guard)
-    held = iter(
-        lax.optimization_barrier([x for x, b in zip(values, chosen, strict=True) if b])
-    )
-    return [next(held) if b else x for x, b in zip(values, chosen, strict=True)]
-
-
-def _scan(eqn, values):
-    """Evaluates a loop; sums of products that it accumulates come out as one product.
-
-    The gradient of a recurrent weight is a carry, `c + dot(a_t, g_t)` at each step.
-    The operands are stacked instead and contracted once, over steps and positions.
-    """
-    closed = eqn.params["jaxpr"]
-    n_consts, n_carry = loop_counts(eqn)
-    flat = jax.make_jaxpr(flatten(closed))(*closed.in_avals)
-    flow = Dataflow(flat.jaxpr, ())
-    inputs, outputs = flat.jaxpr.invars, flat.jaxpr.outvars
-    sums = {
-        k: terms
-        for k in range(n_carry)
-        if (terms := _accumulated(flow, inputs[n_consts + k], outputs[k]))
-    }
-    factors = [v for terms in sums.values() for _, e in terms for v in _factors(e)]
-    keep = [k for k in range(n_carry) if k not in sums]
-    consts, carry, xs = np.split(np.arange(len(values)), [n_consts, n_consts + n_carry])
-    rows = {inputs[i]: values[i] for i in xs}
-    stacked = [v for v in dict.fromkeys(factors) if v not in rows]
-    wanted = [outputs[k] for k in keep] + list(outputs[n_carry:]) + stacked
-    needed = flow.ancestors(wanted)
-
-    def step(state, x):
-        env = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
-        env.update((inputs[i], values[i]) for i in consts)
-        env.update((inputs[n_consts + k], c) for k, c in zip(keep, state, strict=True))
-        env.update((inputs[i], leaf) for i, leaf in zip(xs, x, strict=True))
-        evaluate(flat.jaxpr.eqns, env, needed)
-        out = [read(env, v) for v in wanted]
-        return out[: len(keep)], out[len(keep) :]
-
-    state, ys = lax.scan(
-        step,
-        [values[carry[k]] for k in keep],
-        [values[i] for i in xs],
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
-    )
-    n_ys = len(outputs) - n_carry
-    rows.update(zip(stacked, ys[n_ys:], strict=True))
-    out: list[Any] = [None] * n_carry
-    for k, value in zip(keep, state, strict=True):
-        out[k] = value
-    contracted: dict[int, Any] = {}
-    for k, terms in sums.items():
-        out[k] = values[carry[k]]
-        for moved, e in terms:
-            if id(e) not in contracted:
-                contracted[id(e)] = _contract_steps(e, *(rows[v] for v in _factors(e)))
-            term = contracted[id(e)]
-            for v in reversed(moved):
-                move = flow.producer[v]
-                others = [read({}, x) for x in move.invars[1:]]
-                term = bind(move, [term, *others])[move.outvars.index(v)]
-            out[k] = lax.add(out[k], term)
-    return out + ys[:n_ys]
-
-
-def _accumulated(flow, before, after):
-    """Returns the terms of `after = before + terms`, if they are all contractions.
-
-    Each is a pair: what is moved from it, outermost first, and its equation.
-    """
-    terms = flow.summands(after)
-    if flow.uses.get(before) != 1 or terms.count(before) != 1:
-        return None
-    partial_sums = flow.ancestors([after], stop=[v for v in terms if v is not before])
-    if any(flow.uses[v] != 1 for v in partial_sums):
-        return None
-    found = []
-    for v in terms:
-        if v is before:
-            continue
-        eqn, moved = _without_moves(flow, v)
-        if eqn is None or not _contracts(flow, eqn):
-            return None
-        found.append((moved, eqn))
-    return found
-
-
-def _contracts(flow, eqn):
-    name = eqn.primitive.name
-    if any(isinstance(v, Literal) for v in _factors(eqn)):
-        return False
-    if name == "conv_general_dilated":
-        return eqn.params["feature_group_count"] == 1
-    if name == "scatter-add":
-        return flow.is_zero(eqn.invars[0])
-    return name == "dot_general"
-
-
-def _factors(eqn):
-    """Returns the operands of a contraction, without the zeros scattered into."""
-    return eqn.invars[-2:]
-
-
-def _contract_steps(eqn, a, g):
-    """Applies a contraction to operands stacked over steps, and sums over them."""
-    params = dict(eqn.params)
-    if eqn.primitive.name == "dot_general":
-        (ca, cg), batch = params["dimension_numbers"]
-        ca, cg, ba, bg = (tuple(d + 1 for d in dims) for dims in (ca, cg, *batch))
-        return lax.dot_general(
-            a,
-            g,
-            (((0, *ca), (0, *cg)), (ba, bg)),
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-        )
-    if eqn.primitive.name == "scatter-add":
-        numbers = params["dimension_numbers"]
-        window = tuple(d + 1 for d in numbers.update_window_dims)
-        batching = tuple(d + 1 for d in numbers.scatter_indices_batching_dims)
-        out = eqn.outvars[0].aval
-        return lax.scatter_add(
-            jnp.zeros(out.shape, out.dtype),
-            a,
-            g,
-            numbers._replace(
-                update_window_dims=window, scatter_indices_batching_dims=batching
-            ),
-            mode=params["mode"],
-        )
-    spec = params["dimension_numbers"]
-    a, g = (
-        jnp.moveaxis(x, 0, d).reshape(
-            *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
-        )
-        for x, d in ((a, spec.lhs_spec[1]), (g, spec.rhs_spec[1]))
-    )
-    (out,) = bind(eqn, [a, g])
-    return out

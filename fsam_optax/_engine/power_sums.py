@@ -16,7 +16,7 @@ from fsam_optax._common.checks import check_function, check_leaves, shape_of
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.columns import Columns
 from fsam_optax._engine.example import sums_of_example
-from fsam_optax._engine.plan import Summation
+from fsam_optax._engine.sources import Summation
 from fsam_optax._engine.sums import widened
 
 
@@ -350,8 +350,7 @@ def _explain(fn, params, examples, cotangents):
     for (path, leaf), rules in zip(
         jax.tree_util.tree_leaves_with_path(params), report, strict=True
     ):
-        total = sum(n for *_, n in rules)
-        cost = sum(c * n for _, c, n in rules) / max(total, 1)
+        cost = sum(work for _, work, _ in rules) / sum(own for *_, own in rules)
         name = ", ".join(dict.fromkeys(name for name, *_ in rules))
         found.append(Leaf(jax.tree_util.keystr(path), leaf.shape, name, cost))
     return Explanation(found)

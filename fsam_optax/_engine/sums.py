@@ -227,14 +227,20 @@ def precision_of(eqn: Any) -> Any:
     return precision if holds else None
 
 
-def outer_product(eqn: Any, powers: tuple[int, ...]) -> Callable:
+def outer_product(
+    numbers: Any, dtype: Any, precision: Any, powers: tuple[int, ...]
+) -> Callable:
     """Returns the sums of powers of an outer product: one matrix product per power.
 
     `sum_n w_n (a_n g_n)^p = sum_n a_n^p (w_n g_n^p)`.
+
+    Args:
+        numbers: The dimension numbers of the product of one example.
+        dtype: What to compute in.
+        precision: The precision of the products.
+        powers: The powers.
     """
-    (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
-    dtype = widened(eqn.outvars[0].aval.dtype)
-    precision = precision_of(eqn)
+    (contract_a, contract_g), (batch_a, batch_g) = numbers
 
     def arranged(x, has, contract, batch):
         """Returns x as (*lead, *batch, free), and the shape of what is free."""
@@ -313,66 +319,6 @@ def _balance(a, g, has):
         return x * jnp.expand_dims(factor, axes)
 
     return scaled(a, has[0], scale), scaled(g, has[1], 1 / scale)
-
-
-def scattered_rows(eqn: Any, powers: tuple[int, ...]) -> Callable:
-    """Returns the sums of powers of rows scattered into zeros, as by an embedding.
-
-    Rows of one example that fall on the same entry are added before the power.
-    """
-    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
-    out = eqn.outvars[0].aval
-    dtype = widened(out.dtype)
-    bounds = [out.shape[d] - 1 for d in numbers.scatter_dims_to_operand_dims]
-    n_window = len(numbers.update_window_dims)
-
-    def merged(index, rows):
-        same = jnp.all(index[:, None] == index[None], axis=-1)
-        return jnp.zeros_like(rows).at[jnp.argmax(same, axis=-1)].add(rows)
-
-    def reduce(has, weight, index, rows):
-        _, has_index, has_rows = has
-        if jnp.iinfo(index.dtype).bits < 32:
-            index = index.astype(jnp.int32)
-        axes = range(weight.ndim)
-        if mode == lax.GatherScatterMode.CLIP:
-            last = jnp.array(bounds, index.dtype).reshape(
-                (1,) * (index.ndim - 1) + (-1,)
-            )
-            index = jnp.clip(index, 0, last)
-        lead = index.shape[: sum(has_index)]
-        index = index.reshape(*lead, -1, len(bounds))
-        window = [sum(has_rows) + d for d in numbers.update_window_dims]
-        rows = jnp.moveaxis(rows, window, range(-n_window, 0)).astype(dtype)
-        shape = rows.shape[rows.ndim - n_window :]
-        rows = rows.reshape(*rows.shape[: sum(has_rows)], -1, *shape)
-        each = merged
-        for j in reversed(axes):
-            if has_index[j] or has_rows[j]:
-                maps = [0 if h[j] else None for h in (has_index, has_rows)]
-                each = jax.vmap(each, in_axes=maps)
-        rows = each(index, rows)
-        missing = [
-            j for j, b in enumerate(zip(has_index, has_rows, strict=True)) if not any(b)
-        ]
-        rows = jnp.expand_dims(rows, missing)
-        weight = weight.astype(dtype)
-        weight = weight.reshape(weight.shape + (1,) * (1 + n_window))
-        early = tuple(j for j, b in zip(axes, has_index, strict=True) if not b)
-
-        def sums(p):
-            total = jnp.sum(weight * power(rows, p), axis=early)
-            return lax.scatter_add(
-                vary_like(jnp.zeros(out.shape, dtype), total),
-                index.reshape(-1, len(bounds)),
-                total.reshape(-1, *shape),
-                numbers._replace(update_window_dims=tuple(range(1, 1 + n_window))),
-                mode=mode,
-            )
-
-        return [[sums(p) for p in powers]]
-
-    return reduce
 
 
 def convolution_as_product(eqn: Any, a: jax.Array, g: jax.Array) -> jax.Array:

@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fsam_optax._engine.jaxpr import body_of, size
+from fsam_optax._engine.primitives import name_of
+
+
+# What a loop over examples writes for each entry of a gradient waits for memory.
+IN_LOOPS = 4.0
 
 
 def operations(eqn: Any) -> float:
     """Returns the operations of one equation."""
-    name = eqn.primitive.name
+    name = name_of(eqn)
     if name in COUNTS:
         return COUNTS[name](eqn)
     bodies = [

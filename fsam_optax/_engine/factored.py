@@ -1,0 +1,104 @@
+"""Sums of powers of sums of products: matrix products wherever it can be."""
+
+import jax
+
+from fsam_optax._engine.folding import aligned, folded, variables
+from fsam_optax._engine.grouping import grouped
+from fsam_optax._engine.jaxpr import size
+from fsam_optax._engine.linear import LINEAR
+from fsam_optax._engine.pairs import multiplied_out
+from fsam_optax._engine.products import Expander, Mismatch
+from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.sums import looped, outer_product, Steps, widened
+from fsam_optax._engine.work import IN_LOOPS
+
+
+def factored(site: Site) -> Source | None:
+    """Returns the source for a sum of products; None if it is not one."""
+    try:
+        expander = Expander(site.flow, site.inside, LINEAR)
+        terms = [t for v in site.terms for t in expander.expand(v)]
+        limit, examples = site.what.limit, site.what.examples
+        found = [folded(expander, t, limit, examples) for t in aligned(expander, terms)]
+    except Mismatch:
+        return None
+    reads = [v for t in found for f in (*t.varying, *t.masks) for v in variables(f)]
+    operands = tuple(dict.fromkeys(v for v in reads if v in site.flow.uses))
+    if not all(map(site.is_small, operands)):
+        return None
+    dtype = widened(site.like.dtype)
+    groups = grouped(found, expander.sizes, dtype)
+    found = multiplied_out(site, groups, operands)
+    if found is None:
+        rule = _one_group if len(groups) == 1 else _several
+        found = rule(site, groups, operands)
+    return found
+
+
+def _one_group(site, groups, operands):
+    (group,) = groups
+    what = site.what
+    n, spread = group.positions(), group.volume(group.labels)
+    work = group.work()
+    shape = [group.sizes[x] for x in group.labels]
+
+    def prepare(*values):
+        env = dict(zip(operands, values, strict=True))
+        return [x for factors in group.factors(env) for x in factors]
+
+    def finish(sums, p, env):
+        return group.placed(sums.reshape(shape), group.masks(env), p)
+
+    each = len(group.sides)
+
+    def fn(*arrays):
+        products = [arrays[k : k + each] for k in range(0, len(arrays), each)]
+        return [sum(map(group.product, products[1:]), group.product(products[0]))]
+
+    like = jax.ShapeDtypeStruct(tuple(shape), group.dtype)
+    held = 0
+    if each == 1:
+        rule, work = "reduction", work + spread
+        reduce = looped(fn, [like], what.powers, None)
+    elif n == [1]:
+        rule, precision = "outer product", group.terms[0].precision
+        reduce = outer_product(group.numbers(), group.dtype, precision, what.powers)
+    else:
+        rule, work = "shared dense", work + 2.0 * IN_LOOPS * spread
+        held = 2 * spread * group.dtype.itemsize
+        steps = Steps(held, what.chunk_bytes, what.devices, apart=True)
+        reduce = looped(fn, [like], what.powers, steps)
+    return Source(rule, work, operands, reduce, held, prepare, finish)
+
+
+def _several(site, groups, operands):
+    what, out = site.what, size(site.terms[0])
+    elementwise = 2.0 + sum(2 + len(g.terms[0].masks) for g in groups)
+    work = sum(g.work() for g in groups) + IN_LOOPS * out * elementwise
+    counts = [len(g.positions()) * len(g.sides) for g in groups]
+
+    def prepare(*values):
+        env = dict(zip(operands, values, strict=True))
+        arrays = [x for g in groups for factors in g.factors(env) for x in factors]
+        return [*arrays, *(x for g in groups for x in g.masks(env))]
+
+    def fn(*arrays):
+        rest, total = [*arrays], None
+        factors = [[rest.pop(0) for _ in range(n)] for n in counts]
+        for g, found in zip(groups, factors, strict=True):
+            each = len(g.sides)
+            masks = [rest.pop(0) for _ in g.terms[0].masks]
+            for k in range(0, len(found), each):
+                y = g.placed(g.product(found[k : k + each]), masks, 1)
+                total = y if total is None else total + y
+        return [total]
+
+    like = jax.ShapeDtypeStruct(site.like.shape, groups[0].dtype)
+    if out <= what.limit and all(len(g.sides) == 1 for g in groups):
+        reduce = looped(fn, [like], what.powers, None)
+        return Source("reduction", work, operands, reduce, 0, prepare)
+    held = 2 * out * groups[0].dtype.itemsize
+    products = any(len(g.sides) == 2 for g in groups)
+    steps = Steps(held, what.chunk_bytes, what.devices, apart=products)
+    reduce = looped(fn, [like], what.powers, steps)
+    return Source("sum of products", work, operands, reduce, held, prepare)

@@ -1,0 +1,158 @@
+"""Products of the same form, joined: their factors as arrays with few axes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fsam_optax._engine.folding import Folded
+from fsam_optax._engine.sums import power
+
+
+FEW = 16  # Products over so few positions are joined into one.
+
+
+@dataclass(frozen=True)
+class Group:
+    """A sum of products of the same form: constants times `sum_t a_t g_t`, or times a.
+
+    Its arrays have three kinds of axes: one for each label of the result that both
+    factors have, one that is summed over, and one for the rest.
+
+    Attributes:
+        terms: The products.
+        sides: The labels that each factor, one or two, has for itself.
+        batch: The labels that both have.
+        sizes: The sizes of labels.
+        dtype: What is computed in.
+    """
+
+    terms: tuple[Folded, ...]
+    sides: tuple[tuple[int, ...], ...]
+    batch: tuple[int, ...]
+    sizes: dict[int, int]
+    dtype: Any
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Returns the labels of the result, in the order in which they come out."""
+        return (*self.batch, *(x for side in self.sides for x in side))
+
+    def volume(self, labels: Sequence[int]) -> int:
+        """Returns how many entries labels stand for."""
+        return math.prod(self.sizes[x] for x in labels)
+
+    def positions(self) -> list[int]:
+        """Returns over how many positions each product is summed; few are joined."""
+        each = [self.volume(t.summed) for t in self.terms]
+        few = sum(n for n in each if n < FEW)
+        return [*([few] if few else []), *(n for n in each if n >= FEW)]
+
+    def work(self) -> float:
+        """Returns the operations for one example."""
+        before = sum(t.work for t in self.terms)
+        product = 2.0 * sum(self.positions()) * self.volume(self.labels)
+        return before + (product if len(self.sides) == 2 else 0.0)
+
+    def factors(self, env: dict[Any, Any]) -> list[list[jax.Array]]:
+        """Returns, for each product that is left after joining, its factors."""
+        n_batch = len(self.batch)
+        products: list[list[jax.Array]] = []
+        for t in self.terms:
+            arrays: list[jax.Array] = []
+            for k, (f, rest) in enumerate(zip(t.varying, self.sides, strict=True)):
+                x = f.value(env, self.dtype)
+                x = x * t.scale if k == 0 and t.scale != 1 else x
+                order = (*self.batch, *t.summed, *rest)
+                x = jnp.transpose(x, [f.labels.index(label) for label in order])
+                shape = (*x.shape[:n_batch], self.volume(t.summed), self.volume(rest))
+                arrays.append(x.reshape(shape))
+            products.append(arrays)
+        each = [self.volume(t.summed) for t in self.terms]
+        few = [p for p, n in zip(products, each, strict=True) if n < FEW]
+        joined = [
+            jnp.concatenate(x, n_batch) if len(x) > 1 else x[0]
+            for x in zip(*few, strict=True)
+        ]
+        many = [p for p, n in zip(products, each, strict=True) if n >= FEW]
+        return [joined, *many] if joined else many
+
+    def numbers(self) -> Any:
+        """Returns the dimension numbers of the product of two factors."""
+        batch = tuple(range(len(self.batch)))
+        return ((len(batch),), (len(batch),)), (batch, batch)
+
+    def product(self, factors: Sequence[jax.Array]) -> jax.Array:
+        """Returns the value of one product, with an axis for each label."""
+        if len(factors) == 1:
+            y = jnp.sum(factors[0], len(self.batch))
+        else:
+            left, right = factors
+            y = lax.dot_general(
+                left,
+                right,
+                self.numbers(),
+                precision=self.terms[0].precision,
+                preferred_element_type=self.dtype,
+            )
+        return y.reshape([self.sizes[x] for x in self.labels])
+
+    def masks(self, env: dict[Any, Any]) -> list[jax.Array]:
+        """Returns the constants, with an axis, perhaps of one, for each label."""
+        found = []
+        for mask in self.terms[0].masks:
+            own = [x for x in self.labels if x in mask.labels]
+            new = [x for x in mask.labels if x not in own]
+            value = mask.value(env, self.dtype)
+            value = jnp.transpose(value, [mask.labels.index(x) for x in (*own, *new)])
+            shape = [self.sizes[x] if x in own else 1 for x in self.labels]
+            found.append(value.reshape(*shape, *(self.sizes[x] for x in new)))
+        return found
+
+    def placed(self, y: jax.Array, masks: Sequence[jax.Array], p: int) -> jax.Array:
+        """Multiplies with powers of the constants; in the axes of the result."""
+        labels = [*self.labels]
+        for mask, values in zip(self.terms[0].masks, masks, strict=True):
+            new = [x for x in mask.labels if x not in self.labels]
+            added = [x for x in new if x not in labels]
+            labels += added
+            y = y.reshape(*y.shape, *(1 for _ in added))
+            # The mask has the labels of the product, then some of the others.
+            axes = [*self.labels, *new]
+            at = {x: values.shape[k] for k, x in enumerate(axes)}
+            order = [axes.index(x) for x in labels if x in axes]
+            values = jnp.transpose(values, order)
+            values = values.reshape([at.get(x, 1) for x in labels])
+            y = y * power(values, p)
+        return self.arranged(y, labels)
+
+    def arranged(self, y: jax.Array, labels: Sequence[int]) -> jax.Array:
+        """Brings an array with some labels into the axes of the result."""
+        order = [x for axis in self.terms[0].axes for x in axis]
+        y = jnp.transpose(y, [labels.index(x) for x in order if x in labels])
+        sizes = iter(y.shape)
+        y = y.reshape([next(sizes) if x in labels else 1 for x in order])
+        y = jnp.broadcast_to(y, [self.sizes[x] for x in order])
+        return y.reshape([self.volume(axis) for axis in self.terms[0].axes])
+
+
+def grouped(terms: Sequence[Folded], sizes: dict[int, int], dtype: Any) -> list[Group]:
+    """Returns the groups of terms of the same form."""
+    groups: dict[Any, list[Folded]] = {}
+    for t in terms:
+        own = [tuple(x for x in f.labels if x in t.out) for f in t.varying]
+        batch = tuple(sorted(set.intersection(*map(set, own)))) if len(own) == 2 else ()
+        sides = [tuple(sorted(set(x) - set(batch))) for x in own]
+        order = sorted(range(len(sides)), key=lambda k: sides[k])
+        t = dataclasses.replace(t, varying=tuple(t.varying[k] for k in order))
+        key = tuple(sides[k] for k in order), batch, t.axes, t.masks
+        groups.setdefault(key, []).append(t)
+    return [
+        Group(tuple(terms), sides, batch, sizes, dtype)
+        for (sides, batch, *_), terms in groups.items()
+    ]

@@ -1,0 +1,96 @@
+"""Loops over layers, which yield the gradient of one layer at each step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax import lax
+
+from fsam_optax._engine.jaxpr import body_of, Dataflow, loop_counts, loop_flow, read
+from fsam_optax._engine.primitives import LOOP, name_of
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of the program, whose sums are formed at each of its steps.
+
+    Attributes:
+        eqn: Its equation.
+        plan: The plan of its body.
+        outputs: The numbers of the outputs that are summed.
+    """
+
+    eqn: Any
+    plan: Any
+    outputs: tuple[int, ...]
+
+
+def is_stacked(eqn: Any, v: Any) -> bool:
+    """Tells whether a loop stacks up the variable over its steps."""
+    return name_of(eqn) == LOOP and eqn.outvars.index(v) >= loop_counts(eqn)[1]
+
+
+def plan_loop(
+    flow: Dataflow,
+    eqn: Any,
+    outputs: list[int],
+    needed: set[Any],
+    make_plan: Callable,
+) -> Loop:
+    """Plans the body of a loop.
+
+    Args:
+        flow: The program that the loop is in.
+        eqn: The loop.
+        outputs: The numbers of its outputs that are summed.
+        needed: The variables of the program that are needed as they are.
+        make_plan: Plans a program: its dataflow, constants, what is summed, and what is
+            needed.
+    """
+    jaxpr, consts = body_of(eqn)
+    _, n_carry = loop_counts(eqn)
+    values = [
+        x
+        for k, x in enumerate(jaxpr.outvars)
+        if k < n_carry or eqn.outvars[k] in needed
+    ]
+    wanted = [jaxpr.outvars[k] for k in outputs]
+    body = loop_flow(flow, eqn, knowing=True)
+    return Loop(eqn, make_plan(body, consts, wanted, values), tuple(outputs))
+
+
+def run_loop(
+    loop: Loop, needed: set[Any], env: dict[Any, Any], run: Callable
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Returns the values of a loop by variable, and its sums by output variable.
+
+    Args:
+        loop: The loop.
+        needed: The variables of the program that are needed as they are.
+        env: The values of the program.
+        run: Evaluates a plan: `run(plan, env) -> sums`.
+    """
+    eqn, plan = loop.eqn, loop.plan
+    n_consts, n_carry = loop_counts(eqn)
+    operands = [read(env, v) for v in eqn.invars]
+    consts, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
+    jaxpr = plan.flow.jaxpr
+    kept = [k for k in range(n_carry, len(eqn.outvars)) if eqn.outvars[k] in needed]
+
+    def step(carry, x):
+        inner = dict(zip(jaxpr.invars, [*consts, *carry, *x], strict=True))
+        sums = run(plan, inner)
+        out = [read(inner, v) for v in jaxpr.outvars[:n_carry]]
+        return out, ([read(inner, jaxpr.outvars[k]) for k in kept], sums)
+
+    carry, (stacks, sums) = lax.scan(
+        step,
+        carry,
+        operands[n_consts + n_carry :],
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    values = dict(zip(eqn.outvars[:n_carry], carry, strict=True))
+    values |= {eqn.outvars[k]: y for k, y in zip(kept, stacks, strict=True)}
+    return values, {eqn.outvars[k]: s for k, s in zip(loop.outputs, sums, strict=True)}

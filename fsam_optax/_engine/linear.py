@@ -1,0 +1,268 @@
+"""What linear maps make of sums of products: one table, by primitive.
+
+A function of the table takes the expander and the equation, and returns the terms of
+its output. What it does not know it leaves by raising `Mismatch`: another rule applies.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fsam_optax._engine.products import Expander, Factor, Mismatch, Term
+from fsam_optax._engine.sums import precision_of
+
+
+# What each primitive does to terms: name -> function of the expander and the equation.
+
+
+def _dot_general(self, eqn):
+    (contract_a, contract_b), (batch_a, batch_b) = eqn.params["dimension_numbers"]
+    a, b = eqn.invars
+    offset = len(a.aval.shape)
+    terms = []
+    for term in self.product(a, b):
+        for i, j in [
+            *zip(contract_a, contract_b, strict=True),
+            *zip(batch_a, batch_b, strict=True),
+        ]:
+            term = self.identify(term, i, offset + j)
+        free = [d for d in range(offset) if d not in (*contract_a, *batch_a)]
+        free_b = [
+            d for d in range(len(b.aval.shape)) if d not in (*contract_b, *batch_b)
+        ]
+        order = [*batch_a, *free, *(offset + d for d in free_b)]
+        summed = [*contract_a]
+        kept = self.summed(
+            dataclasses.replace(
+                term,
+                axes=(*(term.axes[d] for d in order), *(term.axes[d] for d in summed)),
+            ),
+            range(len(order), len(order) + len(summed)),
+        )
+        terms.append(dataclasses.replace(kept, precision=precision_of(eqn)))
+    return terms
+
+
+def _mul(self, eqn):
+    # A number comes last: it has no axes.
+    a, b = sorted(eqn.invars, key=lambda v: -len(v.aval.shape))
+    return [self.joined(term, len(a.aval.shape)) for term in self.product(a, b)]
+
+
+def _div(self, eqn):
+    a, b = eqn.invars
+    if self.flow.varies(b):
+        raise Mismatch("a divisor that varies")
+    n = len(a.aval.shape)
+    terms = []
+    (divisor,) = self.expand(b)
+    factors = tuple(
+        dataclasses.replace(f, steps=(*f.steps, ("reciprocal",)))
+        for f in divisor.factors
+    )
+    for s in self.expand(a):
+        term = Term(
+            s.scale / divisor.scale,
+            s.factors + factors,
+            s.axes + divisor.axes,
+            s.precision,
+        )
+        terms.append(self.joined(term, n))
+    return terms
+
+
+def _sub(self, eqn):
+    a, b = eqn.invars
+    minus = [dataclasses.replace(t, scale=-t.scale) for t in self.expand(b)]
+    return self.expand(a) + minus
+
+
+def _neg(self, eqn):
+    return [dataclasses.replace(t, scale=-t.scale) for t in self.expand(eqn.invars[0])]
+
+
+def _same(self, eqn):
+    return self.expand(eqn.invars[0])
+
+
+def _reduce_sum(self, eqn):
+    return [self.summed(t, eqn.params["axes"]) for t in self.expand(eqn.invars[0])]
+
+
+def _by_axes(axes):
+    """Returns a rule for primitives that only rearrange whole axes."""
+
+    def rule(self, eqn):
+        return [
+            dataclasses.replace(t, axes=axes(self, eqn, t.axes))
+            for t in self.expand(eqn.invars[0])
+        ]
+
+    return rule
+
+
+def _broadcast(self, eqn, before):
+    after: list[Any] = [None] * len(eqn.params["shape"])
+    for d, axis in zip(eqn.params["broadcast_dimensions"], before, strict=True):
+        n = math.prod(self.sizes[x] for x in axis)
+        after[d] = axis if n == eqn.params["shape"][d] else None
+    return tuple(
+        axis if axis is not None else ((self.label(n),) if n != 1 else ())
+        for axis, n in zip(after, eqn.params["shape"], strict=True)
+    )
+
+
+def _transpose(self, eqn, before):
+    return tuple(before[d] for d in eqn.params["permutation"])
+
+
+def _squeeze(self, eqn, before):
+    n = len(before)
+    gone = {d % n for d in eqn.params["dimensions"]}
+    return tuple(axis for d, axis in enumerate(before) if d not in gone)
+
+
+def _reshaped(self, eqn):
+    if eqn.params.get("dimensions") is not None:
+        raise Mismatch("a reshape that transposes")
+    terms = []
+    for term in self.expand(eqn.invars[0]):
+        # The labels of the operand, one after the other, are dealt out to the axes.
+        left = [label for axis in term.axes for label in axis]
+        axes = []
+        for n in eqn.outvars[0].aval.shape:
+            axis: tuple[int, ...] = ()
+            while n != 1:
+                if not left:
+                    raise Mismatch("a reshape of another size")
+                m = self.sizes[left[0]]
+                if n % m == 0:
+                    axis, n = (*axis, left.pop(0)), n // m
+                elif m % n == 0:
+                    parts = self.label(n), self.label(m // n)
+                    old = left[0]
+                    term = self.replace(term, old, parts)
+                    left = [x for y in left for x in (parts if y == old else (y,))]
+                    axes = [
+                        tuple(x for y in a for x in (parts if y == old else (y,)))
+                        for a in axes
+                    ]
+                else:
+                    raise Mismatch("axes that are cut in different ways")
+            axes.append(axis)
+        if any(self.sizes[x] != 1 for x in left):
+            raise Mismatch("a reshape of another size")
+        terms.append(dataclasses.replace(term, axes=tuple(axes)))
+    return terms
+
+
+def _rev(self, eqn):
+    terms = []
+    for term in self.expand(eqn.invars[0]):
+        for d in eqn.params["dimensions"]:
+            n = eqn.outvars[0].aval.shape[d]
+            term = self.along(term, d, n, True, lambda k: ("flip", k))
+        terms.append(term)
+    return terms
+
+
+def _sliced(self, eqn):
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    strides = eqn.params["strides"] or (1,) * len(before)
+    terms = []
+    for term in self.expand(eqn.invars[0]):
+        for d, n in enumerate(before):
+            start, stop = eqn.params["start_indices"][d], eqn.params["limit_indices"][d]
+            if (start, stop, strides[d]) != (0, n, 1):
+                cut = start, stop, strides[d]
+                term = self.along(
+                    term, d, after[d], True, lambda k, cut=cut: ("slice", k, *cut)
+                )
+        terms.append(term)
+    return terms
+
+
+def _padded(self, eqn):
+    if not self.flow.is_zero(eqn.invars[1]):
+        raise Mismatch("padded with something else than zeros")
+    after = eqn.outvars[0].aval.shape
+    terms = []
+    for term in self.expand(eqn.invars[0]):
+        for d, config in enumerate(eqn.params["padding_config"]):
+            if config != (0, 0, 0):
+                term = self.along(
+                    term,
+                    d,
+                    after[d],
+                    True,
+                    lambda k, config=config: ("pad", k, *config),
+                )
+        terms.append(term)
+    return terms
+
+
+def _concatenated(self, eqn):
+    d = eqn.params["dimension"]
+    n = eqn.outvars[0].aval.shape[d]
+    start, terms = 0, []
+    for v in eqn.invars:
+        stop = start + v.aval.shape[d]
+        config = start, n - stop, 0
+        start = stop
+        if not self.flow.is_zero(v):
+            terms += [
+                self.along(
+                    term, d, n, True, lambda k, config=config: ("pad", k, *config)
+                )
+                for term in self.expand(v)
+            ]
+    return terms
+
+
+def _selected(self, eqn):
+    which, *cases = eqn.invars
+    live = [k for k, x in enumerate(cases) if not self.flow.is_zero(x)]
+    if self.flow.varies(which) or len(live) != 1:
+        raise Mismatch("a choice between several values")
+    (case,) = live
+    n = len(cases[case].aval.shape)
+    axes = tuple((self.label(m),) for m in which.aval.shape)
+    mask = Factor(which, tuple(x for (x,) in axes), False, (("chosen", case),))
+    terms = []
+    for t in self.expand(cases[case]):
+        term = Term(t.scale, (*t.factors, mask), t.axes + axes, t.precision)
+        terms.append(self.joined(term, n))
+    return terms
+
+
+def _cumulated(self, eqn):
+    d, reverse = eqn.params["axis"], eqn.params["reverse"]
+    n = eqn.outvars[0].aval.shape[d]
+    return [
+        self.along(t, d, n, False, lambda k: ("cumsum", k, reverse))
+        for t in self.expand(eqn.invars[0])
+    ]
+
+
+LINEAR: dict[str, Callable[[Expander, Any], list[Term]]] = {
+    "dot_general": _dot_general,
+    "mul": _mul,
+    "div": _div,
+    "sub": _sub,
+    "neg": _neg,
+    "convert_element_type": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "reduce_sum": _reduce_sum,
+    "broadcast_in_dim": _by_axes(_broadcast),
+    "transpose": _by_axes(_transpose),
+    "squeeze": _by_axes(_squeeze),
+    "reshape": _reshaped,
+    "rev": _rev,
+    "slice": _sliced,
+    "pad": _padded,
+    "concatenate": _concatenated,
+    "select_n": _selected,
+    "cumsum": _cumulated,
+}

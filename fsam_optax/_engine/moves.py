@@ -1,0 +1,352 @@
+"""Moves: linear operations that shift entries about, or scale each by itself.
+
+A gradient is moved from *sources*. Every entry of a moved value comes from one entry of
+one source at most, times a number, so that sums of powers move in the same way. Nothing
+on the way may be complex: (re + i im)^2 is not re^2 + im^2.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fsam_optax._engine.jaxpr import bind, Dataflow, is_real, read
+from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
+from fsam_optax._engine.sums import power, widened
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A value, as moved from others or as a source.
+
+    Attributes:
+        terms: The variables that the value is the sum of.
+        parts: What it is moved from; empty for a source.
+        carry: `carry(sums, p, env)`, the sums of p-th powers of the value from those of
+            its parts.
+        reads: The variables that `carry` reads.
+    """
+
+    terms: tuple[Any, ...]
+    parts: tuple["Moved", ...] = ()
+    carry: Callable[[Sequence[Any], int, dict[Any, Any]], Any] | None = None
+    reads: tuple[Any, ...] = ()
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Returns what tells sources apart; literals do not hash."""
+        return tuple(id(v) for v in self.terms)
+
+    def sources(self) -> list["Moved"]:
+        """Returns the sources that it is moved from, or itself."""
+        found = [source for part in self.parts for source in part.sources()]
+        return found if self.parts else [self]
+
+    def all_reads(self) -> list[Any]:
+        """Returns the variables that are read on the way from the sources."""
+        return [*self.reads, *(v for part in self.parts for v in part.all_reads())]
+
+    def sums(
+        self,
+        found: dict[tuple[int, ...], list[Any]],
+        env: dict[Any, Any],
+        powers: Sequence[int],
+    ) -> list[Any]:
+        """Returns the sums of powers, from those of the sources by their keys."""
+        if self.carry is None:
+            return found[self.key]
+        inner = [part.sums(found, env, powers) for part in self.parts]
+        return [
+            self.carry([sums[k] for sums in inner], p, env)
+            for k, p in enumerate(powers)
+        ]
+
+
+def moved(flow: Dataflow, terms: Sequence[Any]) -> Moved:
+    """Returns how the sum of some variables is moved from sources."""
+    terms = [x for v in terms for x in flow.summands(v)]
+    terms = [v for v in terms if not flow.is_zero(v)] or terms[:1]
+    eqns = [flow.made_by(v) for v in terms]
+    if all(
+        eqn is not None and flow.varies(v) for eqn, v in zip(eqns, terms, strict=True)
+    ):
+        if (found := _same_move(flow, terms, eqns)) or (
+            found := _boxes(flow, terms, eqns)
+        ):
+            return found
+    return Moved(tuple(terms))
+
+
+def moved_operand(flow: Dataflow, eqn: Any) -> int | None:
+    """Returns the index of the operand that the equation moves; None if it does not."""
+    if eqn is None or name_of(eqn) not in MOVES:
+        return None
+    varying = [i for i, v in enumerate(eqn.invars) if flow.varies(v)]
+    if len(varying) != 1 or not all(
+        map(is_real, (eqn.invars[varying[0]], *eqn.outvars))
+    ):
+        return None
+    condition = MOVES[name_of(eqn)].condition
+    return varying[0] if condition(flow, eqn, varying[0]) else None
+
+
+def _same_move(flow, terms, eqns):
+    """Returns a move that is the same for all terms, of the sum of what they move."""
+    first, *rest = eqns
+    i = moved_operand(flow, first)
+    if i is None:
+        return None
+    k = first.outvars.index(terms[0])
+
+    def alike(v, eqn):
+        return (
+            name_of(eqn) == name_of(first)
+            and moved_operand(flow, eqn) == i
+            and eqn.outvars.index(v) == k
+            and eqn.invars[i].aval.shape == first.invars[i].aval.shape
+            and all(
+                _same(x, y)
+                for x, y in zip(eqn.params.items(), first.params.items(), strict=True)
+            )
+            and all(
+                _same_value(flow, x, y)
+                for j, (x, y) in enumerate(zip(eqn.invars, first.invars, strict=True))
+                if j != i
+            )
+        )
+
+    if not all(alike(v, eqn) for v, eqn in zip(terms[1:], rest, strict=True)):
+        return None
+
+    def carry(sums, p, env):
+        others = [
+            jnp.asarray(read(env, x)) for j, x in enumerate(first.invars) if j != i
+        ]
+        return MOVES[name_of(first)].carry(first, i, k, others, sums[0], p)
+
+    reads = tuple(x for j, x in enumerate(first.invars) if j != i)
+    part = moved(flow, [eqn.invars[i] for eqn in eqns])
+    return Moved(tuple(terms), (part,), carry, reads)
+
+
+def _same(x, y):
+    try:
+        return bool(x == y)
+    except Exception:
+        return False
+
+
+def _same_value(flow, x, y):
+    if x is y:
+        return True
+    return x.aval.shape == y.aval.shape and flow.is_zero(x) and flow.is_zero(y)
+
+
+def _boxes(flow, terms, eqns):
+    """Returns the move of parts that are nonzero on boxes which do not overlap."""
+    found: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    shape = terms[0].aval.shape
+    for eqn in eqns:
+        pieces = _pieces(flow, eqn)
+        if pieces is None:
+            return None
+        for box, v in pieces:
+            found.setdefault(box, []).append(v)
+    boxes = list(found)
+    for k, box in enumerate(boxes):
+        for other in boxes[:k]:
+            if not any(
+                a[1] <= b[0] or b[1] <= a[0] for a, b in zip(box, other, strict=True)
+            ):
+                return None
+
+    def carry(sums, p, env):
+        del p, env
+        axis = _stacked_along(boxes, shape)
+        if axis is not None:
+            order = sorted(range(len(boxes)), key=lambda k: boxes[k])
+            return jnp.concatenate([sums[k] for k in order], axis)
+        zero = jnp.zeros((), sums[0].dtype)
+        return sum(
+            lax.pad(
+                s, zero, [(a, n - b, 0) for (a, b), n in zip(box, shape, strict=True)]
+            )
+            for box, s in zip(boxes, sums, strict=True)
+        )
+
+    parts = tuple(moved(flow, found[box]) for box in boxes)
+    return Moved(tuple(terms), parts, carry)
+
+
+def _stacked_along(boxes, shape):
+    """Returns the axis along which the boxes fill the shape; None if they do not."""
+    for axis, n in enumerate(shape):
+        whole = all(
+            span == (0, m)
+            for box in boxes
+            for d, (span, m) in enumerate(zip(box, shape, strict=True))
+            if d != axis
+        )
+        if whole and sum(box[axis][1] - box[axis][0] for box in boxes) == n:
+            return axis
+    return None
+
+
+def _pieces(flow, eqn):
+    """Returns boxes of the output and what fills them, where all else is zero."""
+    if name_of(eqn) not in BOXES or not is_real(eqn.outvars[0]):
+        return None
+    return BOXES[name_of(eqn)](flow, eqn, eqn.outvars[0].aval.shape)
+
+
+def _padded(flow, eqn, shape):
+    config = eqn.params["padding_config"]
+    if moved_operand(flow, eqn) != 0 or any(
+        min(sides) < 0 or sides[2] for sides in config
+    ):
+        return None
+    box = tuple(
+        (low, n - high) for (low, high, _), n in zip(config, shape, strict=True)
+    )
+    return [(box, eqn.invars[0])]
+
+
+def _concatenated(flow, eqn, shape):
+    axis, start, pieces = eqn.params["dimension"], 0, []
+    for v in eqn.invars:
+        span = (start, start := start + v.aval.shape[axis])
+        box = tuple(span if d == axis else (0, n) for d, n in enumerate(shape))
+        if not flow.is_zero(v):
+            pieces.append((box, v))
+    return pieces
+
+
+# What fills boxes of its output: name -> function that returns the boxes.
+BOXES: dict[str, Callable] = {"pad": _padded, "concatenate": _concatenated}
+
+
+# The table of moves.
+
+
+@dataclass(frozen=True)
+class Move:
+    """How powers pass through a primitive.
+
+    Attributes:
+        condition: `condition(flow, eqn, i)` tells whether the equation moves operand i,
+            the only one that differs between examples. It may rely on nothing being
+            complex.
+        carry: `carry(eqn, i, k, others, sums, p)` returns the sums of p-th powers of
+            output k from those of operand i; `others` are the other operands.
+    """
+
+    condition: Callable[[Dataflow, Any, int], bool]
+    carry: Callable[..., Any]
+
+
+def _rebound(eqn, i, k, others, s, p):
+    del p
+    others = [
+        x.astype(s.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in others
+    ]
+    return bind(eqn, [*others[:i], s, *others[i:]])[k]
+
+
+def _converted(eqn, i, k, others, s, p):
+    del i, others, p
+    return s.astype(widened(jnp.promote_types(s.dtype, eqn.outvars[k].aval.dtype)))
+
+
+def _negated(eqn, i, k, others, s, p):
+    del eqn, i, k, others
+    return -s if p % 2 else s
+
+
+def _multiplied(eqn, i, k, others, s, p):
+    del i, k
+    y = s * power(others[0].astype(s.dtype), p)
+    return y.reshape(eqn.outvars[0].aval.shape)
+
+
+def _divided(eqn, i, k, others, s, p):
+    del eqn, i, k
+    return s / power(others[0].astype(s.dtype), p)
+
+
+def _always(flow, eqn, i):
+    del flow, eqn, i
+    return True
+
+
+def _into_zeros(flow, eqn, i):
+    return i == 1 and flow.is_zero(eqn.invars[0])
+
+
+def _padding_with_zeros(flow, eqn, i):
+    return i == 0 and flow.is_zero(eqn.invars[1])
+
+
+def _first(flow, eqn, i):
+    del flow, eqn
+    return i == 0
+
+
+def _beside_zeros(flow, eqn, i):
+    others = [v for j, v in enumerate(eqn.invars) if j not in (0, i)]
+    return i > 0 and all(map(flow.is_zero, others))
+
+
+def _known_rows(flow, eqn, i):
+    del flow
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    return i == 0 and (not fills or eqn.params["fill_value"] == 0)
+
+
+def _of_one(flow, eqn, i):
+    del flow, i
+    shape = eqn.invars[0].aval.shape
+    return all(shape[d] == 1 for d in eqn.params["axes"])
+
+
+def _scattered_apart(flow, eqn, i):
+    return i == 2 and is_injective(flow, eqn)
+
+
+MOVES: dict[str, Move] = dict.fromkeys(LINEAR_MOVES, Move(_always, _rebound)) | {
+    "convert_element_type": Move(_always, _converted),
+    "neg": Move(_always, _negated),
+    "mul": Move(_always, _multiplied),
+    "div": Move(_first, _divided),
+    "pad": Move(_padding_with_zeros, _rebound),
+    "dynamic_update_slice": Move(_into_zeros, _rebound),
+    "dynamic_slice": Move(_first, _rebound),
+    "select_n": Move(_beside_zeros, _rebound),
+    "gather": Move(_known_rows, _rebound),
+    "scatter-add": Move(_scattered_apart, _rebound),
+    "reduce_sum": Move(_of_one, _rebound),
+}
+
+
+def is_injective(flow: Dataflow, eqn: Any) -> bool:
+    """Tells whether a scatter puts every entry at a place of its own, all known."""
+    index = flow.known_value(eqn.invars[1])
+    numbers = eqn.params["dimension_numbers"]
+    if (
+        index is None
+        or not flow.is_zero(eqn.invars[0])
+        or numbers.operand_batching_dims
+        or tuple(sorted(numbers.scatter_dims_to_operand_dims))
+        != tuple(numbers.inserted_window_dims)
+    ):
+        return False
+    bounds = np.array(
+        [eqn.outvars[0].aval.shape[d] for d in numbers.scatter_dims_to_operand_dims]
+    )
+    rows = index.reshape(-1, index.shape[-1]).astype(np.int64)
+    inside = np.all((rows >= 0) & (rows < bounds[None]))
+    flat = np.ravel_multi_index(tuple(rows.T), tuple(bounds)) if inside else rows
+    return bool(inside) and len(np.unique(flat)) == math.prod(index.shape[:-1])

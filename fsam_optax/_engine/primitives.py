@@ -1,0 +1,47 @@
+"""The primitives that the engine knows by name, and which are no entry of a table.
+
+The tables, one for each thing that can be done with a primitive, are `moves.MOVES` and
+`moves.BOXES` (powers pass), `linear.LINEAR` (products stay products), `rules.RULES`
+(how sums of powers are formed), `tails.EVALUATED`, `flatten.NORMAL` and
+`flatten.STACKED` (how programs are written) and `work.COUNTS` (operations). A primitive
+is named there or here.
+"""
+
+from typing import Any
+
+
+CALLS = ("jit", "pjit", "closed_call", "core_call", "xla_call")
+REMATERIALISED = ("checkpoint", "remat", "remat2")
+BARRIER = "optimization_barrier"
+LOOP = "scan"
+SUMS = ("add_any", "add")
+KEEPS_ZEROS = ("broadcast_in_dim", "convert_element_type", "copy")
+# What the gradient of a weight ends in, by what it is called in reports.
+CONTRACTIONS = {
+    "dot_general": "shared dense",
+    "conv_general_dilated": "convolution",
+    "scatter-add": "embedding",
+}
+# Linear in an operand, with something of another shape as output.
+ENTERED_BY = ("dot_general", "conv_general_dilated", "gather")
+# Linear operations on one operand that move entries about, or scale each by itself.
+LINEAR_MOVES = (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "expand_dims",
+    "neg",
+    "reshape",
+    "rev",
+    "sharding_constraint",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+)
+
+
+def name_of(eqn: Any) -> str:
+    """Returns the name of the primitive of an equation, none for no equation."""
+    return "" if eqn is None else eqn.primitive.name

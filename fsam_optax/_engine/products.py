@@ -1,0 +1,296 @@
+"""Gradients as sums of products of few factors, so that linear maps reach the factors.
+
+The gradient of a weight is a product of activations and cotangents, `x^T g`. Where a
+parametrisation lies in between, as in `W = W0 + a b`, the gradients of its parameters
+are linear maps of that: `x^T g b^T`. Taken one after the other, these form the gradient
+of W for every example. Here the product is kept apart, each factor with a label for
+each of its axes, and every constant factor joins the factor where that is cheapest:
+`x^T (g b^T)`.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+
+from fsam_optax._engine.jaxpr import Dataflow, is_real, read
+from fsam_optax._engine.primitives import name_of
+
+
+MOST_TERMS = 8  # Of a product of sums that is multiplied out.
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A variable, reshaped, cut or padded along its axes, with labels for them.
+
+    Attributes:
+        v: The variable.
+        labels: A label for each axis.
+        varies: Whether it differs between examples.
+        steps: What is done to the variable first: names and arguments of `STEPS`.
+    """
+
+    v: Any
+    labels: tuple[int, ...]
+    varies: bool
+    steps: tuple[tuple[Any, ...], ...] = ()
+
+    def value(self, env: dict[Any, Any], dtype: Any) -> Any:
+        """Returns the array."""
+        x = jnp.asarray(read(env, self.v)).astype(dtype)
+        for name, *arguments in self.steps:
+            x = STEPS[name](x, *arguments)
+        return x
+
+
+@dataclass(frozen=True)
+class Term:
+    """A number times a product of factors, summed over the labels not in `axes`.
+
+    Attributes:
+        scale: The number.
+        factors: The factors.
+        axes: For each axis of the result the labels that it consists of. A label that
+            no factor has is one that the result is constant along.
+        precision: That of the products.
+    """
+
+    scale: float
+    factors: tuple[Factor, ...]
+    axes: tuple[tuple[int, ...], ...]
+    precision: Any = None
+
+
+def _flip(x, axis):
+    return jnp.flip(x, axis)
+
+
+def _reshape(x, shape):
+    return x.reshape(shape)
+
+
+def _slice(x, axis, start, stop, stride):
+    return lax.slice_in_dim(x, start, stop, stride, axis)
+
+
+def _pad(x, axis, *config):
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, [config if d == axis else (0, 0, 0) for d in range(x.ndim)])
+
+
+def _reciprocal(x):
+    return 1 / x
+
+
+def _ones(x, shape):
+    del x
+    return jnp.ones(shape, jnp.float32)
+
+
+def _chosen(x, case):
+    return jnp.where(x == case, 1.0, 0.0)
+
+
+def _cumsum(x, axis, reverse):
+    return lax.cumsum(x, axis, reverse)
+
+
+STEPS: dict[str, Callable] = {
+    "flip": _flip,
+    "reshape": _reshape,
+    "slice": _slice,
+    "pad": _pad,
+    "reciprocal": _reciprocal,
+    "ones": _ones,
+    "chosen": _chosen,
+    "cumsum": _cumsum,
+}
+
+
+class Mismatch(Exception):
+    """The labels of two axes do not fit each other."""
+
+
+class Expander:
+    """Writes variables as sums of products.
+
+    Attributes:
+        flow: The program.
+        inside: The variables to look into; all others are factors.
+        sizes: The sizes of the labels.
+    """
+
+    def __init__(self, flow: Dataflow, inside: Iterable[Any], linear: dict[str, Any]):
+        """Takes the program, the variables to look into, and `linear.LINEAR`."""
+        self.flow = flow
+        self.linear = linear
+        self.inside = set(inside)
+        self.sizes: dict[int, int] = {}
+        self._labels = itertools.count()
+
+    def label(self, n: int) -> int:
+        """Returns a new label."""
+        label = next(self._labels)
+        self.sizes[label] = n
+        return label
+
+    def expand(self, v: Any) -> list[Term]:
+        """Returns the terms of a variable; raises Mismatch if there are none."""
+        if isinstance(v, Literal) or v not in self.inside:
+            return [self._factor(v)]
+        terms = []
+        for x in self.flow.summands(v):
+            if x is not v:
+                terms += self.expand(x)
+                continue
+            eqn = self.flow.made_by(x)
+            if eqn is None or name_of(eqn) not in self.linear or len(eqn.outvars) != 1:
+                raise Mismatch(f"{name_of(eqn)} is not known to be a product")
+            if not all(is_real(y) for y in (*eqn.outvars,)):
+                raise Mismatch("complex numbers")
+            terms += self.linear[name_of(eqn)](self, eqn)
+        return terms
+
+    def _factor(self, v):
+        if not is_real(v):
+            raise Mismatch("a factor that is not real")
+        shape = v.aval.shape
+        if isinstance(v, Literal) and math.prod(shape) == 1:
+            axes = tuple(() for _ in shape)
+            return Term(float(np.asarray(v.val).reshape(())), (), axes)
+        axes = tuple((self.label(n),) if n != 1 else () for n in shape)
+        labels = tuple(label for axis in axes for label in axis)
+        kept = tuple(n for n in shape if n != 1)
+        steps = (("reshape", kept),) if kept != tuple(shape) else ()
+        return Term(1.0, (Factor(v, labels, self.flow.varies(v), steps),), axes)
+
+    # Changes of one or several terms at once.
+
+    def replace(self, term: Term, old: int, new: tuple[int, ...]) -> Term:
+        """Splits a label into others, or renames it."""
+
+        def renamed(labels):
+            return tuple(x for y in labels for x in (new if y == old else (y,)))
+
+        factors = []
+        for f in term.factors:
+            if old in f.labels:
+                steps = f.steps
+                if len(new) != 1:
+                    labels = renamed(f.labels)
+                    shape = tuple(self.sizes[x] for x in labels)
+                    steps = (*steps, ("reshape", shape))
+                f = Factor(f.v, renamed(f.labels), f.varies, steps)
+            factors.append(f)
+        axes = tuple(map(renamed, term.axes))
+        return dataclasses.replace(term, factors=tuple(factors), axes=axes)
+
+    def identify(self, term: Term, i: int, j: int) -> Term:
+        """Gives two axes of a term the same labels."""
+        while term.axes[i] != term.axes[j]:
+            pairs = itertools.zip_longest(term.axes[i], term.axes[j])
+            a, b = next((a, b) for a, b in pairs if a != b)
+            if a is None or b is None:
+                raise Mismatch("axes of different sizes")
+            m, n = self.sizes[a], self.sizes[b]
+            if m == n:
+                term = self.replace(term, b, (a,))
+            elif m % n == 0 and m > n:
+                term = self.replace(term, a, (b, self.label(m // n)))
+            elif n % m == 0:
+                term = self.replace(term, b, (a, self.label(n // m)))
+            else:
+                raise Mismatch("axes that are cut in different ways")
+        return term
+
+    def product(self, a: Any, b: Any) -> list[Term]:
+        """Returns the terms of an outer product; the axes of `a` first."""
+        left, right = self.expand(a), self.expand(b)
+        if len(left) * len(right) > MOST_TERMS:
+            raise Mismatch("too many terms")
+        return [
+            Term(
+                s.scale * t.scale,
+                s.factors + t.factors,
+                s.axes + t.axes,
+                s.precision if s.precision is not None else t.precision,
+            )
+            for s in left
+            for t in right
+        ]
+
+    def joined(self, term: Term, n: int) -> Term:
+        """Makes the first n axes of a term one with those that follow, if any do."""
+        for d in range(n, len(term.axes)):
+            if not term.axes[d - n]:  # Of size one, and stretched.
+                axes = list(term.axes)
+                axes[d - n] = axes[d]
+                term = dataclasses.replace(term, axes=tuple(axes))
+            elif term.axes[d]:
+                term = self.identify(term, d - n, d)
+        return dataclasses.replace(term, axes=term.axes[:n])
+
+    def summed(self, term: Term, dims: Iterable[int]) -> Term:
+        """Sums over some axes."""
+        dims = set(dims)
+        owned = {label for f in term.factors for label in f.labels}
+        scale = term.scale
+        for d in dims:
+            for label in term.axes[d]:
+                scale *= 1 if label in owned else self.sizes[label]
+        axes = tuple(axis for d, axis in enumerate(term.axes) if d not in dims)
+        return dataclasses.replace(term, scale=scale, axes=axes)
+
+    def along(self, term: Term, d: int, n: int, every: bool, step: Callable) -> Term:
+        """Changes the factors along an axis, whose size is then `n`.
+
+        Args:
+            term: The term.
+            d: The axis.
+            n: Its size afterwards.
+            every: Whether all factors that have the axis are changed, not just one of
+                them, which then must be the only one.
+            step: Maps the number of an axis of a factor to the step.
+        """
+        if len(term.axes[d]) > 1:
+            raise Mismatch("an axis of several parts is cut")
+        if not term.axes[d]:
+            # Along an axis of size one.
+            term = dataclasses.replace(
+                term,
+                axes=tuple(
+                    (self.label(1),) if k == d else x for k, x in enumerate(term.axes)
+                ),
+            )
+        (old,) = term.axes[d]
+        owners = [f for f in term.factors if old in f.labels]
+        if not owners:
+            if not term.factors:
+                raise Mismatch("a number is cut")
+            ones = Factor(
+                term.factors[0].v, (old,), False, (("ones", (self.sizes[old],)),)
+            )
+            owners = [ones]
+            term = dataclasses.replace(term, factors=(*term.factors, ones))
+        if len(owners) > 1 and not every:
+            raise Mismatch("an axis of several factors is changed")
+        new = self.label(n)
+
+        def changed(f):
+            if old not in f.labels:
+                return f
+            labels = tuple(new if x == old else x for x in f.labels)
+            return Factor(f.v, labels, f.varies, (*f.steps, step(f.labels.index(old))))
+
+        axes = tuple((new,) if k == d else axis for k, axis in enumerate(term.axes))
+        return dataclasses.replace(
+            term, factors=tuple(map(changed, term.factors)), axes=axes
+        )

@@ -1,0 +1,267 @@
+"""Sums of powers of rows that are scattered into a table, as by an embedding.
+
+Rows of one example that fall on the same entry are added before the power. For this
+every row is sent to the first one that has its index, which takes time linear in the
+number of rows.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+
+from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.jaxpr import Dataflow, is_real, size
+from fsam_optax._engine.primitives import name_of
+from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.sums import looped, power, widened
+
+
+SCATTER = "scatter-add"
+# A table of so many entries a row is filled for each example, rather than rows sorted.
+SMALL_TABLE = 32
+BLOCK = 32  # Rows that are summed at a time where many fall on one entry.
+
+
+class Lookup(NamedTuple):
+    """Rows scattered into zeros.
+
+    Attributes:
+        index: Variable or literal with the indices.  # shape=(..., axes indexed)
+        rows: Variable with the rows.
+        window: The axes of a row within `rows`.
+        mode: What is done with indices out of bounds.
+    """
+
+    index: Any
+    rows: Any
+    window: tuple[int, ...]
+    mode: Any
+
+
+def looked_up(flow: Dataflow, v: Any) -> tuple[tuple[int, ...], Lookup] | None:
+    """Returns the axes of `v` that are indexed, and the rows; None if it is no such."""
+    eqn = flow.made_by(v)
+    if name_of(eqn) != SCATTER or not flow.is_zero(eqn.invars[0]) or not is_real(v):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    indexed = tuple(numbers.scatter_dims_to_operand_dims)
+    _, index, rows = eqn.invars
+    full = [n for d, n in enumerate(v.aval.shape) if d not in indexed]
+    window = [rows.aval.shape[d] for d in numbers.update_window_dims]
+    if (
+        tuple(sorted(indexed)) != tuple(numbers.inserted_window_dims)
+        or numbers.operand_batching_dims
+        or window != full
+        or isinstance(rows, Literal)
+    ):
+        return None
+    mode = eqn.params["mode"]
+    return indexed, Lookup(index, rows, tuple(numbers.update_window_dims), mode)
+
+
+def embedding(site: Site) -> Source | None:
+    """Returns the source for the rows of one or several lookups; None for others."""
+    known_lookups = [looked_up(site.flow, v) for v in site.terms]
+    found = [x for x in known_lookups if x is not None]
+    if len(found) < len(known_lookups) or len({axes for axes, _ in found}) != 1:
+        return None
+    indexed = found[0][0]
+    lookups = [lookup for _, lookup in found]
+    operands = [x for lookup in lookups for x in (lookup.index, lookup.rows)]
+    if not all(site.is_small(x) for x in operands if not isinstance(x, Literal)):
+        return None
+    known = [site.flow.known_value(lookup.index) for lookup in lookups]
+    if any(x is None for x in known):
+        reduce = _reduction(site, indexed, lookups)
+        work = site.own_work()
+        return Source("embedding", work, tuple(operands), reduce)
+    return _at_known_places(site, indexed, lookups, known)
+
+
+def _flat(index, bounds, mode):
+    """Returns indices as numbers of rows of the table; its size if out of bounds."""
+    if jnp.iinfo(index.dtype).bits < 32:
+        index = index.astype(jnp.int32)
+    last = jnp.array(bounds, index.dtype).reshape((1,) * (index.ndim - 1) + (-1,)) - 1
+    inside = jnp.all((index >= 0) & (index <= last), axis=-1)
+    index = jnp.clip(index, 0, last)
+    flat = jnp.zeros(index.shape[:-1], index.dtype)
+    for d, n in enumerate(bounds):
+        flat = flat * n + index[..., d]
+    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+        flat = jnp.where(inside, flat, math.prod(bounds))
+    return flat.reshape(-1)
+
+
+def _stacked(rows, window):
+    """Returns rows as (rows, *window)."""
+    n = len(window)
+    rows = jnp.moveaxis(rows, window, range(rows.ndim - n, rows.ndim))
+    return rows.reshape(-1, *rows.shape[rows.ndim - n :])
+
+
+def first_alike(index: jax.Array, entries: int) -> jax.Array:
+    """Returns, for each index, the place of the first that is equal.
+
+    Args:
+        index: Numbers up to `entries`, inclusive.  # shape=(rows,)
+        entries: How many entries the table has.
+    """
+    (n,) = index.shape
+    places = lax.iota(jnp.int32, n)
+    if entries <= SMALL_TABLE * n:
+        first = vary_like(jnp.full(entries + 1, n, jnp.int32), index)
+        first = first.at[index].min(places)
+        return first[index]
+    ordered, order = lax.sort_key_val(index, places)
+    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    start = lax.cummax(jnp.where(new, places, 0))
+    return (
+        vary_like(jnp.zeros(n, jnp.int32), order)
+        .at[order]
+        .set(order[start], unique_indices=True)
+    )
+
+
+def _table(site, indexed):
+    """Returns the sizes of the axes that are indexed, and of those that are not."""
+    shape = site.like.shape
+    return [shape[d] for d in indexed], [
+        n for d, n in enumerate(shape) if d not in indexed
+    ]
+
+
+def _into_table(site, indexed, flat, rows):
+    """Scatters rows (rows, *window) into zeros of the shape of the sum."""
+    bounds, window = _table(site, indexed)
+    zeros = vary_like(jnp.zeros((math.prod(bounds), *window), rows.dtype), rows)
+    table = zeros.at[flat].add(rows, mode="drop").reshape(*bounds, *window)
+    return jnp.moveaxis(table, range(len(bounds)), indexed)
+
+
+def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
+    dtype = widened(site.like.dtype)
+    bounds, _ = _table(site, indexed)
+    entries = math.prod(bounds)
+
+    def reduce(has, weight, *operands):
+        _, *has = has
+        axes = range(weight.ndim)
+        index, rows = operands[::2], operands[1::2]
+        has_index = [any(h[j] for h in has[::2]) for j in axes]
+        has_rows = [any(h) for h in zip(has_index, *has[1::2], strict=True)]
+
+        def mapped(fn, several):
+            """Maps a function over the leading axes that its operands have."""
+            for j in reversed(axes):
+                if any(h[j] for h in several):
+                    fn = jax.vmap(fn, [0 if h[j] else None for h in several])
+            return fn
+
+        def numbered(*index):
+            flat = [
+                _flat(x, bounds, k.mode) for x, k in zip(index, lookups, strict=True)
+            ]
+            flat = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+            return flat, first_alike(flat, entries) if len(flat) > 1 else None
+
+        def merged(first, *rows):
+            rows = [
+                _stacked(x.astype(dtype), k.window)
+                for x, k in zip(rows, lookups, strict=True)
+            ]
+            rows = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+            if first is None:
+                return rows
+            return jnp.zeros_like(rows).at[first].add(rows)
+
+        flat, first = mapped(numbered, has[::2])(*index)
+        if first is None:
+            found = mapped(lambda *rows: merged(None, *rows), has[1::2])(*rows)
+            has_rows = [any(h[j] for h in has[1::2]) for j in axes]
+        else:
+            found = mapped(merged, [has_index, *has[1::2]])(first, *rows)
+        return [_summed(site, indexed, weight, flat, has_index, found, has_rows)]
+
+    return reduce
+
+
+def _summed(site, indexed, weight, flat, has_index, rows, has_rows):
+    axes = range(weight.ndim)
+    n_window = rows.ndim - 1 - sum(has_rows)
+    rows = jnp.expand_dims(rows, [j for j in axes if not has_rows[j]])
+    weight = weight.astype(rows.dtype).reshape(weight.shape + (1,) * (1 + n_window))
+    # Where the indices are the same for all, one scatter does.
+    early = tuple(j for j in axes if not has_index[j])
+
+    def sums(p):
+        total = jnp.sum(weight * power(rows, p), axis=early)
+        total = total.reshape(-1, *total.shape[total.ndim - n_window :])
+        return _into_table(site, indexed, flat.reshape(-1), total)
+
+    return [sums(p) for p in site.what.powers]
+
+
+def _at_known_places(site, indexed, lookups, known):
+    """Sums rows by tables that are made now, and scatters after the examples."""
+    dtype = widened(site.like.dtype)
+    bounds, window = _table(site, indexed)
+    flat = []
+    for index, lookup in zip(known, lookups, strict=True):
+        with jax.ensure_compile_time_eval():
+            flat.append(np.asarray(_flat(jnp.asarray(index), bounds, lookup.mode)))
+    places, which = np.unique(np.concatenate(flat), return_inverse=True)
+    levels = _levels(which.reshape(-1), len(places))
+
+    def fn(*rows):
+        rows = [
+            _stacked(x.astype(dtype), k.window)
+            for x, k in zip(rows, lookups, strict=True)
+        ]
+        x = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+        for level in levels:
+            x = jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), dtype)])
+            x = jnp.sum(x[level], axis=1)
+        return [x]
+
+    def finish(s, p, env):
+        del p, env
+        return _into_table(site, indexed, jnp.asarray(places), s)
+
+    like = jax.ShapeDtypeStruct((len(places), *window), dtype)
+    reduce = looped(fn, [like], site.what.powers, None)
+    moved = sum(math.prod(level.shape) for level in levels) * math.prod(window)
+    work = float(moved + size(site.terms[0]))
+    operands = tuple(lookup.rows for lookup in lookups)
+    return Source("embedding", work, operands, reduce, 0, None, finish)
+
+
+def _levels(which: np.ndarray, n: int) -> list[np.ndarray]:
+    """Returns tables of rows to add up, one after the other, until n sums are left.
+
+    A table has a line for each sum; what is no row, the number of rows, stands for
+    zeros.
+    """
+    levels = []
+    while True:
+        counts = np.bincount(which, minlength=n)
+        most = int(counts.max(initial=1))
+        order = np.argsort(which, kind="stable")
+        rank = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        last = n * most <= 2 * len(which) + BLOCK
+        width = most if last else min(BLOCK, most)
+        lines = -(-counts // width)
+        start = np.cumsum(lines) - lines
+        table = np.full((int(lines.sum()), width), len(which), np.int32)
+        line = start[which[order]] + rank // width
+        table[line, rank % width] = order
+        levels.append(table)
+        which = np.repeat(np.arange(n), lines)
+        if len(which) == n:
+            return levels

@@ -1,0 +1,107 @@
+"""The rules by which powers of a gradient are summed over examples: one table.
+
+A gradient is moved (`moves`) from sources. Each source is handed to the rules of
+`RULES` one after the other, and the one of the least work is taken; among equals the
+first. A rule is a function of a `Site`, which is a sum of variables and the program
+that they lie in, and returns a `Source` or None. A source says what a rule is called,
+what it costs, which variables it reads, and how it sums.
+
+To add one, say for gradients that are circulant matrices:
+
+1. Write `circulant(site) -> Source | None`. Look at the equation that makes
+   `site.terms[0]`; return None unless it is what the rule is for, and unless
+   `site.is_small` holds for all that the rule reads, as nothing larger than the
+   activations may be held for all examples.
+2. Return `Source("circulant", work, operands, reduce)`. `work` counts operations for
+   one example, a multiplication and its addition as two, as `work.operations` does: the
+   cost that `explain` reports is `work` divided by that of the gradient's own.
+   `reduce(has, weight, *values)` is as in `sums`; `looped` makes one from a function of
+   one example.
+3. Add the function to `RULES`, and a program to the list in `tests/test_engine.py` that
+   names the rule: it is compared there with per-example gradients formed in full.
+
+A primitive through which powers pass is a line of `moves.MOVES`, one that keeps
+products apart is a line of `linear.LINEAR`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.extend.core import Literal
+
+from fsam_optax._engine.factored import factored
+from fsam_optax._engine.jaxpr import size
+from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of
+from fsam_optax._engine.rows import embedding
+from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.tails import tail, whole
+from fsam_optax._engine.work import total
+
+
+FALLBACK = "fallback"
+
+
+def constant(site: Site) -> Source | None:
+    """The same for all examples."""
+    if any(map(site.flow.varies, site.terms)):
+        return None
+    return whole(site, "constant", site.own_work())
+
+
+def contraction(site: Site) -> Source | None:
+    """Sums of products, convolutions and scattered rows, formed example by example."""
+    region = site.region()
+    names = [name_of(e) for e in region]
+    found = [CONTRACTIONS[name] for name in names if name in CONTRACTIONS]
+    operands = _boundary(site, region)
+    if not found or not all(map(site.is_small, operands)):
+        return None
+    rule = " + ".join(sorted(set(found)))
+    mapped = any(
+        any(v in site.inside for v in e.invars if not isinstance(v, Literal))
+        for e, name in zip(region, names, strict=True)
+        if name not in LINEAR_MOVES and name not in ("add", "add_any")
+    )
+    return tail(site, operands, f"mapped {rule}" if mapped else rule)
+
+
+def _boundary(site, region):
+    made = {v for e in region for v in e.outvars}
+    return [
+        v
+        for e in region
+        for v in e.invars
+        if not isinstance(v, Literal) and v not in made
+    ]
+
+
+# What needs nothing but the program and the activations. In this order.
+RULES: tuple[Callable[[Site], Source | None], ...] = (
+    constant,
+    embedding,
+    factored,
+    contraction,
+)
+
+
+def chosen(site: Site) -> Source | None:
+    """Returns the source of the least work; None if no rule applies."""
+    found = [source for rule in RULES if (source := rule(site)) is not None]
+    return min(found, key=lambda source: source.work, default=None)
+
+
+# What needs to know what is held anyway.
+
+
+def reduction(site: Site, held: set[Any], largest: int) -> Source | None:
+    """Evaluates a value no larger than the activations for all examples at once."""
+    if largest > site.what.limit:
+        return None
+    made = site.flow.ancestors(site.terms, stop=held)
+    eqns = site.flow.equations(v for v in made if site.flow.varies(v))
+    return whole(site, "reduction", total(eqns) + size(site.terms[0]))
+
+
+def fallback(site: Site, held: set[Any]) -> Source:
+    """Forms the gradient of each example, a few at a time."""
+    return tail(site, held, FALLBACK)

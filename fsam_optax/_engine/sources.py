@@ -1,0 +1,171 @@
+"""What is summed, and the sources that sums of powers come from."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend.core import Literal
+
+from fsam_optax._engine.jaxpr import Dataflow, size
+from fsam_optax._engine.primitives import LINEAR_MOVES, name_of, SUMS
+from fsam_optax._engine.work import operations
+
+
+@dataclass(frozen=True)
+class Summation:
+    """What is summed.
+
+    Attributes:
+        powers: The powers.
+        chunk_bytes: Bytes that a step of a loop over examples or cotangents may hold on
+            a device; None for what suits the backend.
+        devices: How many devices the examples may be spread over.
+        examples: How many examples there are on each, if they are.
+        axes: How many axes the library maps over.
+        limit: Size of the largest array that the model itself takes for an example. A
+            larger one in the backward pass is the gradient of a parameter.
+    """
+
+    powers: tuple[int, ...]
+    chunk_bytes: int | None
+    devices: int
+    examples: int
+    axes: int = 1
+    limit: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value of one example, and how its powers are summed over examples.
+
+    Attributes:
+        rule: Name of the rule, for the report.
+        work: Operations for one example.
+        operands: The variables that the rule reads.
+        reduce: The rule, see `sums`.
+        held: Bytes that it holds for one example and cotangent at a time.
+        prepare: Maps the values of the operands, for one example, to those that the
+            rule reduces; None if they are the same.
+        finish: Maps the sums of p-th powers, p and the values of the program to the
+            sums of the source; None if they are the same.
+    """
+
+    rule: str
+    work: float
+    operands: tuple[Any, ...]
+    reduce: Any
+    held: int = 0
+    prepare: Callable[..., list[Any]] | None = None
+    finish: Callable[[Any, int, dict[Any, Any]], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sum of variables whose powers are to be summed over examples.
+
+    Attributes:
+        flow: The program.
+        terms: The variables.
+        what: What is summed.
+        inside: The variables that lead to gradients by constant linear maps alone; see
+            `parameter_side`.
+        before: By variable, the size of the largest array on the way to it.
+    """
+
+    flow: Dataflow
+    terms: tuple[Any, ...]
+    what: Summation
+    inside: set[Any]
+    before: dict[Any, int]
+
+    @property
+    def like(self) -> Any:
+        """Returns the shape and dtype of the sum."""
+        return self.terms[0].aval
+
+    def is_small(self, v: Any) -> bool:
+        """Tells whether no array larger than the activations leads to a variable."""
+        return self.before.get(v, 1) <= self.what.limit
+
+    def region(self) -> list[Any]:
+        """Returns the equations by which the sum is a linear map of what varies."""
+        found: set[Any] = set()
+        pending = list(self.terms)
+        while pending:
+            v = pending.pop()
+            if not isinstance(v, Literal) and v in self.inside and v not in found:
+                found.add(v)
+                eqn = self.flow.made_by(v)
+                pending += eqn.invars if eqn is not None else ()
+        return self.flow.equations(found)
+
+    def own_work(self) -> float:
+        """Returns the operations of the gradient itself, for each example of a batch.
+
+        The gradient of a batch is summed over examples where constant linear maps
+        begin, so that the examples share these.
+        """
+        work = 0.0
+        for eqn in self.region():
+            shared = any(
+                v in self.inside for v in eqn.invars if not isinstance(v, Literal)
+            )
+            work += operations(eqn) / (self.what.examples if shared else 1)
+        return max(work, float(size(self.terms[0])))
+
+
+def parameter_side(flow: Dataflow, wanted: Iterable[Any]) -> set[Any]:
+    """Returns the variables that lead to the wanted ones by linear maps alone.
+
+    By maps that are the same for all examples, and to nothing else.
+    """
+    found = {v for v in wanted if flow.varies(v)}
+    outside = {
+        v for v in flow.jaxpr.outvars if not isinstance(v, Literal) and v not in found
+    }
+    for eqn in reversed(flow.jaxpr.eqns):
+        varying = [v for v in eqn.invars if flow.varies(v)]
+        used = [v for v in eqn.outvars if v in flow.uses]
+        linear = LINEAR_MAPS.get(name_of(eqn))
+        if (
+            linear is not None
+            and all(v in found and v not in outside for v in used)
+            and linear([flow.varies(v) for v in eqn.invars])
+        ):
+            found.update(varying)
+        else:
+            outside.update(varying)
+    return found - outside
+
+
+def _one(varies):
+    return sum(varies) == 1
+
+
+def _any(varies):
+    del varies
+    return True
+
+
+def _first(varies):
+    return not any(varies[1:])
+
+
+def _last(varies):
+    return not any(varies[:-1])
+
+
+# Linear maps, and which of the operands may differ between examples.
+LINEAR_MAPS: dict[str, Callable[[list[bool]], bool]] = (
+    dict.fromkeys((*LINEAR_MOVES, *SUMS, "sub", "concatenate", "real", "imag"), _any)
+    | dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _one)
+    | dict.fromkeys(
+        ("div", "gather", "pad", "dynamic_slice", "reduce_sum", "cumsum", "fft"), _first
+    )
+    | {
+        "select_n": lambda varies: not varies[0],
+        "scatter-add": _last,
+        "reduce_window_sum": _first,
+        "dynamic_update_slice": lambda varies: not any(varies[2:]),
+    }
+)
