@@ -81,13 +81,12 @@ def explain_step(
     def at_w(params, data):
         return pass_at_w(params, data)[:4]
 
-    def ascent(params, grads, data, extra):
-        def grad_fn(point):
-            return pass_at_w(params, data).gradient(point)[1]
-
+    def ascent(params, data):
+        clean = pass_at_w(params, data)
         state = rule.perturbation.init(params)
-        extra = {**names(grad_fn, data), **extra, **extra_args}
-        return rule.perturbation.update(grads, state, params, **extra)
+        extra = {**names(clean.grad_fn, data), **clean.extra, **extra_args}
+        eps = rule.perturbation.update(clean.grads, state, params, **extra)
+        return clean[:4], eps
 
     def both(params, data):
         clean = pass_at_w(params, data)
@@ -103,7 +102,7 @@ def explain_step(
     what = ["value", "gradient", *(_DESCRIPTIONS.get(name, name) for name in extra)]
     passes = [
         ("at w", ", ".join(what), first),
-        ("perturbation", "eps", _operations(ascent, params, grads, data, extra)),
+        ("perturbation", "eps", _operations(ascent, params, data) - first),
         ("at w + eps", "gradient", _operations(both, params, data) - first),
     ]
     if rule.descent is not None:

@@ -21,6 +21,7 @@ from fsam_optax._common.checks import (
 )
 from fsam_optax._common.mapped_axes import AxisName, vary
 from fsam_optax._common.norms import widen
+from fsam_optax._fisher.explain import explain
 from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
     total_weight,
@@ -214,6 +215,22 @@ def value_and_grad(
         >>> value, grads, state = f(w, state, jnp.eye(2))
         >>> print(value, grads, optax.tree.get(state, "sharpness"))
         0.5 [6.75 0.  ] 2.03125
+
+        Fisher SAM with the exact empirical Fisher, from the pass of the gradient:
+
+        >>> from fsam_optax import categorical, fisher_ellipsoid, given
+        >>> from fsam_optax import negative_log_likelihood
+        >>> nll = negative_log_likelihood(lambda w, x: jnp.tanh(x) @ w, categorical)
+        >>> f = value_and_grad(
+        ...     nll, fisher_ellipsoid(0.1, given()), empirical_fisher=True
+        ... )
+        >>> w, batch = jnp.zeros((50, 10)), (jnp.ones((512, 50)), jnp.arange(512) % 10)
+        >>> value, grads, state = f(w, f.init(w), batch)
+        >>> for line in f.explain(w, batch).passes:
+        ...     print(line.name, "|", line.computes, "|", round(line.cost, 1))
+        at w | value, gradient, empirical Fisher | 1.6
+        perturbation | eps | 0.0
+        at w + eps | gradient | 1.0
 
     References:
         Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization for Efficiently
@@ -446,4 +463,7 @@ def _explain(
         Data(batch, args, kwargs),
         dict(extra_args or {}),
     )
-    return StepExplanation(costs, None)
+    rules = None
+    if oracle.pass_at_w is clean_pass_with_fisher:
+        rules = explain(oracle.loss_fn, params, batch, *args, **kwargs)
+    return StepExplanation(costs, rules)
