@@ -73,6 +73,14 @@ CASES = {
     "adaptive_ellipsoid_filter": Case(
         fsam_optax.adaptive_ellipsoid, {"rho": 0.1, "scope": "filter"}, "eps"
     ),
+    "euclidean_ball_per_leaf": Case(
+        fsam_optax.euclidean_ball, {"rho": 0.1, "per_leaf": True}, "eps"
+    ),
+    "adaptive_ellipsoid_layers": Case(
+        fsam_optax.adaptive_ellipsoid,
+        {"rho": 0.1, "scope": "layer", "layer_axis": 0},
+        "eps",
+    ),
     "fisher_ellipsoid": Case(
         fsam_optax.fisher_ellipsoid, {"rho": 0.1, **DIAGONAL}, "eps"
     ),
@@ -356,7 +364,7 @@ def test_inject_hyperparams_with_a_schedule_of_rho(name):
     def schedule(count):
         return 0.1 * (count + 1)
 
-    static = [k for k in inspect.signature(factory).parameters if k == "filter_axis"]
+    static = [k for k in inspect.signature(factory).parameters if k.endswith("_axis")]
     injected = optax.inject_hyperparams(factory, static_args=static)
     injected = injected(**{**kwargs, "rho": schedule})
     direct = factory(**{**kwargs, "rho": schedule})

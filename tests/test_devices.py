@@ -373,6 +373,8 @@ GEOMETRIES = {
     "3": functools.partial(euclidean_ball, RHO, ord=3),
     "layer": functools.partial(adaptive_ellipsoid, RHO, scope="layer"),
     "fisher": functools.partial(fisher_ellipsoid, RHO, given()),
+    "per leaf": functools.partial(euclidean_ball, RHO, per_leaf=True),
+    "per leaf, 3": functools.partial(euclidean_ball, RHO, per_leaf=True, ord=3),
     "masked": functools.partial(
         fisher_ellipsoid,
         RHO,
@@ -638,12 +640,13 @@ COLLECTIVE = re.compile(
     ("tx", "number"),
     [
         (euclidean_ball(RHO), 1),
+        (euclidean_ball(RHO, per_leaf=True), 1),
         (adaptive_ellipsoid(RHO), 1),
         (fisher_ellipsoid(RHO, squared_gradient(), relative=False), 1),
         # One more for the mean of F.
         (fisher_ellipsoid(RHO, squared_gradient()), 2),
     ],
-    ids=["euclidean", "adaptive", "fisher", "relative fisher"],
+    ids=["euclidean", "per leaf", "adaptive", "fisher", "relative fisher"],
 )
 def test_the_norm_is_one_all_reduce(tx, number, kind):
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType[kind],))

@@ -147,6 +147,102 @@ def test_filters_of_a_convolution(filter_axis):
     assert_close(compute(tx, grads, params)[0], expected)
 
 
+def eps_of(params, **kwargs):
+    """eps of ones, by ASAM with p = inf and eta = 0: T itself."""
+    tx = adaptive_ellipsoid(1.0, eta=0.0, ord=jnp.inf, **kwargs)
+    return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+
+
+def random(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def in_blocks(path, leaf):
+    return 0 if path[0].key == "blocks" else None
+
+
+@pytest.mark.parametrize("scope", ["element", "filter", "layer"])
+@pytest.mark.parametrize("filter_axis", [-1, 0])
+def test_stacked_layers_have_the_scales_of_layers_apart(scope, filter_axis):
+    """A kernel, a scale and a bias, three times, beside a layer that is alone."""
+    layers = [
+        {"kernel": random(2, 3, 4), "scale": random(4), "bias": random(4)}
+        for _ in range(3)
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    alone = {"kernel": random(3, 3)}
+    kwargs = {"scope": scope, "filter_axis": filter_axis}
+    found = eps_of({"blocks": stacked, "out": alone}, layer_axis=in_blocks, **kwargs)
+    for i, layer in enumerate(layers):
+        expected = eps_of(layer, **kwargs)
+        assert_close({n: e[i] for n, e in found["blocks"].items()}, expected)
+    assert_close(found["out"], eps_of(alone, **kwargs))
+    # Any axis may be that of the layers.
+    last = eps_of(
+        {"kernel": jnp.moveaxis(stacked["kernel"], 0, 2)}, layer_axis=2, **kwargs
+    )
+    kernel = jnp.moveaxis(last["kernel"], 2, 0)
+    np.testing.assert_allclose(kernel, found["blocks"]["kernel"], rtol=2e-6)
+
+
+def test_layers_stacked_along_two_axes():
+    kernel = random(2, 3, 4, 5)
+    found = eps_of(kernel, scope="layer", layer_axis=(0, 1))
+    expected = jnp.sqrt(jnp.sum(kernel**2, (2, 3), keepdims=True))
+    np.testing.assert_allclose(found, jnp.broadcast_to(expected, found.shape), 2e-6)
+
+
+def test_filters_of_a_kernel_with_heads():
+    """A query kernel is (d, heads, head_dim): its output channels are two axes."""
+    query, out = random(4, 2, 3), random(2, 3, 4)
+
+    def filter_axis(path, leaf):
+        return (-2, -1) if path[0].key == "query" else -1
+
+    params = {"query": query, "out": out}
+    found = eps_of(params, scope="filter", filter_axis=filter_axis)
+    expected = eps_of(
+        {"query": query.reshape(4, 6), "out": out.reshape(6, 4)}, scope="filter"
+    )
+    np.testing.assert_allclose(found["query"].reshape(4, 6), expected["query"], 2e-6)
+    np.testing.assert_allclose(found["out"].reshape(6, 4), expected["out"], 2e-6)
+
+
+def test_a_leaf_may_have_no_filters():
+    params = {"embedding": random(5, 3), "kernel": random(2, 3)}
+
+    def filter_axis(path, leaf):
+        return None if path[0].key == "embedding" else -1
+
+    found = eps_of(params, scope="filter", filter_axis=filter_axis)
+    np.testing.assert_array_equal(found["embedding"], jnp.abs(params["embedding"]))
+    expected = eps_of({"kernel": params["kernel"]}, scope="filter")
+    assert_equal({"kernel": found["kernel"]}, expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"filter_axis": 2}, ValueError, r"`filter_axis` is 2, but leaf \['k'\] has 2"),
+        ({"filter_axis": (0, -3)}, ValueError, "`filter_axis` is -3"),
+        ({"filter_axis": 1.0}, TypeError, "`filter_axis` must be an axis, a tuple"),
+        ({"filter_axis": [0]}, TypeError, "`filter_axis` must be an axis, a tuple"),
+        ({"filter_axis": lambda path, w: "k"}, TypeError, "got 'k' for leaf"),
+        ({"layer_axis": 1, "scope": "layer"}, ValueError, r"`layer_axis` is 1, .*'w'"),
+        ({"layer_axis": "k"}, TypeError, "`layer_axis` must be an axis"),
+        ({"filter_axis": lambda w: 0}, TypeError, r"`filter_axis\(path, leaf\)`"),
+        ({"normalize": lambda w: True}, TypeError, r"`normalize\(path, leaf\)`"),
+        ({"normalize": lambda path, w: None}, TypeError, "`normalize` must hold Pyth"),
+    ],
+    ids=arguments,
+)
+def test_bad_axes_are_rejected(kwargs, error, match):
+    # No leaf may silently be treated by another axis than the one asked for.
+    with pytest.raises(error, match=match):
+        tx = adaptive_ellipsoid(RHO, **{"scope": "filter", **kwargs})
+        compute(tx, *({n: t[n] for n in "kw"} for t in (GRADS, PARAMS)))
+
+
 @pytest.mark.parametrize("scope", ["element", "filter", "layer"])
 def test_scopes_agree_where_leaves_are_scalars(scope):
     params, grads = ({n: t[n].ravel()[0] for n in SHAPES} for t in (PARAMS, GRADS))
@@ -176,13 +272,6 @@ def test_default_eta():
 def test_bad_arguments_of_adaptive_are_rejected(kwargs, match):
     with pytest.raises(ValueError, match=match):
         adaptive_ellipsoid(RHO, **kwargs)
-
-
-def test_filter_axis_out_of_range_is_rejected():
-    # No leaf may silently be treated by another axis than the one asked for.
-    tx = adaptive_ellipsoid(RHO, scope="filter", filter_axis=2)
-    with pytest.raises(ValueError, match="filter_axis"):
-        compute(tx)
 
 
 # Fisher

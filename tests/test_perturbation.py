@@ -154,12 +154,181 @@ def test_mask_may_be_a_prefix():
         ({"k": True}, ValueError, "`mask` must have the structure"),
         ({**dict.fromkeys(SHAPES, True), "w": 1.0}, TypeError, "Python bools"),
         (lambda p: {n: jnp.any(w > 0) for n, w in p.items()}, TypeError, "bools"),
+        (["k", "w"], TypeError, "Python bools.*got 'k'"),
+        (lambda path, leaf: True, TypeError, r"`mask\(params\)`"),
     ],
-    ids=["structure", "float", "array"],
+    ids=["structure", "float", "array", "names", "path"],
 )
 def test_bad_masks_are_rejected(mask, error, match):
     with pytest.raises(error, match=match):
         compute(fsam_optax.euclidean_ball(RHO, mask=mask))
+
+
+# A ball for every array
+
+
+@pytest.mark.parametrize(("geometry", "ord"), CASES, ids=str)
+def test_balls_of_single_arrays_are_those_of_each_alone(geometry, ord):
+    # The mean of F is that over all arrays.
+    kwargs = {"relative": False} if geometry == "fisher" else {}
+    tx = transformation(geometry, ord=ord, per_leaf=True, **kwargs)
+    eps, state = jax.jit(lambda: compute(tx))()
+    dual_norms = []
+    for name in SHAPES:
+        alone = transformation(geometry, ord=ord, **kwargs)
+        trees = ({name: tree[name]} for tree in (GRADS, PARAMS))
+        expected, one = compute(alone, *trees)
+        np.testing.assert_allclose(eps[name], expected[name], rtol=3e-6)
+        dual_norms.append(one.dual_norm)
+    np.testing.assert_allclose(state.dual_norm, np.sum(dual_norms), rtol=3e-6)
+    rise = oracles.flat(GRADS) @ oracles.flat(eps)
+    np.testing.assert_allclose(rise, RHO * state.dual_norm, rtol=3e-6)
+
+
+def test_adversarial_weight_perturbation():
+    tx = fsam_optax.adaptive_ellipsoid(
+        RHO,
+        eta=0.0,
+        scope="layer",
+        per_leaf=True,
+        mask=lambda params: {n: w.ndim > 1 for n, w in params.items()},
+    )
+    w, g = oracles.f64(PARAMS)["k"], oracles.f64(GRADS)["k"]
+    eps, _ = compute(tx)
+    expected = RHO * np.linalg.norm(w) * g / np.linalg.norm(g)
+    np.testing.assert_allclose(eps["k"], expected, rtol=2e-6)
+    assert not any(np.any(eps[n]) for n in "wbs")
+
+
+@pytest.mark.parametrize("ord", [2, 3, jnp.inf])
+def test_each_ball_has_the_range_of_float32(ord):
+    factors = {"k": 1e30, "w": 1e-30, "b": 0.0, "s": 1.0}
+    grads = {n: factors[n] * g for n, g in GRADS.items()}
+    tx = fsam_optax.euclidean_ball(RHO, ord=ord, per_leaf=True)
+    (eps, state), (expected, _) = compute(tx, grads), compute(tx)
+    assert state.skipped == 0
+    assert not np.any(eps["b"])
+    for name in "kws":
+        np.testing.assert_allclose(eps[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_no_ball_moves_if_one_gradient_is_not_finite_or_all_are_zero(value):
+    grads = {n: 0 * g for n, g in GRADS.items()} if value == 0 else GRADS
+    grads = {**grads, "w": grads["w"].at[2].set(value)}
+    eps, state = compute(fsam_optax.euclidean_ball(RHO, per_leaf=True), grads)
+    assert state.skipped == 1
+    assert not np.any(oracles.flat(eps))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"length": lambda n, count: n}], ids=arguments)
+def test_nothing_to_perturb_in_any_ball(kwargs):
+    for tree in ({}, {"n": jnp.zeros(0)}):
+        tx = fsam_optax.euclidean_ball(RHO, per_leaf=True, **kwargs)
+        eps, state = compute(tx, tree, tree)
+        assert jax.tree.structure(eps) == jax.tree.structure(tree)
+        assert (state.skipped, state.dual_norm) == (1, 0)
+
+
+# A factor on rho
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_unnormalised_sam_is_rho_times_the_gradient(per_leaf):
+    def length(dual_norm, count):
+        return dual_norm
+
+    tx = fsam_optax.euclidean_ball(RHO, length=length, per_leaf=per_leaf)
+    eps, state = compute(tx)
+    for name in SHAPES:
+        np.testing.assert_allclose(eps[name], RHO * GRADS[name], rtol=2e-6)
+    assert state.rho == np.float32(RHO)
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "filter", "fisher"])
+def test_length_sees_the_dual_norm_and_the_count(geometry):
+    def length(dual_norm, count):
+        return (1 - 1 / (count + 1)) * dual_norm + 1 / (count + 1)  # Unified SAM.
+
+    tx = transformation(geometry, length=length)
+    expected, normal = compute(transformation(geometry))
+    state = tx.init(PARAMS)
+    for step in range(1, 4):
+        eps, state = tx.update(GRADS, state, PARAMS)
+        factor = (1 - 1 / step) * normal.dual_norm + 1 / step
+        for name in SHAPES:
+            np.testing.assert_allclose(eps[name], factor * expected[name], rtol=3e-6)
+    np.testing.assert_allclose(state.dual_norm, normal.dual_norm, rtol=1e-6)
+
+
+def test_a_constant_length_is_a_factor_on_a_schedule_of_rho():
+    def rho(count):
+        return 0.1 * (count + 1)
+
+    tx = fsam_optax.euclidean_ball(rho, length=lambda dual_norm, count: 2.0)
+    other = fsam_optax.euclidean_ball(lambda count: 2 * rho(count))
+    for name in SHAPES:
+        np.testing.assert_array_equal(compute(tx)[0][name], compute(other)[0][name])
+
+
+def test_a_length_that_is_not_finite_is_left_out():
+    tx = fsam_optax.euclidean_ball(RHO, length=lambda n, count: n * np.inf)
+    eps, state = compute(tx)
+    assert state.skipped == 1
+    assert not np.any(oracles.flat(eps))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"length": 2.0}, "A constant factor belongs into `rho`"),
+        ({"length": lambda dual_norm: 1.0}, r"`length\(dual_norm, count\)`"),
+        ({"per_leaf": {"k": True}}, "`per_leaf` must be True or False.*`mask`"),
+        ({"per_leaf": None}, "`per_leaf` must be True or False"),
+        ({"ord": "inf"}, "`jnp.inf`"),
+        ({"rho": "0.05"}, r"`rho` must be a number or a schedule.*`float\(...\)`"),
+        ({"rho": optax.sgd(0.1)}, r"the arguments are `euclidean_ball\(rho\)`"),
+    ],
+    ids=arguments,
+)
+def test_arguments_of_the_wrong_type_say_what_to_write(kwargs, match):
+    with pytest.raises(TypeError, match=match):
+        fsam_optax.euclidean_ball(**{"rho": RHO, **kwargs})
+
+
+def test_swapped_arguments():
+    estimator = fsam_optax.squared_gradient()
+    with pytest.raises(TypeError, match=r"`fisher_ellipsoid\(rho, estimator\)`"):
+        fsam_optax.fisher_ellipsoid(estimator, 0.1)
+    with pytest.raises(TypeError, match=r"`perturbation\(rho, operator\)`"):
+        fsam_optax.perturbation(optax.identity(), 0.1)
+    with pytest.raises(TypeError, match="keyword"):
+        fsam_optax.perturbation(0.1, 2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"rho": lambda count: jnp.ones(2)}, r"`rho\(count\)` must be a number"),
+        ({"rho": lambda count: None}, r"`rho\(count\)` must be a number"),
+        ({"length": lambda n, count: jnp.ones(2)}, "`length.*must return one number"),
+    ],
+    ids=arguments,
+)
+def test_functions_must_return_numbers(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        compute(fsam_optax.euclidean_ball(**{"rho": RHO, **kwargs}))
+
+
+def test_the_state_of_something_else_is_refused():
+    ball = fsam_optax.euclidean_ball(RHO)
+    with pytest.raises(TypeError, match=r"got a EmptyState.*`update\(grads, state"):
+        ball.update(GRADS, optax.EmptyState(), PARAMS)
+
+
+def test_an_axis_that_is_not_mapped_is_named():
+    with pytest.raises(NameError, match="`shard_axes` names 'd', which is no axis"):
+        compute(fsam_optax.euclidean_ball(RHO, shard_axes="d"))
 
 
 def test_rho_schedule_advances_with_the_perturbation_and_is_never_reset():

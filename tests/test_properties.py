@@ -184,6 +184,25 @@ def test_fisher_sam_with_a_diagonal_of_any_magnitude(problem, exponent, data, da
 
 @fuzz(20)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.integers(-20, 20))
+def test_eps_is_homogeneous_in_the_gradient_as_its_length_is(problem, geometry, power):
+    """Of degree 0, or 1 for unnormalised SAM, in any geometry and for each array."""
+    params, grads, nest = problem
+    grads = [g.astype(jnp.float32) for g in grads]
+    scaled = [g * 2.0**power for g in grads]
+    for g in grads:
+        assume(not g.any() or 1e-15 < np.max(np.abs(g)) < 1e15)
+    factory = functools.partial(GEOMETRIES[geometry][0], 0.5, per_leaf=True)
+    for degree, tx in enumerate([factory(), factory(length=lambda n, count: n)]):
+        eps, _ = ascend(tx, params, grads, nest)
+        other, _ = ascend(tx, params, scaled, list)
+        for name in eps:
+            np.testing.assert_allclose(
+                other[name], 2.0 ** (power * degree) * eps[name], rtol=1e-5, atol=1e-30
+            )
+
+
+@fuzz(20)
+@given(problems(), st.sampled_from(list(GEOMETRIES)), st.integers(-20, 20))
 def test_neither_nesting_nor_the_scale_of_the_loss_matters(problem, geometry, power):
     params, grads, nest = problem
     grads = [g.astype(jnp.float32) for g in grads]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._common.checks import check_function, check_number
+from fsam_optax._common.checks import check_number
 
 
 def check_radius(rho: Any, order: str) -> None:
@@ -61,6 +61,26 @@ def check_order(ord: Any) -> None:
     check_number("ord", ord, 1, jnp.inf, open=True)
 
 
+def check_signature(name: str, function: Any, *parameters: str) -> None:
+    """Raises TypeError for a function that does not take so many arguments.
+
+    Whatever is no function passes.
+    """
+    if not callable(function):
+        return
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Some built-in functions have none.
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` is called as `{name}({', '.join(parameters)})`, which "
+            f"{function!r} does not fit: {error}."
+        ) from error
+
+
 def check_length(length: Any) -> None:
     """Raises TypeError unless `length` is None or a function of two arguments."""
     if length is None:
@@ -71,14 +91,7 @@ def check_length(length: Any) -> None:
             "such as `lambda dual_norm, count: dual_norm`, or None; got "
             f"{length!r}. A constant factor belongs into `rho`."
         )
-    check_function("length", length)
-    try:
-        inspect.signature(length).bind(0, 0)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            "`length` is called as `length(dual_norm, count)`, which does not fit "
-            f"{length!r}: {error}."
-        ) from error
+    check_signature("length", length, "dual_norm", "count")
 
 
 def length_at(length: Any, dual_norm: jax.Array, count: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from fsam_optax._ball import operators
-from fsam_optax._ball.arguments import check_radius
+from fsam_optax._ball.arguments import check_radius, check_signature
 from fsam_optax._ball.operators import Axes
 from fsam_optax._ball.perturbation import Length, perturbation
 from fsam_optax._common.checks import check_choice, check_number, check_transformation
@@ -160,6 +160,9 @@ def adaptive_ellipsoid(
     check_radius(rho, "adaptive_ellipsoid(rho)")
     check_number("eta", eta, 0)
     check_choice("scope", scope, "element", "filter", "layer")
+    check_signature("normalize", normalize, "path", "leaf")
+    check_signature("filter_axis", filter_axis, "path", "leaf")
+    check_signature("layer_axis", layer_axis, "path", "leaf")
     cut = '`scope="filter"`' if scope == "filter" else "`layer_axis`"
     if shard_axes is not None and (scope == "filter" or layer_axis is not None):
         raise ValueError(

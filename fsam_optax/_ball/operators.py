@@ -100,16 +100,25 @@ def adaptive(
         w = jnp.asarray(w, widen(w))
         axes = _group_axes(scope, filter_axis, layer_axis, path, w)
         if axes is None:
-            return jnp.abs(w)
+            return w * jnp.sign(w)  # |w|, with derivative 0 at 0 in every jax.
         if len(axes) == w.ndim:
             return norm([w], shard_axes=shard_axes)
         return scaled_norm(w, axes)
+
+    def answer(path, leaf):
+        use = normalize(path, leaf)
+        if not isinstance(use, bool | np.bool_):
+            raise TypeError(
+                "`normalize` must hold Python bools, known before tracing, or return "
+                f"one; got {use!r} for leaf {jax.tree_util.keystr(path)}."
+            )
+        return bool(use)
 
     def normalized(params):
         if normalize is None:
             return jax.tree.map(lambda is_bias: not is_bias, biases(params))
         if callable(normalize):
-            return jax.tree_util.tree_map_with_path(normalize, params)
+            return jax.tree_util.tree_map_with_path(answer, params)
         return broadcast_mask(normalize, params, "normalize")
 
     def operator(updates, params):

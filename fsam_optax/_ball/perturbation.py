@@ -1,6 +1,7 @@
 """The worst-case perturbation: the one place where its formula is written."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from fsam_optax._ball.arguments import (
     check_operator,
     check_order,
     check_radius,
+    check_signature,
     check_state,
     length_at,
     radius_at,
@@ -190,8 +192,14 @@ def perturbation(
         https://arxiv.org/abs/2004.05884.
     """
     check_radius(rho, "perturbation(rho, operator)")
+    if isinstance(operator, numbers.Number):
+        raise TypeError(
+            f"`operator` must be an optax.GradientTransformation, got {operator}: all "
+            "arguments after it are keywords, `ord` is one of them."
+        )
     if operator is not None:
         check_transformation("operator", operator, "optax.stateless(...)")
+    check_signature("mask", mask, "params")
     check_order(ord)
     check_length(length)
     check_flag("per_leaf", per_leaf, "To leave arrays out, use `mask`.")

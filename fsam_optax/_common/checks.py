@@ -121,6 +121,7 @@ def check_transformation(name: str, value: Any, example: str) -> None:
             f"`{name}` must be an optax.GradientTransformation, such as {example}, "
             f"got {value!r}."
             + (" Call its `.gradient_transformation()`." if convertible else "")
+            + (" If that is a function that makes one, call it." * callable(value))
         )
 
 
@@ -255,12 +256,15 @@ def broadcast_mask(mask: Any, tree: Any, name: str) -> Any:
         A tree of Python bools with the structure of `tree`.
     """
     mask = mask(tree) if callable(mask) else mask
-
-    def spread(value, subtree):
+    for path, value in jax.tree_util.tree_leaves_with_path(mask):
         if not isinstance(value, bool | np.bool_):
             raise TypeError(
-                f"`{name}` must hold Python bools, known before tracing, got {value!r}."
+                f"`{name}` must hold Python bools, known before tracing, in the "
+                "structure of the parameters or of their upper levels; got "
+                f"{value!r}{f' at {jax.tree_util.keystr(path)}' if path else ''}."
             )
+
+    def spread(value, subtree):
         return jax.tree.map(lambda _: bool(value), subtree)
 
     try:
