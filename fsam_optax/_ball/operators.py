@@ -4,6 +4,7 @@ The ball of radius rho is `||T^-1 eps|| <= rho`. The output has the structure of
 gradient; a leaf of T need not be larger than it takes to broadcast to its gradient.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -105,8 +106,8 @@ def adaptive(
             return norm([w], shard_axes=shard_axes)
         return scaled_norm(w, axes)
 
-    def answer(path, leaf):
-        use = normalize(path, leaf)
+    def answer(function, path, leaf):
+        use = function(path, leaf)
         if not isinstance(use, bool | np.bool_):
             raise TypeError(
                 "`normalize` must hold Python bools, known before tracing, or return "
@@ -118,7 +119,9 @@ def adaptive(
         if normalize is None:
             return jax.tree.map(lambda is_bias: not is_bias, biases(params))
         if callable(normalize):
-            return jax.tree_util.tree_map_with_path(answer, params)
+            return jax.tree_util.tree_map_with_path(
+                functools.partial(answer, normalize), params
+            )
         return broadcast_mask(normalize, params, "normalize")
 
     def operator(updates, params):
