@@ -4,6 +4,8 @@ Import it as `from fsam_optax import nnx as fsam_nnx`. It needs `flax`, which im
 `fsam_optax` alone does not. Perturbations and optimizers are those of `fsam_optax`.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -165,10 +167,6 @@ def value_and_grad(
         return oracle.init(modules.params_of(model, wrt))
 
     def apply_fn(model, state, batch, *args, extra_args=None, **kwargs):
-        if isinstance(model, ValueAndGradState):
-            raise TypeError(
-                "`model` is a state of `value_and_grad`: call `f(model, state, batch)`."
-            )
         if modules.has_nodes(batch):
             raise TypeError(
                 "`batch` must hold arrays alone, but there is a graph node in it: pass "

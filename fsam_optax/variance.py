@@ -6,6 +6,8 @@ variance returned. Each function materialises derivatives of all outputs with re
 to all parameters: these are for the study of small models.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +24,25 @@ from fsam_optax._common.norms import widen
 from fsam_optax._fisher.estimation import key_data
 from fsam_optax._fisher.likelihoods import Likelihood, MomentBounds
 from fsam_optax._fisher.negative_log_likelihood import resolve
+
+
+__all__ = [
+    "Bounds",
+    "SampledVariance",
+    "TraceBounds",
+    "fisher_bounds",
+    "fisher_variance_between_inputs",
+    "fisher_variance_between_inputs_bound",
+    "fisher_variance_i1",
+    "fisher_variance_i1_bounds",
+    "fisher_variance_i1_sampled",
+    "fisher_variance_i2",
+    "fisher_variance_i2_bounds",
+    "fisher_variance_i2_sampled",
+    "fisher_variance_joint",
+    "fisher_variance_trace_bounds",
+    "prefer",
+]
 
 
 class Bounds(NamedTuple):

@@ -336,5 +336,5 @@ def test_wrong_calls_are_explained():
     f = fsam_nnx.value_and_grad(loss_fn, BALL)
     with pytest.raises(TypeError, match=r"graph node in it.*further argument"):
         f(model, f.init(model), (batch, nnx.Rngs(0)))
-    with pytest.raises(TypeError, match=r"call `f\(model, state, batch\)`"):
+    with pytest.raises(TypeError, match=r"f\(params, state, batch\)`"):
         f(f.init(model), model, batch)

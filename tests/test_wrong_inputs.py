@@ -217,6 +217,7 @@ FUNCTIONS = {
         "perturbation": (BALL, "transformation"),
         "steps": (1, "count"),
     },
+    "metrics": {},
     "kl_divergence": {},
     "kl_divergence_quadratic": {},
     "loss_along": {},

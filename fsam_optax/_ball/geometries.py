@@ -1,5 +1,7 @@
 """Three geometries: the balls in which the worst-case perturbation is sought."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal
 

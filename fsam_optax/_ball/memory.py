@@ -4,6 +4,8 @@ To be put before a ball with `optax.chain`. The front ends keep a gradient that 
 finite out of it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """Several ascents: a perturbation that follows the gradient more than once."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """The worst-case perturbation: the one place where its formula is written."""
 
+from __future__ import annotations
+
 import math
 import numbers
 from collections.abc import Callable

@@ -11,11 +11,27 @@ import numpy as np
 import optax
 
 
+def describe(value: Any) -> str:
+    """Returns what an argument is, in a few words."""
+    if isinstance(value, optax.GradientTransformation):
+        return "an optax.GradientTransformation"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of shape {tuple(value.shape)}"
+    leaves = jax.tree.leaves(value)
+    if leaves and leaves[0] is not value:
+        arrays = all(hasattr(x, "dtype") for x in leaves)
+        return f"a {type(value).__name__}{' of arrays' * arrays}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function `{value.__name__}`"
+    text = repr(value)
+    return text if len(text) < 80 else f"a {type(value).__name__}"
+
+
 def _scalar(name: str, value: Any, what: str) -> Any:
     """Returns a number or scalar array; raises TypeError for anything else."""
     is_array = hasattr(value, "dtype")
     if value.shape if is_array else not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be {what}, got {value!r}.")
+        raise TypeError(f"`{name}` must be {what}, got {describe(value)}.")
     return value.item() if isinstance(value, np.ndarray) else value
 
 
@@ -60,6 +76,14 @@ def check_every(every: Any) -> None:
         check_count("every", every)
 
 
+def describe_state(state: Any) -> str:
+    """Returns what stands in the place of a state, in a few words."""
+    parts = [type(x).__name__ for x in state] if isinstance(state, tuple) else []
+    if parts and all(name.endswith("State") for name in parts):
+        return f"the state of another optimizer ({parts[0]})"
+    return type(state).__name__
+
+
 def check_state(
     caller: str,
     state: Any,
@@ -68,11 +92,11 @@ def check_state(
     params: Any,
 ) -> None:
     """Raises unless `state` is what `init(params)` returns, in structure and shapes."""
-    first = f"`{caller}.init(params)`"
+    first = f"`state = {caller}.init(params)`"
     how = f"the first one is {first}, each other what the step before returned"
     if not isinstance(state, kind):
         raise TypeError(
-            f"`state` must be a {kind.__name__}, got {type(state).__name__}: {how}."
+            f"`state` must be a {kind.__name__}, got {describe_state(state)}: {how}."
         )
     try:
         check_like(
@@ -88,7 +112,7 @@ def check_state(
 def check_function(name: str, value: Any) -> None:
     """Raises TypeError unless `value` can be called."""
     if not callable(value):
-        raise TypeError(f"`{name}` must be a function, got {value!r}.")
+        raise TypeError(f"`{name}` must be a function, got {describe(value)}.")
 
 
 def check_choice(name: str, value: Any, *choices: str) -> None:
@@ -119,18 +143,31 @@ def check_transformation(name: str, value: Any, example: str) -> None:
         convertible = hasattr(value, "gradient_transformation")
         raise TypeError(
             f"`{name}` must be an optax.GradientTransformation, such as {example}, "
-            f"got {value!r}."
-            + (" Call its `.gradient_transformation()`." if convertible else "")
-            + (" If that is a function that makes one, call it." * callable(value))
+            f"got {describe(value)}."
+            + " Call its `.gradient_transformation()`." * convertible
+            + f" Call it first: `{getattr(value, '__name__', name)}(...)`."
+            * (callable(value) and not convertible)
         )
 
 
-def check_params(caller: str, params: Any) -> None:
-    """Raises ValueError if `params` was left out."""
+def check_params(
+    caller: str, params: Any, call: str = "update(grads, state, params)"
+) -> None:
+    """Raises unless `params` was passed, the parameters and not what holds them."""
+    if hasattr(params, "apply_gradients"):
+        raise TypeError(
+            f"`params` is a {type(params).__name__}: pass the parameters in it, "
+            "`state.params`."
+        )
+    if isinstance(params, optax.LookaheadParams):
+        raise TypeError(
+            "`params` are the two of `optax.lookahead`: pass the fast ones, "
+            "`params.fast`, and give the gradients to its `update`."
+        )
     if params is None:
         raise ValueError(
             f"`{caller}` needs the current value of the parameters, but `params` was "
-            "not passed: call `update(grads, state, params)`."
+            f"not passed: call `{call}`."
         )
 
 
@@ -258,10 +295,11 @@ def broadcast_mask(mask: Any, tree: Any, name: str) -> Any:
     mask = mask(tree) if callable(mask) else mask
     for path, value in jax.tree_util.tree_leaves_with_path(mask):
         if not isinstance(value, bool | np.bool_):
+            where = f" at {jax.tree_util.keystr(path)}" if path else ""
             raise TypeError(
                 f"`{name}` must hold Python bools, known before tracing, in the "
                 "structure of the parameters or of their upper levels; got "
-                f"{value!r}{f' at {jax.tree_util.keystr(path)}' if path else ''}."
+                f"{describe(value)}{where}."
             )
 
     def spread(value, subtree):

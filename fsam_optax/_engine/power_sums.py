@@ -4,6 +4,8 @@ The program of one example is traced, each of its gradients is replaced by an op
 that adds up its powers (`_plan`, `_sums`), and the result is mapped over the examples.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

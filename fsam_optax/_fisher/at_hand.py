@@ -1,5 +1,7 @@
 """Diagonals that cost nothing: the squared gradient, and one that is given."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,5 +1,7 @@
 """Another estimator for each group of parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 

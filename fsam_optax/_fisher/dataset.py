@@ -1,5 +1,7 @@
 """An estimator over a data set, batch by batch."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """Estimators as pure functions, for notebooks."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -8,6 +8,8 @@ for one example, vectors c on its outputs whose squared pullbacks (J_n^T c)^2 ad
 that example's share.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from typing import Any

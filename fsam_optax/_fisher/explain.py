@@ -1,5 +1,7 @@
 """How the gradients of the examples of a loss are squared, and at what cost."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from fsam_optax import _engine

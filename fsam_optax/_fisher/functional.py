@@ -1,5 +1,7 @@
 """Functional SAM: the output gradient at w, pulled back at w + eps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

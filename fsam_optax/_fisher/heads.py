@@ -1,5 +1,7 @@
 """Likelihoods of several outputs, and of a mean with its variance."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

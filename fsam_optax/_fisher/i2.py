@@ -1,5 +1,7 @@
 """The estimator I2: minus the Hessian diagonal of the log-likelihood."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal

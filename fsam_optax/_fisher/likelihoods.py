@@ -1,5 +1,7 @@
 """Likelihoods p(y | h): what turns the outputs of a model into a Fisher information."""
 
+from __future__ import annotations
+
 import functools
 import numbers
 from collections.abc import Callable

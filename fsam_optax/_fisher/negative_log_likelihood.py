@@ -1,5 +1,7 @@
 """The loss that knows its model."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

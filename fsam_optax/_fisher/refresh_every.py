@@ -1,5 +1,7 @@
 """A cache around an estimator."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

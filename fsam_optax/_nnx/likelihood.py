@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
+from fsam_optax._common.checks import describe
 from fsam_optax._common.rest import Rest
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._fisher.negative_log_likelihood import (
@@ -128,7 +129,7 @@ def pure_loss(loss_fn: Any, has_aux: bool, needs_model: str | None) -> Any:
         raise TypeError(
             f"`{needs_model}=True` needs a loss that knows its model: "
             "`fsam_optax.nnx.negative_log_likelihood(apply_fn, likelihood)` as "
-            f"`loss_fn`, got {loss_fn!r}."
+            f"`loss_fn`, got {describe(loss_fn)}."
         )
     # What is no function is explained by the front end for parameters.
     return PureLoss(loss_fn, has_aux) if callable(loss_fn) else loss_fn

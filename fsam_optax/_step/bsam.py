@@ -1,5 +1,7 @@
 """Bayesian SAM: an optimizer of a Gaussian posterior, whole."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

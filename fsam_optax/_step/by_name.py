@@ -1,5 +1,7 @@
 """The methods by name: wiring only."""
 
+from __future__ import annotations
+
 import numbers
 
 import jax

@@ -7,6 +7,8 @@ perturbation eps is None, which is known while tracing, and h is g. Every part o
 batch descends by itself; then the directions are averaged.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """The displaced optimizer: what the trainer holds is w + eps."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """The lagged oracle: eps from the step before, so that a step costs one gradient."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

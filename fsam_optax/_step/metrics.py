@@ -1,5 +1,7 @@
 """Metrics: what the last perturbed step was like."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._common.checks import leaf_shape
+from fsam_optax._common.checks import describe, leaf_shape
 from fsam_optax._fisher.functional import value_grad_and_pull
 from fsam_optax._fisher.one_pass import value_grad_and_fisher
+from fsam_optax._step.advice import explaining
 from fsam_optax._step.parts import Data
 
 
@@ -51,7 +52,8 @@ def clean_pass_with_fisher(
 
 def _differentiated(loss_fn, has_aux, data):
     def loss(params):
-        result = loss_fn(params, data.batch, *data.args, **data.kwargs)
+        with explaining("loss_fn", params):
+            result = loss_fn(params, data.batch, *data.args, **data.kwargs)
         return loss_and_aux(result, has_aux)
 
     return jax.value_and_grad(loss, has_aux=True)
@@ -79,7 +81,7 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
             "With `has_aux=True`, `loss_fn` must return `(loss, aux)`, got "
-            f"{type(result).__name__}."
+            f"{describe(result)}."
         )
     loss, aux = result if has_aux else (result, None)
     if leaf_shape(loss) != ():
@@ -91,7 +93,6 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
             else "Pass the loss itself, not its gradient."
         )
         raise TypeError(
-            "`loss_fn` must return a scalar loss, got "
-            f"{getattr(loss, 'shape', type(loss).__name__)}. {hint}"
+            f"`loss_fn` must return a scalar loss, got {describe(loss)}. {hint}"
         )
     return jnp.asarray(loss), aux

@@ -1,5 +1,7 @@
 """Sharpness-aware minimisation as an ordinary Optax transformation."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,9 +19,12 @@ from fsam_optax._common.checks import (
     check_params,
     check_state,
     check_transformation,
+    describe,
     is_real,
+    leaf_shape,
 )
 from fsam_optax._common.mapped_axes import AxisName, merge, replica_index
+from fsam_optax._step.advice import explaining
 from fsam_optax._step.step import (
     first_memory,
     first_metrics,
@@ -174,7 +179,8 @@ def sharpness_aware(
         memory = Memory(state.perturbation, state.descent)
 
         def checked_gradient(point):
-            grads = gradient(point)
+            with explaining("grad_fn", point):
+                grads = gradient(point)
             _check_gradient(grads, params)
             return None, grads
 
@@ -216,11 +222,11 @@ def _gradient_function(grad_fn, value_fn, obj_fn) -> Callable[[Any], Any]:
         raise TypeError(
             "`sharpness_aware` needs the gradient as a function of the parameters, on "
             "the same batch: `update(grads, state, params, grad_fn=lambda p: "
-            f"jax.grad(loss)(p, batch))`; got `grad_fn={grad_fn!r}`. Where a trainer "
-            "passes nothing on, as Flax's `TrainState.apply_gradients` does with "
-            "`grad_fn=`, call `tx.update` yourself, or give the trainer the base "
-            "optimizer and take the gradients from `fsam_optax.value_and_grad(loss, "
-            "perturbation)`."
+            f"jax.grad(loss)(p, batch))`; got `grad_fn`: {describe(grad_fn)}. Where a "
+            "trainer passes nothing on, as `TrainState.apply_gradients` of Flax and "
+            "`optax.lookahead` do with `grad_fn=`, call `tx.update` yourself, or give "
+            "the trainer the base optimizer and take the gradients from "
+            "`fsam_optax.value_and_grad(loss, perturbation)`."
         )
     if _requires_more_than_params(grad_fn):
         raise TypeError(
@@ -301,4 +307,10 @@ def _check_gradient(grads: Any, params: Any) -> None:
                 "does. Return the gradient alone: `grad_fn=lambda p: jax.grad(loss, "
                 "has_aux=True)(p, batch)[0]`."
             )
+    if leaf_shape(grads) == ():
+        raise TypeError(
+            "`grad_fn` returned one number, as a loss does: pass its gradient, "
+            "`grad_fn=lambda p: jax.grad(loss)(p, batch)`, or the loss itself as "
+            "`value_fn=lambda p: loss(p, batch)`."
+        )
     raise TypeError(f"`grad_fn` must return the gradient. {error}") from error

@@ -19,6 +19,7 @@ from fsam_optax._ball.guard import ascend, keep_unless
 from fsam_optax._common.checks import check_like, is_real
 from fsam_optax._common.mapped_axes import AxisName, vary
 from fsam_optax._common.norms import widen
+from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.metrics import measure, Metrics, no_metrics
 
 
@@ -75,8 +76,10 @@ class Stride(NamedTuple):
 
 def first_memory(rule: Rule, params: Any) -> Memory:
     """Returns the memory before the first step."""
+    perturbation = rule.perturbation.init(params)
+    check_ascends(perturbation)
     return Memory(
-        perturbation=rule.perturbation.init(params),
+        perturbation=perturbation,
         descent=rule.descent.init(params) if rule.descent else optax.EmptyState(),
     )
 

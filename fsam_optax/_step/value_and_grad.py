@@ -1,5 +1,7 @@
 """Sharpness-aware minimisation as the stateful counterpart of `jax.value_and_grad`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from fsam_optax._common.checks import (
     check_params,
     check_state,
     check_transformation,
+    describe,
 )
 from fsam_optax._common.mapped_axes import AxisName, vary
 from fsam_optax._common.norms import widen
@@ -99,6 +102,11 @@ class ValueAndGrad:
             raise TypeError(
                 "Call it as `value, grads, state = f(params, state, batch)`; the first "
                 "state is `f.init(params)`."
+            )
+        if any(isinstance(x, ValueAndGradState) for x in (params, batch)):
+            raise TypeError(
+                "A state of `value_and_grad` is not where it belongs: call `value, "
+                "grads, state = f(params, state, batch)`."
             )
         return self.apply(params, state, batch, *args, **kwargs)
 
@@ -240,11 +248,8 @@ def value_and_grad(
     if not callable(loss_fn):
         swapped = isinstance(loss_fn, optax.GradientTransformation)
         raise TypeError(
-            f"`loss_fn` must be a function, got {loss_fn!r}."
-            + (
-                " Its place is the first: `value_and_grad(loss_fn, perturbation)`."
-                * swapped
-            )
+            f"`loss_fn` must be a function, got {describe(loss_fn)}."
+            + " The arguments are `value_and_grad(loss_fn, perturbation)`." * swapped
         )
     check_transformation("perturbation", perturbation, "euclidean_ball(0.05)")
     if descent is not None:
@@ -329,14 +334,15 @@ def _clean_pass_of(loss_fn, empirical_fisher, functional):
         raise TypeError(
             f"{names[0]} needs a loss that knows its model: "
             "`negative_log_likelihood(apply_fn, likelihood)` as `loss_fn`, got "
-            f"{loss_fn!r}."
+            f"{describe(loss_fn)}."
         )
     if empirical_fisher:
         return clean_pass_with_fisher
     return functional_clean_pass if functional else clean_pass
 
 
-def _init(rule: Rule, params: Any) -> ValueAndGradState:
+def _init(rule: Rule, params: Any = None) -> ValueAndGradState:
+    check_params("value_and_grad", params, "f.init(params)")
     check_no_module("value_and_grad", params)
     return ValueAndGradState(
         step=jnp.zeros([], jnp.int32),
@@ -356,11 +362,7 @@ def _apply(
     **kwargs: Any,
 ) -> tuple[Any, Any, ValueAndGradState]:
     rule = oracle.rule
-    if isinstance(params, ValueAndGradState):
-        raise TypeError(
-            "`params` is a state of `value_and_grad`: call `f(params, state, batch)`."
-        )
-    check_params("value_and_grad", params)
+    check_params("value_and_grad", params, "f(params, state, batch)")
     check_no_module("value_and_grad", params)
     check_leaves(params, "params", real=True)
     check_state("f", state, ValueAndGradState, functools.partial(_init, rule), params)

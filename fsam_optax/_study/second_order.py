@@ -1,5 +1,7 @@
 """Natural gradients: with any estimated diagonal, or densely for small models."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Measures of sharpness: the rise of the loss in a ball, the change of the output."""
 
+from __future__ import annotations
+
 import functools
 import operator
 from collections.abc import Callable
