@@ -198,8 +198,9 @@ def wsam(
 
     References:
         Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
-        Regularization Term, 2023, https://arxiv.org/abs/2305.15817; defaults: the
-        authors' code (whose own default is the decoupled form: docs/methods.md).
+        Regularization Term, 2023, https://arxiv.org/abs/2305.15817 (the range of
+        gamma); the radius is that of SAM. The authors' code takes the decoupled form
+        by default: docs/methods.md.
     """
     check_number("gamma", gamma, 0, 1)
     if isinstance(gamma, numbers.Real) and gamma == 1:
@@ -242,8 +243,8 @@ def looksam(
 
     References:
         Liu, Mai, Chen, Hsieh, You, Towards Efficient and Scalable Sharpness-Aware
-        Minimization, 2022, https://arxiv.org/abs/2203.02714 (alpha and k); the radius
-        is that of SAM.
+        Minimization, 2022, https://arxiv.org/abs/2203.02714 (k); alpha is that of
+        `configs/default.ini` in MarlonBecker/MSAM, the radius that of SAM.
     """
     descent = reuse(alpha)
     return sharpness_aware(base, euclidean_ball(rho), descent=descent, every=every)

@@ -150,8 +150,8 @@ def reuse(
     rounding there is no v, and the plain steps are those of the base optimizer.
 
     Args:
-        alpha: Length of what is added to the clean gradient, relative to it, >= 0. The
-            authors take 0.7 with k = 5.
+        alpha: Length of what is added to the clean gradient, relative to it, >= 0; 0.7
+            is usual.
         shard_axes: Mapped axes of `jax.shard_map` over which parameters are sharded by
             hand, as in `euclidean_ball`.
 
