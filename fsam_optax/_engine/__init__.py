@@ -5,15 +5,16 @@ from fsam_optax._engine.entries import (
     entries as entries,
     sum_of_products as sum_of_products,
 )
-from fsam_optax._engine.jaxpr import depends as depends
-from fsam_optax._engine.power_sums import (
+from fsam_optax._engine.explanation import (
     check_separable as check_separable,
     explain as explain,
     explain_loss as explain_loss,
-    Explanation as Explanation,
-    Leaf as Leaf,
+)
+from fsam_optax._engine.jaxpr import depends as depends
+from fsam_optax._engine.power_sums import (
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
     sums_of_powers as sums_of_powers,
     without_explicit_axes as without_explicit_axes,
 )
+from fsam_optax._engine.report import Explanation as Explanation, Leaf as Leaf

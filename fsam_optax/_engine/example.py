@@ -22,6 +22,7 @@ from fsam_optax._engine.columns import (
 from fsam_optax._engine.flatten import flatten
 from fsam_optax._engine.jaxpr import Dataflow, evaluate, largest, read, size
 from fsam_optax._engine.plan import make_plan, most_held, run
+from fsam_optax._engine.report import Used
 from fsam_optax._engine.sums import looped, reduced, Steps, widened
 
 
@@ -183,7 +184,7 @@ def _as_it_is(program, what, report):
     steps = Steps(held, what.chunk_bytes, what.devices)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what.powers, steps)
     if report is not None:
-        report[:] = [[("fallback", math.inf, 1.0)] for _ in gradients]
+        report[:] = [[Used("fallback", math.inf, 1.0)] for _ in gradients]
 
     def pull(axes, weight, c):
         return reduced(rule, axes)(weight, *known, *c)

@@ -75,10 +75,12 @@ class Group:
             products.append(arrays)
         each = [self.volume(t.summed) for t in self.terms]
         few = [p for p, n in zip(products, each, strict=True) if n < FEW]
-        joined = [
-            jnp.concatenate(x, n_batch) if len(x) > 1 else x[0]
-            for x in zip(*few, strict=True)
-        ]
+        joined = []
+        for k in range(len(self.sides) if few else 0):
+            parts = [p[k] for p in few]
+            joined.append(
+                jnp.concatenate(parts, n_batch) if len(parts) > 1 else parts[0]
+            )
         many = [p for p, n in zip(products, each, strict=True) if n >= FEW]
         return [joined, *many] if joined else many
 

@@ -22,6 +22,7 @@ from fsam_optax._engine.jaxpr import (
 )
 from fsam_optax._engine.layers import is_stacked, Loop, plan_loop, run_loop
 from fsam_optax._engine.moves import Moved, moved
+from fsam_optax._engine.report import Used
 from fsam_optax._engine.rules import chosen, fallback, reduction
 from fsam_optax._engine.sources import parameter_side, Site, Source, Summation
 from fsam_optax._engine.sums import reduced
@@ -48,19 +49,19 @@ class Plan:
     sources: dict[tuple[int, ...], tuple[Source, float]]
     loops: tuple[Loop, ...]
 
-    def rules(self, k: int) -> list[tuple[str, float, float]]:
-        """Returns name, work and own work of the rules of the k-th wanted value."""
+    def rules(self, k: int) -> list[Used]:
+        """Returns the rules of the k-th wanted value."""
         found = []
         for base in self.wanted[k].sources():
             if base.key in self.sources:
                 source, own = self.sources[base.key]
-                found.append((source.rule, source.work, own))
+                found.append(Used(source.rule, source.work, own, source.note))
                 continue
             (v,) = base.terms
             loop = next(x for x in self.loops if v in x.eqn.outvars)
             inner = loop.plan.rules(loop.outputs.index(loop.eqn.outvars.index(v)))
             steps = loop.eqn.params["length"]
-            found += [(rule, work * steps, own * steps) for rule, work, own in inner]
+            found += [x._replace(work=x.work * steps, own=x.own * steps) for x in inner]
         return found
 
 

@@ -1,14 +1,14 @@
 """Sums over examples of powers of per-example gradients, at the price of a gradient.
 
 The program of one example is traced, each of its gradients is replaced by an operation
-that adds up its powers (`_plan`, `_sums`), and the result is mapped over the examples.
+that adds up its powers (`plan`, `sums`), and the result is mapped over the examples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from fsam_optax._common.checks import check_function, check_leaves, shape_of
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.columns import Columns
 from fsam_optax._engine.example import sums_of_example
+from fsam_optax._engine.report import leaves_of, warn_of_fallbacks
 from fsam_optax._engine.sources import Summation
 from fsam_optax._engine.sums import widened
 
@@ -103,9 +104,9 @@ def power_sums(
         and Hennig, BackPACK, 2020, https://arxiv.org/abs/1912.10985 (sec. 2), for what
         a backward pass can yield besides the gradient.
     """
-    _check_model(apply_fn, inputs)
-    _check_cotangents(cotangents)
-    sums, _ = _sums(
+    check_model(apply_fn, inputs)
+    check_cotangents(cotangents)
+    sums, _ = sums_and_outputs(
         one_of_batch(apply_fn),
         params,
         (inputs, targets),
@@ -166,7 +167,7 @@ def loss_power_sums(
     """
     check_function("loss_fn", loss_fn)
     fn, cotangents = (_with_aux(loss_fn), _of_loss) if has_aux else (loss_fn, None)
-    sums, outputs = _sums(
+    sums, outputs = sums_and_outputs(
         fn, params, (batch, None), cotangents, powers, weights, chunk_bytes, keep=True
     )
     losses, *aux = outputs if has_aux else (outputs,)
@@ -189,135 +190,6 @@ def _of_loss(outputs, _):
     return jnp.ones((1, *loss.shape), loss.dtype), zeros
 
 
-class Leaf(NamedTuple):
-    """How the sums of one parameter are formed.
-
-    Attributes:
-        path: Key path of the parameter.
-        shape: Its shape.
-        rule: "outer product", "shared dense", "convolution", "embedding", "reduction",
-            "constant" or "fallback"; several, joined by commas, for one that has parts.
-        cost: Operations of the rule, relative to those of the gradient of this
-            parameter; infinity for a fallback, whose cost is not bounded that way.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    rule: str
-    cost: float
-
-
-class Explanation(tuple[Leaf, ...]):
-    """The rule for each parameter; a table when printed."""
-
-    def __str__(self) -> str:
-        """Returns one line per parameter."""
-        rows = [("parameter", "shape", "rule", "cost")]
-        rows += [(x.path, str(x.shape), x.rule, f"{x.cost:.2f}") for x in self]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) for cell, w in zip(row, widths, strict=True)
-            ).rstrip()
-            for row in rows
-        )
-
-
-def explain(
-    apply_fn: Callable[[PyTree, PyTree], PyTree],
-    params: PyTree,
-    inputs: PyTree,
-    cotangents: Callable[[PyTree, PyTree], PyTree],
-    targets: PyTree = None,
-) -> Explanation:
-    """Tells how `power_sums` handles each parameter, without computing anything.
-
-    Args:
-        apply_fn: See `power_sums`; all arguments may be `jax.ShapeDtypeStruct`s.
-        params: See `power_sums`.
-        inputs: See `power_sums`.
-        cotangents: See `power_sums`.
-        targets: See `power_sums`.
-
-    Returns:
-        One `Leaf` per parameter. Every rule but "fallback" costs about as much as the
-        gradient. A fallback forms the gradient of each example, a few at a time.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
-        >>> def apply_fn(params, x):
-        ...     return x @ params["kernel"] + params["bias"][None]
-        >>> print(explain(apply_fn, params, jnp.ones((8, 3)), lambda h, _: h[None]))
-        parameter   shape   rule           cost
-        ['bias']    (2,)    reduction      1.00
-        ['kernel']  (3, 2)  outer product  1.00
-    """
-    _check_model(apply_fn, inputs)
-    _check_cotangents(cotangents)
-    return _explain(one_of_batch(apply_fn), params, (inputs, targets), cotangents)
-
-
-def explain_loss(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree
-) -> Explanation:
-    """Tells how `loss_power_sums` handles each parameter; see `explain`.
-
-    Args:
-        loss_fn: See `loss_power_sums`; all arguments may be `jax.ShapeDtypeStruct`s.
-        params: See `loss_power_sums`.
-        batch: See `loss_power_sums`.
-
-    Returns:
-        One `Leaf` per parameter.
-    """
-    check_function("loss_fn", loss_fn)
-    return _explain(loss_fn, params, (batch, None), None)
-
-
-def check_separable(
-    apply_fn: Callable[[PyTree, PyTree], PyTree],
-    params: PyTree,
-    inputs: PyTree,
-    *,
-    tolerance: float = 1e-3,
-) -> None:
-    """Checks that the outputs for an example do not depend on the rest of the batch.
-
-    Runs the model on the batch and on each example by itself. What differs has no
-    per-example gradients: batch normalization in training mode, contrastive losses,
-    routing with a capacity. Random numbers whose shape is that of the batch, as in
-    dropout with one key, are reported too; pass a key per example in `inputs` instead.
-
-    Args:
-        apply_fn: The model, `apply_fn(params, inputs) -> outputs` on a batch.
-        params: Its parameters.
-        inputs: Pytree of arrays with a leading axis of examples; a few are enough.
-        tolerance: Largest difference accepted, relative to the largest output.
-
-    Raises:
-        ValueError: If an output differs by more. Not for use under `jax.jit`.
-    """
-    _check_model(apply_fn, inputs)
-    check_leaves(params, "params")
-    together = apply_fn(params, inputs)
-    alone = lax.map(lambda x: one_of_batch(apply_fn)(params, x), inputs)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(together),
-        jax.tree.leaves(alone),
-        strict=True,
-    ):
-        error = jnp.max(jnp.abs(a - b), initial=0)
-        scale = jnp.max(jnp.abs(a), initial=0)
-        if not error <= tolerance * scale:
-            raise ValueError(
-                f"The output{jax.tree_util.keystr(path)} of `apply_fn` for an example "
-                f"depends on the rest of the batch: it differs by {error:.2g} where "
-                f"the largest is {scale:.2g}. There are no per-example gradients; "
-                "use statistics that are fixed, or randomness that is per example."
-            )
-
-
 def one_of_batch(apply_fn: Callable) -> Callable:
     """Returns the model for one example, which it runs as a batch of one."""
 
@@ -328,34 +200,15 @@ def one_of_batch(apply_fn: Callable) -> Callable:
     return output
 
 
-def _check_model(apply_fn, inputs):
+def check_model(apply_fn, inputs):
     check_function("apply_fn", apply_fn)
     check_leaves(inputs, "inputs", data=True)
     _count(inputs)
 
 
-def _check_cotangents(cotangents):
+def check_cotangents(cotangents):
     if not isinstance(cotangents, Columns):
         check_function("cotangents", cotangents)
-
-
-def _explain(fn, params, examples, cotangents):
-    check_leaves(params, "params")
-    check_leaves(examples, "(inputs, targets)", data=True)
-    report = []
-
-    def record(params, examples):
-        return _sums(fn, params, examples, cotangents, (2,), None, None, report)[0]
-
-    jax.eval_shape(record, params, examples)
-    found = []
-    for (path, leaf), rules in zip(
-        jax.tree_util.tree_leaves_with_path(params), report, strict=True
-    ):
-        cost = sum(work for _, work, _ in rules) / sum(own for *_, own in rules)
-        name = ", ".join(dict.fromkeys(name for name, *_ in rules))
-        found.append(Leaf(jax.tree_util.keystr(path), leaf.shape, name, cost))
-    return Explanation(found)
 
 
 def sums_of_powers(
@@ -368,10 +221,12 @@ def sums_of_powers(
     chunk_bytes: int | None = None,
 ) -> tuple[PyTree, ...]:
     """Returns what `power_sums` does, for a function of one example."""
-    return _sums(fn, params, examples, cotangents, powers, weights, chunk_bytes)[0]
+    return sums_and_outputs(
+        fn, params, examples, cotangents, powers, weights, chunk_bytes
+    )[0]
 
 
-def _sums(
+def sums_and_outputs(
     fn,
     params,
     examples,
@@ -412,10 +267,12 @@ def _sums(
         witness = vary_like(witness, x)
     operands = jax.tree.map(lambda x: vary_like(x, witness), operands)
 
+    used: list[Any] = [] if report is None else report
+
     def mapped(params, examples, weights):
         def one(example, weight):
             sums, h = sums_of_example(
-                fn, params, example, cotangents, weight, what, report
+                fn, params, example, cotangents, weight, what, used
             )
             return sums, h if keep else None
 
@@ -429,6 +286,8 @@ def _sums(
         sums, h = without_explicit_axes(
             mapped, operands, (jax.tree.leaves(operands[0]), rows)
         )
+    if report is None:
+        warn_of_fallbacks(leaves_of(params, used))
     leaves, tree = jax.tree.flatten(params)
     sums = tuple(
         tree.unflatten(

@@ -14,6 +14,7 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "xla_call")
 REMATERIALISED = ("checkpoint", "remat", "remat2")
 BARRIER = "optimization_barrier"
 LOOP = "scan"
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 SUMS = ("add_any", "add")
 KEEPS_ZEROS = ("broadcast_in_dim", "convert_element_type", "copy")
 # What the gradient of a weight ends in, by what it is called in reports.

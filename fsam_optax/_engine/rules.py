@@ -24,6 +24,7 @@ A primitive through which powers pass is a line of `moves.MOVES`, one that keeps
 products apart is a line of `linear.LINEAR`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -104,4 +105,25 @@ def reduction(site: Site, held: set[Any], largest: int) -> Source | None:
 
 def fallback(site: Site, held: set[Any]) -> Source:
     """Forms the gradient of each example, a few at a time."""
-    return tail(site, held, FALLBACK)
+    source = tail(site, held, FALLBACK)
+    return dataclasses.replace(source, note=_reason(site))
+
+
+def _reason(site):
+    """Says what keeps a gradient from the rules."""
+    made = []
+    for e in site.region():
+        outside = [
+            x for x in e.invars if not isinstance(x, Literal) and x not in site.inside
+        ]
+        if any(not site.is_small(x) for x in outside):
+            # Either what reads a large array, or what makes the factor of a product.
+            product = name_of(e) in CONTRACTIONS
+            made += (
+                [name_of(site.flow.made_by(x)) for x in outside]
+                if product
+                else [name_of(e)]
+            )
+    made = made or [name_of(site.flow.made_by(v)) for v in site.terms]
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(made) if name)
+    return f"its gradient comes out of {names or 'the inputs'}, which no rule knows."

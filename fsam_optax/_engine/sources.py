@@ -48,6 +48,7 @@ class Source:
             rule reduces; None if they are the same.
         finish: Maps the sums of p-th powers, p and the values of the program to the
             sums of the source; None if they are the same.
+        note: Why it is a fallback.
     """
 
     rule: str
@@ -57,6 +58,7 @@ class Source:
     held: int = 0
     prepare: Callable[..., list[Any]] | None = None
     finish: Callable[[Any, int, dict[Any, Any]], Any] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

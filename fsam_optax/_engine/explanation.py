@@ -1,0 +1,178 @@
+"""What the engine will do with a model, and whether the model lets it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fsam_optax._common.checks import check_function, check_leaves
+from fsam_optax._engine.jaxpr import body_of, Dataflow
+from fsam_optax._engine.power_sums import (
+    check_cotangents,
+    check_model,
+    one_of_batch,
+    sums_and_outputs,
+)
+from fsam_optax._engine.primitives import (
+    CALLS,
+    name_of,
+    REDUCTIONS,
+    REMATERIALISED,
+)
+from fsam_optax._engine.report import Explanation, leaves_of
+
+
+PyTree = Any
+
+
+def explain(
+    apply_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    cotangents: Callable[[PyTree, PyTree], PyTree],
+    targets: PyTree = None,
+) -> Explanation:
+    """Tells how `power_sums` handles each parameter, without computing anything.
+
+    Args:
+        apply_fn: See `power_sums`; all arguments may be `jax.ShapeDtypeStruct`s.
+        params: See `power_sums`.
+        inputs: See `power_sums`.
+        cotangents: See `power_sums`.
+        targets: See `power_sums`.
+
+    Returns:
+        One `Leaf` per parameter. `cost` counts the operations of the rule against those
+        of the gradient of the parameter. A fallback forms the gradient of each example,
+        a few at a time; its note says why.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        >>> def apply_fn(params, x):
+        ...     return x @ params["kernel"] + params["bias"][None]
+        >>> print(explain(apply_fn, params, jnp.ones((8, 3)), lambda h, _: h[None]))
+        parameter   shape   rule           cost
+        ['bias']    (2,)    reduction      1.00
+        ['kernel']  (3, 2)  outer product  1.00
+    """
+    check_model(apply_fn, inputs)
+    check_cotangents(cotangents)
+    return _explain(one_of_batch(apply_fn), params, (inputs, targets), cotangents)
+
+
+def explain_loss(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree
+) -> Explanation:
+    """Tells how `loss_power_sums` handles each parameter; see `explain`.
+
+    Args:
+        loss_fn: See `loss_power_sums`; all arguments may be `jax.ShapeDtypeStruct`s.
+        params: See `loss_power_sums`.
+        batch: See `loss_power_sums`.
+
+    Returns:
+        One `Leaf` per parameter.
+    """
+    check_function("loss_fn", loss_fn)
+    return _explain(loss_fn, params, (batch, None), None)
+
+
+def check_separable(
+    apply_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    *,
+    tolerance: float = 1e-3,
+) -> None:
+    """Checks that the outputs for an example do not depend on the rest of the batch.
+
+    Runs the model on the batch and on each example by itself. What differs has no
+    per-example gradients: batch normalization in training mode, contrastive losses,
+    routing with a capacity. Random numbers whose shape is that of the batch, as in
+    dropout with one key, are reported too; pass a key per example in `inputs` instead.
+
+    Args:
+        apply_fn: The model, `apply_fn(params, inputs) -> outputs` on a batch.
+        params: Its parameters.
+        inputs: Pytree of arrays with a leading axis of examples; a few are enough.
+        tolerance: Largest difference accepted, relative to the largest output.
+
+    Raises:
+        ValueError: If an output differs by more. Not for use under `jax.jit`.
+    """
+    check_model(apply_fn, inputs)
+    check_leaves(params, "params")
+    together = apply_fn(params, inputs)
+    alone = lax.map(lambda x: one_of_batch(apply_fn)(params, x), inputs)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(together),
+        jax.tree.leaves(alone),
+        strict=True,
+    ):
+        error = jnp.max(jnp.abs(a - b), initial=0)
+        scale = jnp.max(jnp.abs(a), initial=0)
+        if not error <= tolerance * scale:
+            raise ValueError(
+                f"The output{jax.tree_util.keystr(path)} of `apply_fn` for an example "
+                f"depends on the rest of the batch: it differs by {error:.2g} where "
+                f"the largest is {scale:.2g}. There are no per-example gradients; "
+                "use statistics that are fixed, or randomness that is per example."
+            )
+
+
+def _explain(fn, params, examples, cotangents):
+    check_leaves(params, "params")
+    check_leaves(examples, "(inputs, targets)", data=True)
+    report = []
+
+    def record(params, examples):
+        return sums_and_outputs(
+            fn, params, examples, cotangents, (2,), None, None, report
+        )[0]
+
+    jax.eval_shape(record, params, examples)
+    found = Explanation(leaves_of(params, report))
+    found.remarks = _remarks(fn, params, examples)
+    return found
+
+
+def _remarks(fn, params, examples):
+    """Points out statistics over the batch, which is one of one example here."""
+    params, (inputs, _) = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, examples)
+    )
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    jaxpr = jax.make_jaxpr(fn)(params, one).jaxpr
+    n_params = len(jax.tree.leaves(params))
+    if not over_one(jaxpr, [False] * n_params + [True] * len(jax.tree.leaves(one))):
+        return ()
+    return (
+        "A reduction over a leading axis of size one looks like a statistic of the "
+        "batch, such as that of batch normalization in training mode. If it is one, "
+        "there are no gradients of single examples: `check_separable` tells.",
+    )
+
+
+def over_one(jaxpr: Any, varies: list[bool]) -> bool:
+    """Tells whether values of the example are reduced over a leading axis of one."""
+    given = (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
+    flow = Dataflow(jaxpr, given)
+    for eqn in jaxpr.eqns:
+        varying = [flow.varies(v) for v in eqn.invars]
+        shape = getattr(eqn.invars[0].aval, "shape", ()) if eqn.invars else ()
+        if (
+            name_of(eqn) in REDUCTIONS
+            and varying[0]
+            and shape[:1] == (1,)
+            and len(shape) > 1
+            and 0 in eqn.params["axes"]
+        ):
+            return True
+        if name_of(eqn) in (*CALLS, *REMATERIALISED) and over_one(
+            body_of(eqn)[0], varying
+        ):
+            return True
+    return False
