@@ -7,7 +7,7 @@ Import it as `from fsam_optax import nnx as fsam_nnx`. It needs `flax`, which im
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,12 @@ import optax
 from flax import nnx
 
 from fsam_optax._common.mapped_axes import AxisName, merge, merge_stacked
+from fsam_optax._engine import Explanation
 from fsam_optax._fisher import (
+    dataset as _dataset,
     diagonal as _diagonal,
     estimators as _estimators,
+    explain as _explain,
     i2 as _i2,
 )
 from fsam_optax._fisher.likelihoods import Likelihood
@@ -28,7 +31,9 @@ from fsam_optax._step.value_and_grad import ValueAndGrad, ValueAndGradState
 
 
 __all__ = [
+    "dataset_diagonal",
     "diagonal",
+    "explain",
     "fisher_empirical",
     "fisher_exact",
     "fisher_gnb",
@@ -51,6 +56,7 @@ def value_and_grad(
     merge_aux: Callable[[Any], Any] | None = None,
     every: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 1,
     empirical_fisher: bool = False,
+    lagged: bool = False,
     functional: bool = False,
     perturb_dtype: jax.typing.DTypeLike | None = None,
     axis_name: AxisName = None,
@@ -81,6 +87,8 @@ def value_and_grad(
         merge_aux: See `fsam_optax.value_and_grad`.
         every: See `fsam_optax.value_and_grad`.
         empirical_fisher: See `fsam_optax.value_and_grad`.
+        lagged: See `fsam_optax.value_and_grad`. What the one pass, at w + eps, left is
+            written back.
         functional: See `fsam_optax.value_and_grad`.
         perturb_dtype: See `fsam_optax.value_and_grad`.
         axis_name: See `fsam_optax.value_and_grad`. What the clean pass left is averaged
@@ -157,6 +165,7 @@ def value_and_grad(
         merge_aux=_merge_parts(merge_aux, micro_batches),
         every=every,
         empirical_fisher=empirical_fisher,
+        lagged=lagged,
         functional=functional,
         perturb_dtype=perturb_dtype,
         axis_name=axis_name,
@@ -347,3 +356,86 @@ def diagonal(
         loss_kwargs=call.kwargs,
         **extra_args,
     )
+
+
+def dataset_diagonal(
+    estimator: optax.GradientTransformation,
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    wrt: Any = nnx.Param,
+    loss_args: Sequence[Any] = (),
+    loss_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Returns `fsam_optax.dataset_diagonal` of a module, which stays as it is.
+
+    Args:
+        estimator: An estimator of this module.
+        model: The module.
+        batches: See `fsam_optax.dataset_diagonal`.
+        wrt: Filter for the variables of the model to differentiate.
+        loss_args: Arguments of `apply_fn` after the inputs; see `diagonal`.
+        loss_kwargs: Keyword arguments of `apply_fn`, likewise.
+        **options: The other options of `fsam_optax.dataset_diagonal`.
+
+    Returns:
+        The diagonal, an `nnx.State` like `nnx.state(model, wrt)`; with
+        `standard_error`, the pair of it and its error.
+
+    Raises:
+        TypeError: If model is no NNX module; and as `fsam_optax.dataset_diagonal`.
+        ValueError: As `diagonal` and `fsam_optax.dataset_diagonal`.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import nnx as fsam_nnx, poisson
+        >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+        >>> model.kernel[...] = jnp.zeros((1, 1))
+        >>> estimator = fsam_nnx.fisher_exact(lambda model, x: model(x), poisson)
+        >>> loader = [(jnp.array([[1.0], [3.0]]), None), (jnp.array([[2.0]]), None)]
+        >>> print(fsam_nnx.dataset_diagonal(estimator, model, loader)["kernel"][...])
+        [[4.6666665]]
+    """
+    call = modules.split(model, loss_args, dict(loss_kwargs or {}), wrt)
+    given = {"loss_args": call.args, "loss_kwargs": call.kwargs, **options}
+    return _dataset.dataset_diagonal(estimator, call.params, batches, **given)
+
+
+def explain(
+    nll: ModuleLoss,
+    model: Any,
+    batch: Any,
+    *args: Any,
+    wrt: Any = nnx.Param,
+    **kwargs: Any,
+) -> Explanation:
+    """Returns `fsam_optax.explain` of a module: how its squared gradients are formed.
+
+    Args:
+        nll: A `negative_log_likelihood` of this module.
+        model: The module, which stays as it is.
+        batch: See `fsam_optax.explain`.
+        *args: Further arguments of the model; graph nodes may be among them.
+        wrt: Filter for the variables of the model to differentiate.
+        **kwargs: Further keyword arguments of the model, likewise.
+
+    Returns:
+        One `Leaf` for each variable; a table when printed.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> from fsam_optax import nnx as fsam_nnx, poisson
+        >>> nll = fsam_nnx.negative_log_likelihood(lambda model, x: model(x), poisson)
+        >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> batch = jnp.ones((8, 3)), jnp.ones((8, 2))
+        >>> for leaf in fsam_nnx.explain(nll, model, batch):
+        ...     print(leaf.shape, leaf.rule)
+        (2,) reduction
+        (3, 2) outer product
+    """
+    call = modules.split(model, args, kwargs, wrt)
+    nll = of_module("explain", nll)
+    return _explain.explain(nll, call.params, batch, *call.args, **call.kwargs)

@@ -10,7 +10,10 @@ import pytest
 
 from fsam_optax import (
     adaptive_ellipsoid,
+    asam,
     euclidean_ball,
+    metrics,
+    sam,
     sharpness_aware,
     value_and_grad,
 )
@@ -190,3 +193,96 @@ def test_haiku_with_state_and_keys():
         counter = model_state["batch_norm/~/mean_ema"]["counter"]
         assert counter == i + 1  # Once a step, not twice.
     assert_falls(losses)
+
+
+# What the messages advise, followed.
+
+
+def linear_problem():
+    params = {"w": jnp.ones((6, 3)), "b": jnp.zeros(3)}
+
+    def loss(params, batch):
+        return cross_entropy(batch @ params["w"] + params["b"][None])
+
+    return params, loss
+
+
+def test_equinox_with_an_optimizer():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(6, 3, 4, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def pure_loss(params):
+        return cross_entropy(jax.vmap(eqx.combine(params, static))(X))
+
+    grad_fn = jax.grad(pure_loss)
+    tx = sam(optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"failed.*eqx.combine\(params, static\)"):
+        # The filtered model in the place of the combined one.
+        tx.update(
+            grad_fn(params),
+            tx.init(params),
+            params,
+            grad_fn=jax.grad(lambda model: cross_entropy(jax.vmap(model)(X))),
+        )
+    updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+    assert pure_loss(eqx.apply_updates(params, updates)) < pure_loss(params)
+
+
+def test_train_state_swallows_grad_fn_and_its_base_does_not_need_it():
+    train_state = pytest.importorskip("flax.training.train_state")
+    params, loss = linear_problem()
+    f = value_and_grad(loss, euclidean_ball(0.05))
+    wrong = train_state.TrainState.create(
+        apply_fn=loss, params=params, tx=sam(optax.sgd(0.1))
+    )
+    _, grads, ascent = f(params, f.init(params), X)
+    with pytest.raises(TypeError, match=r"TrainState.apply_gradients.*value_and_grad"):
+        wrong.apply_gradients(grads=grads, grad_fn=lambda p: jax.grad(loss)(p, X))
+    state = train_state.TrainState.create(
+        apply_fn=loss, params=params, tx=optax.sgd(0.1)
+    )
+    with pytest.raises(TypeError, match=r"pass the parameters in it, `state.params`"):
+        f(state, ascent, X)
+    assert loss(state.apply_gradients(grads=grads).params, X) < loss(params, X)
+
+
+def test_lookahead():
+    params, loss = linear_problem()
+    f = value_and_grad(loss, euclidean_ball(0.05))
+    both = optax.LookaheadParams.init_synced(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    around = optax.lookahead(sam(optax.sgd(0.1)), sync_period=2, slow_step_size=0.5)
+    with pytest.raises(TypeError, match=r"`optax.lookahead` do.*value_and_grad"):
+        around.update(grads, around.init(both), both)
+    with pytest.raises(TypeError, match=r"`params.fast`"):
+        f(both, f.init(params), X)
+    tx = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)
+    state, opt_state = f.init(params), tx.init(both)
+    for _ in range(4):
+        _, grads, state = f(both.fast, state, X)
+        updates, opt_state = tx.update(grads, opt_state, both)
+        both = optax.apply_updates(both, updates)
+    assert loss(both.slow, X) < loss(params, X)
+
+
+def test_nnx_optimizer_around_a_method():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, asam(optax.sgd(0.1)), wrt=nnx.Param)
+
+    def loss(model):
+        return cross_entropy(model(X))
+
+    grads, before = nnx.grad(loss)(model), loss(model)
+    with pytest.raises(TypeError, match=r"`fsam_optax.nnx.value_and_grad\(.*nnx.merge"):
+        optimizer.update(model, grads, grad_fn=nnx.grad(loss))
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+
+    def pure_loss(params):
+        return loss(nnx.merge(graphdef, params, rest))
+
+    optimizer.update(model, grads, grad_fn=jax.grad(pure_loss))
+    assert loss(model) < before
+    found = metrics(optimizer.opt_state)
+    assert jax.tree.leaves(found["perturbation_norm"])[0] > 0

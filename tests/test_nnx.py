@@ -304,6 +304,19 @@ def test_descent_reaches_the_step():
     assert_same(jax.tree.map(lambda x: 2 * x, grads[0]), grads[1], rtol=1e-6)
 
 
+def test_lagged_writes_its_one_pass_back():
+    x, y = make_batch()
+    model, plain = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
+    f = fsam_nnx.value_and_grad(loss_fn, BALL, lagged=True)
+    state = f.init(model)
+    value, grads, state = f(model, state, (x, y))  # Not perturbed: the first step.
+    expected = nnx.value_and_grad(loss_fn)(plain, (x, y))
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    assert_same(grads, expected[1], rtol=1e-5)
+    assert_same(contents(model), contents(plain), rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(state.displacement), 0.5, rtol=1e-5)
+
+
 def test_wrt_selects_what_is_perturbed():
     batch = make_batch()
     model = Net(nnx.Rngs(0))

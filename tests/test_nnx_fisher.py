@@ -85,6 +85,28 @@ def test_diagonal_has_the_statistics_of_the_moment():
     assert list(only) == ["out"]
 
 
+def test_data_set_is_one_batch():
+    model = Net(norm=True)
+    model.norm.mean[...] += 0.5
+    estimator = fsam_nnx.fisher_empirical(evaluate, categorical)
+    batches = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+    assert_close(
+        fsam_nnx.dataset_diagonal(estimator, model, batches),
+        fsam_nnx.diagonal(estimator, model, BATCH),
+    )
+
+
+def test_explanations_name_the_variables():
+    model = Net(dropout=True)
+    found = list(fsam_nnx.explain(NLL, model, BATCH))
+    assert len(found) == 4 and all("fallback" not in leaf.rule for leaf in found)
+    f = fsam_nnx.value_and_grad(
+        NLL, fisher_ellipsoid(0.1, given()), empirical_fisher=True
+    )
+    assert "empirical Fisher" in str(f.explain(model, BATCH))
+    assert model.dropout.rngs.count[...] == 0
+
+
 @pytest.mark.parametrize("name", ["exact", "i1", "i2", "gnb", "hutchinson"])
 def test_estimators_are_those_of_the_parameters(name):
     model = Net(norm=True)

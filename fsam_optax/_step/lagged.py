@@ -14,6 +14,7 @@ from fsam_optax._ball.guard import ascend
 from fsam_optax._common.checks import (
     check_leaves,
     check_like,
+    check_no_module,
     check_params,
     check_state,
 )
@@ -22,6 +23,7 @@ from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
     total_weight,
 )
+from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.displaced import no_displacement
 from fsam_optax._step.explain import explain_step, StepExplanation
 from fsam_optax._step.parts import Data, mean_over_parts, names, Part
@@ -65,11 +67,15 @@ class Lagged(NamedTuple):
     axis_name: AxisName
 
 
-def init(oracle: Lagged, params: Any) -> LaggedState:
+def init(oracle: Lagged, params: Any = None) -> LaggedState:
     """Returns the state before the first step, which is not perturbed."""
+    check_params("value_and_grad", params, "f.init(params)")
+    check_no_module("value_and_grad", params)
+    perturbation = oracle.perturbation.init(params)
+    check_ascends(perturbation)
     return LaggedState(
         step=jnp.zeros([], jnp.int32),
-        perturbation=oracle.perturbation.init(params),
+        perturbation=perturbation,
         displacement=no_displacement(params),
     )
 
@@ -87,7 +93,8 @@ def apply(
 
     That is of the mean gradient over parts and devices: one for all of them.
     """
-    check_params("value_and_grad", params)
+    check_params("value_and_grad", params, "f(params, state, batch)")
+    check_no_module("value_and_grad", params)
     check_leaves(params, "params", real=True)
     check_state("f", state, LaggedState, functools.partial(init, oracle), params)
     data = Data(batch, args, kwargs)

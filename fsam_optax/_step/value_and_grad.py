@@ -68,7 +68,8 @@ class ValueAndGrad:
                 "Call it as `value, grads, state = f(params, state, batch)`; the first "
                 "state is `f.init(params)`."
             )
-        if any(isinstance(x, ValueAndGradState) for x in (params, batch)):
+        states = ValueAndGradState | LaggedState
+        if any(isinstance(x, states) for x in (params, batch)):
             raise TypeError(
                 "A state of `value_and_grad` is not where it belongs: call `value, "
                 "grads, state = f(params, state, batch)`."
