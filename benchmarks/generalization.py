@@ -49,14 +49,14 @@ FISHER = [
 # Few images, so that there is something to overfit; rate and rho chosen by --tune.
 DIGITS = {"train_size": 300, "batch_size": 30, "augment": False}
 DIGITS_CHOICE = {
-    "base": (0.0, 0.05),
-    "SAM": (0.2, 0.05),
+    "base": (0.0, 0.0453302),
+    "SAM": (0.2, 0.1),
     "ASAM": (2.0, 0.05),
-    "Fisher SAM, squared, absolute": (0.015, 0.05),
-    "Fisher SAM, empirical, absolute": (0.015, 0.05),
+    "Fisher SAM, squared, absolute": (0.0075, 0.05),
+    "Fisher SAM, empirical, absolute": (0.0075, 0.1),
 }
 # The radii of the papers.
-USUAL = {"SAM": 0.05, "ASAM": 0.5, "relative": 0.1, "absolute": 0.015}
+USUAL = {"SAM": 0.05, "ASAM": 0.5, "relative": 0.1, "absolute": 0.015, "MSAM": 3.0}
 # 24 tries a method: Fisher SAM has two forms, and half as many radii for each.
 RATES = (0.0125, 0.025, 0.05, 0.1)
 RADII = {

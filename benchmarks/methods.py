@@ -9,10 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import fsam_optax
-
-
-fsam: Any = fsam_optax
+import fsam_optax as fsam
 
 
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -49,8 +46,6 @@ def friendly(rho):
 # ASAM's radius is relative to the weights, and a few times that of SAM; the absolute
 # one is of the square root of a divergence.
 ABSOLUTE = (0.0015, 0.005, 0.015, 0.05, 0.15)
-# Called where they are used: a method may be newer than the library.
-DESCENTS = {"GSAM": ("surrogate_gap", 0.1), "WSAM": ("extrapolate", 9.0)}
 METHODS = {
     "base": Method((), passes=1),
     "SAM": Method(),
@@ -65,15 +60,11 @@ METHODS = {
         )
         for form, radii in (("relative", RADII), ("absolute", ABSOLUTE))
     },
-    "GSAM": Method(settings={"descent": "GSAM"}),
-    "WSAM": Method(settings={"descent": "WSAM"}),
+    "GSAM": Method(settings={"descent": fsam.surrogate_gap(0.1)}),
+    "WSAM": Method(settings={"descent": fsam.extrapolate(9.0)}),
     "Friendly SAM": Method(ball=friendly),
-    "MSAM": Method(passes=1),
+    "MSAM": Method(tuple(6 * rho for rho in RADII), passes=1),
 }
-
-NEEDS = {"GSAM": "surrogate_gap", "WSAM": "extrapolate"}
-NEEDS |= {"Friendly SAM": "friendly", "MSAM": "msam"}
-METHODS = {n: m for n, m in METHODS.items() if hasattr(fsam, NEEDS.get(n, "sam"))}
 
 
 class Stepper(NamedTuple):
@@ -114,9 +105,6 @@ def stepper(name: str, loss: Any, optimizer: Any, rho: Any) -> Stepper:
             weights=lambda params, state: fsam.eval_params(state[1], params)
         )
     settings, ball = dict(METHODS[name].settings), METHODS[name].ball(rho)
-    if "descent" in settings:
-        make, alpha = DESCENTS[settings["descent"]]
-        settings["descent"] = getattr(fsam, make)(alpha)
     return around(fsam.value_and_grad(loss, ball, metrics=False, **settings), optimizer)
 
 

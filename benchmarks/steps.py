@@ -74,33 +74,35 @@ def by_hand(optimizer, gradient) -> dict[str, tuple[Callable, Callable]]:
         return descend(w, state, jax.tree.map(lambda g, h: g + 9 * (h - g), g, h))
 
     def friendly(w, states, batch):
-        m, state = states
+        m, seen, state = states
         g = gradient(w, batch)
         at = ascend(w, jax.tree.map(jnp.subtract, g, m), 0.05)
         w, state = descend(w, state, gradient(at, batch))
-        return w, (jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g), state)
+        keep = jnp.where(seen, 0.9, 0.0)
+        m = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, m, g)
+        return w, (m, jnp.array(True), state)
 
     def msam(w, states, batch):  # w holds the perturbation, as what a trainer holds.
         m, eps, state = states
         g = gradient(w, batch)
         m = jax.tree.map(lambda m, g: 0.9 * m + g, m, g)
         w, state = descend(jax.tree.map(jnp.subtract, w, eps), state, g)
-        scale = -0.05 / optax.tree.norm(m)
+        scale = -3.0 / optax.tree.norm(m)
         eps = jax.tree.map(lambda m: scale * m, m)
         return jax.tree.map(jnp.add, w, eps), (m, eps, state)
 
-    def with_zeros(number):
-        def init(w):
-            return *([jax.tree.map(jnp.zeros_like, w)] * number), optimizer.init(w)
-
-        return init
+    def zeros(w):
+        return jax.tree.map(jnp.zeros_like, w)
 
     plain = {"base": base, "SAM": sam, "ASAM": asam, "Fisher SAM, squared": fisher_sam}
     plain |= {"GSAM": gsam, "WSAM": wsam}
     return {
         **{name: (optimizer.init, step) for name, step in plain.items()},
-        "Friendly SAM": (with_zeros(1), friendly),
-        "MSAM": (with_zeros(2), msam),
+        "Friendly SAM": (
+            lambda w: (zeros(w), jnp.array(False), optimizer.init(w)),
+            friendly,
+        ),
+        "MSAM": (lambda w: (zeros(w), zeros(w), optimizer.init(w)), msam),
     }
 
 
@@ -165,7 +167,7 @@ def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]
         "SAM, every=2": oracle(ball, every=2),
         "SAM, every=5": oracle(ball, every=5),
         "SAM, micro_batches=4": oracle(ball, micro_batches=4),
-        **{n: named(n, 0.05) for n in FAMILY if n in methods.METHODS},
+        **{n: named(n, 3.0 if n == "MSAM" else 0.05) for n in FAMILY},
     }
 
 
