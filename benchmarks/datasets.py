@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import struct
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -135,26 +136,49 @@ def load_idx(folder: Path, source: Source) -> Dataset:
 
 
 def load_cifar10(folder: Path, source: Source) -> Dataset:
-    """Reads CIFAR-10 from PNG files that hold one image, row by row, in each line."""
-    from PIL import Image
+    """Reads CIFAR-10 from PNG files that hold one image, row by row, in each line.
 
-    def images(*names):
-        rows = [np.asarray(Image.open(find(folder, n, source))) for n in names]
-        return np.concatenate(rows).reshape(-1, *source.shape)
+    Or from the parts that `pack` writes, where there are some.
+    """
+    names = [f"data_batch_{i}.png" for i in range(1, 6)], ["test_batch.png"]
+    found = sorted(folder.rglob("cifar10-*.npz"))
+    if found:
+        parts = [np.load(path) for path in found]
+        images = [
+            np.concatenate([p["images"] for p in parts[:-1]]),
+            parts[-1]["images"],
+        ]
+        labels = [
+            np.concatenate([p["labels"] for p in parts[:-1]]),
+            parts[-1]["labels"],
+        ]
+    else:
+        from PIL import Image
 
-    def labels(name):
-        return np.asarray(json.loads(find(folder, name, source).read_text()), np.int32)
+        def read(name):
+            return np.asarray(Image.open(find(folder, name, source)))
 
-    dataset = Dataset(
-        images(*(f"data_batch_{i}.png" for i in range(1, 6))),
-        labels("train_lables.json"),  # spelt so in the package
-        images("test_batch.png"),
-        labels("test_lables.json"),
-        shift=4,
-        flip=True,
-    )
+        images = [np.concatenate([read(name) for name in part]) for part in names]
+        images = [part.reshape(-1, *source.shape) for part in images]
+        labels = [  # spelt so in the package
+            np.asarray(json.loads(find(folder, name, source).read_text()), np.int32)
+            for name in ("train_lables.json", "test_lables.json")
+        ]
+    dataset = Dataset(*(images[0], labels[0], images[1], labels[1]), shift=4, flip=True)
     check(dataset, source)
     return dataset
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Writes CIFAR-10 in six parts of 31 MB that NumPy alone can read."""
+    data = load("cifar10", folder)
+    out.mkdir(parents=True, exist_ok=True)
+    images = np.concatenate([data.train_images, data.test_images])
+    labels = np.concatenate([data.train_labels, data.test_labels])
+    for part in range(6):
+        rows = slice(10_000 * part, 10_000 * (part + 1))
+        file = out / f"cifar10-{part}.npz"
+        np.savez(file, images=images[rows], labels=labels[rows].astype(np.int32))
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -229,3 +253,7 @@ def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = np.array([np.average(levels, weights=c) for c in counts])
     square = np.array([np.average(levels**2, weights=c) for c in counts])
     return mean, np.sqrt(square - mean**2)
+
+
+if __name__ == "__main__":
+    pack(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -56,8 +56,7 @@ class Run(NamedTuple):
 
         The settings must hold everything that the result depends on.
         """
-        settings = plain(settings | ({"smoke": True} if self.options.smoke else {}))
-        key = key_of(settings)
+        settings, key = self.keyed(settings)
         if key not in self.cells:
             say(f"{self.file.stem}: {describe(settings)}")
             start = time.perf_counter()
@@ -68,6 +67,16 @@ class Run(NamedTuple):
             self.cells.update(keep(self.file, cell))
         self.used.append(key)
         return self.cells[key]["result"]
+
+    def keyed(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """Returns settings as they are kept, and their key."""
+        smoke = {"smoke": True} if self.options.smoke else {}
+        found = plain({**settings, **smoke})
+        return found, key_of(found)
+
+    def holds(self, **settings: Any) -> bool:
+        """Says whether a cell is finished."""
+        return self.keyed(settings)[1] in self.cells
 
     def picture(self, suffix: str = "") -> pathlib.Path:
         """Returns where a picture goes."""

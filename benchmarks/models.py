@@ -87,14 +87,15 @@ class ResNet(nn.Module):
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     conv: Any = Conv
     groups: int = 0
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Maps images (batch, height, width, channels) to logits (batch, 10)."""
-        conv = partial(self.conv, use_bias=False)
+        conv = partial(self.conv, use_bias=False, dtype=self.dtype)
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         if self.groups:
-            norm = partial(nn.GroupNorm, num_groups=self.groups)
+            norm = partial(nn.GroupNorm, num_groups=self.groups, dtype=self.dtype)
         x = nn.relu(norm()(conv(self.width, (3, 3))(x)))
         for stage, blocks in enumerate(self.blocks):
             features = self.width * 2**stage
@@ -105,7 +106,13 @@ class ResNet(nn.Module):
                 if x.shape != y.shape:
                     x = norm()(conv(features, (1, 1), (stride, stride))(x))
                 x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean((1, 2)))
+        return nn.Dense(10)(x.mean((1, 2)).astype(jnp.float32))
 
 
-MODELS = {"mlp": MLP, "cnn": CNN, "resnet": partial(ResNet, groups=4)}
+MODELS = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet": partial(ResNet, groups=4),
+    # ResNet-18 itself, products in bfloat16.
+    "resnet18": partial(ResNet, width=64, groups=8, dtype=jnp.bfloat16),
+}

@@ -113,7 +113,6 @@ class GPT2(nn.Module):
     heads: int = 12
     depth: int = 12
     vocabulary: int = 50257
-    dtype: type = jnp.float32
 
     @nn.compact
     def __call__(self, tokens):
@@ -128,7 +127,7 @@ class GPT2(nn.Module):
             split_rngs={"params": True},
             length=self.depth,
         )
-        x, _ = layers(self.heads)(x.astype(self.dtype), None)
+        x, _ = layers(self.heads)(x, None)
         return embed.attend(nn.LayerNorm()(x))
 
 
@@ -143,15 +142,18 @@ class Layer(nn.Module):
         return Block(self.heads, causal=True)(x), None
 
 
-def language_problem(model, batch: int, length: int) -> Problem:
-    """Returns the problem of the next token on random text."""
+def language_problem(model, batch: int, length: int, dtype=jnp.float32) -> Problem:
+    """Returns the problem of the next token on random text, computed in a dtype."""
     keys = jax.random.split(jax.random.key(0))
     text = jax.random.randint(keys[0], (batch, length + 1), 0, model.vocabulary)
     inputs, labels = text[:, :-1], text[:, 1:]
     params = jax.jit(model.init)(keys[1], inputs[:1])["params"]
-    return Problem(
-        lambda params, x: model.apply({"params": params}, x), params, (inputs, labels)
-    )
+
+    def apply(params, x):
+        params = jax.tree.map(lambda w: w.astype(dtype), params)
+        return model.apply({"params": params}, x).astype(jnp.float32)
+
+    return Problem(apply, params, (inputs, labels))
 
 
 def pixel_problem(model, batch: int, size: int) -> Problem:
@@ -163,6 +165,6 @@ def pixel_problem(model, batch: int, size: int) -> Problem:
     return Problem(lambda params, x: model.apply({"params": params}, x), params, (x, y))
 
 
-def gpt2(batch: int = 2, length: int = 128, **options) -> Problem:
+def gpt2(batch: int = 2, length: int = 128, dtype=jnp.float32, **options) -> Problem:
     """Returns GPT-2 small on random text."""
-    return language_problem(GPT2(**options), batch, length)
+    return language_problem(GPT2(**options), batch, length, dtype)
