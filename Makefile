@@ -23,7 +23,7 @@ ifdef CONSTRAINTS
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 endif
 
-.PHONY: train test test-slow check format notebooks bench modes versions clean \
+.PHONY: train test test-slow check format notebooks bench gpu modes versions clean \
   dist wheel-test sdist-test release-check
 
 train: $(VENV)/train.stamp
@@ -47,8 +47,15 @@ format: $(VENV)/dev.stamp
 notebooks: $(VENV)/dev.stamp
 	$(PY) -m jupyter execute --inplace notebooks/*.ipynb
 
-bench: $(VENV)/dev.stamp
+# What a step and a Fisher diagonal cost, on the models of the benchmarks.
+bench: $(VENV)/train.stamp
+	$(PY) benchmarks/fisher_cost.py $(ARGS)
 	$(PY) benchmarks/step_time.py $(ARGS)
+
+# On an accelerator, with the jax, optax and flax that PYTHON has: no network, nothing is
+# installed. CIFAR-10 is looked for in data/cifar10.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # The tests again, each time in another mode of jax.
 modes: $(VENV)/test.stamp

@@ -179,7 +179,8 @@ def print_tables(results, perturbations, options):
         for method in options.methods
     ]
     show.table("Chosen: learning rate, rho", headings, rows, "* at an edge of the grid")
-    for kind, values in (("length", LENGTHS), ("divergence", DIVERGENCES)):
+    kinds = {"length": LENGTHS, "divergence": DIVERGENCES}
+    for kind, values in kinds.items() if perturbations else ():
         middle = len(values) // 2
         rows = []
         for method, found in perturbations.items():
@@ -195,7 +196,7 @@ def print_tables(results, perturbations, options):
 def draw(results, perturbations, options, path):
     """Draws accuracies over the base optimizer, and those of perturbed networks."""
     fig, axes = show.figure(
-        2,
+        1 + bool(perturbations),
         4,
         f"{options.data}: what wrong labels cost, and perturbed weights",
         figsize=(14, 7),
@@ -218,7 +219,7 @@ def draw(results, perturbations, options, path):
             ax.errorbar(x, means, yerr=errors, label=method, **style)
             ax.set_title(title)
             ax.set_xlabel("labels wrong, %")
-    for ax, direction in zip(axes[1], DIRECTIONS, strict=True):
+    for ax, direction in zip(axes[-1], DIRECTIONS, strict=True):
         for method, found in perturbations.items():
             accuracy = found[f"{direction}, divergence"]["accuracy"]
             mean = 100 * np.array(accuracy["mean"])
@@ -255,7 +256,9 @@ def experiment(run: harness.Run) -> None:
                 tuning_seeds=options.tuning_seeds,
             )
             found[method] = run.cell(compare, method=method, noise=noise, **settings)
-        facts = results[options.noise[0]][method]
+        if 0.0 not in results:  # Perturbed are the networks trained on right labels.
+            continue
+        facts = results[0.0][method]
         perturbations[method] = run.cell(
             partial(perturb, training, facts, data, options),
             **{"part": "perturbation", "method": method},
