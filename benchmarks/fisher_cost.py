@@ -46,14 +46,20 @@ GROWTH_ROWS = (
     "fisher_exact",
 )
 # One gradient for each example and class: minutes a run. One Hessian-vector product for
-# each array of parameters: minutes of compilation. As many columns as tokens x words.
-EXACT = ("exact: one example at a time", "fisher_exact")
+# each array of parameters: minutes of compilation.
 SKIPPED = {
-    "mlp-512": EXACT[:1],
-    "resnet": (*EXACT[:1], "fisher_i2, Hutchinson"),
-    **dict.fromkeys(("unet", "mamba", "vit"), (*EXACT, "fisher_i2, Hutchinson")),
-    "gpt2": (*EXACT, "fisher_i2, Hutchinson", "empirical: 16 examples at a time"),
+    "mlp-512": ("exact: one example at a time",),
+    "resnet": ("exact: one example at a time", "fisher_i2, Hutchinson"),
 }
+# Without the exact one: as many columns as pixels or tokens times classes.
+LARGE = (
+    "gradient",
+    "empirical: vmap(grad) squared",
+    "empirical: one example at a time",
+)
+LARGE += ("fisher_empirical", "gradient and fisher_empirical", "fisher_hutchinson")
+ROWS = dict.fromkeys(("unet", "vit", "mamba"), LARGE)
+ROWS["gpt2"] = (LARGE[0], *LARGE[2:5])
 
 
 def make_rows(model: Problem) -> dict[str, Callable]:
@@ -148,7 +154,9 @@ def experiment(run: harness.Run) -> None:
         }
     results = {
         name: run.cell(
-            lambda name=name, make=make: measure(name, make(), options.repeats, rows),
+            lambda name=name, make=make: measure(
+                name, make(), options.repeats, rows or ROWS.get(name, ())
+            ),
             model=name,
             repeats=options.repeats,
         )

@@ -219,7 +219,8 @@ def draw(results, perturbations, options, path):
             ax.errorbar(x, means, yerr=errors, label=method, **style)
             ax.set_title(title)
             ax.set_xlabel("labels wrong, %")
-    for ax, direction in zip(axes[-1], DIRECTIONS, strict=True):
+    pairs = zip(axes[-1], DIRECTIONS, strict=True) if perturbations else ()
+    for ax, direction in pairs:
         for method, found in perturbations.items():
             accuracy = found[f"{direction}, divergence"]["accuracy"]
             mean = 100 * np.array(accuracy["mean"])
