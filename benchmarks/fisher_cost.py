@@ -58,7 +58,7 @@ LARGE = (
     "empirical: one example at a time",
 )
 LARGE += ("fisher_empirical", "gradient and fisher_empirical", "fisher_hutchinson")
-ROWS = dict.fromkeys(("unet", "vit", "mamba"), LARGE)
+ROWS: dict[str, tuple[str, ...]] = {m: LARGE for m in ("unet", "vit", "mamba")}
 ROWS["gpt2"] = (LARGE[0], *LARGE[2:5])
 
 

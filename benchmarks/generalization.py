@@ -79,7 +79,7 @@ def tune(run: harness.Run, names, settings) -> None:
         points = points[::9] if run.options.smoke else points
         compute = partial(search, method, problem, run.options, points)
         found = run.cell(compute, part="tuning", method=method, **settings)
-        best = harness.choose(found["points"], found["accuracy"])
+        best = methods.choose(found["points"], found["accuracy"])
         loss = found["loss"][found["points"].index({k: best[k] for k in points[0]})]
         cells = f"{best['rate']:.3g}", f"{best['rho']:.3g}", f"{best['score']:.2%}"
         rows.append([method, *cells, f"{loss:.3f}", ", ".join(best["edges"])])

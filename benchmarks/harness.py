@@ -1,4 +1,4 @@
-"""What all experiments share: arguments, cells, the choice of settings.
+"""What all experiments share: arguments, and cells that are kept.
 
 An experiment asks a question, names its cells, and makes tables and pictures of them:
 
@@ -17,15 +17,11 @@ was finished stays; a result of other settings is never taken for one of these.
 
 import argparse
 import fcntl
-import functools
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,11 +30,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import provenance
 from rich.console import Console
 
 
 HERE = pathlib.Path(__file__).resolve().parent
-PACKAGES = ("jax", "optax", "flax", "numpy", "torch", "kfac_jax")
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -61,7 +57,7 @@ class Run(NamedTuple):
             say(f"{self.file.stem}: {describe(settings)}")
             start = time.perf_counter()
             result = plain(compute())
-            made = provenance(self.options.command)
+            made = provenance.of(self.options.command)
             made["seconds"] = round(time.perf_counter() - start, 1)
             cell = {"settings": settings, "result": result, "made": made}
             self.cells.update(keep(self.file, cell))
@@ -150,33 +146,6 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """Returns what a reader needs to repeat a cell."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
-        if name in sys.modules:
-            versions[name] = importlib.metadata.version(name.replace("_", "-"))
-    device = f"CPU, {os.cpu_count()} cores"
-    if "jax" in sys.modules:
-        found = sys.modules["jax"].devices()[0]
-        device = device if found.platform == "cpu" else found.device_kind
-    versions["fsam_optax"] = code()
-    return {"command": command, "device": device, "versions": versions}
-
-
-@functools.cache
-def code() -> str:
-    """Returns the version of the library: the commit, or a digest of its source."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
-        found = subprocess.run(command, cwd=HERE, capture_output=True, check=True)
-        return found.stdout.decode().strip()
-    except (OSError, subprocess.CalledProcessError):
-        parts = sorted((HERE.parent / "fsam_optax").rglob("*.py"))
-        digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts))
-        return f"source {digest.hexdigest()[:8]}"
 
 
 def plain(value: Any) -> Any:
@@ -298,18 +267,3 @@ def positive(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return float(text)
-
-
-def choose(points: Sequence[Mapping[str, Any]], scores: Any) -> dict[str, Any]:
-    """Returns the point of the greatest score, and the edges of the grid that it is on.
-
-    An edge tells that a wider grid might hold a better point.
-    """
-    scores = np.nan_to_num(np.array(scores, float), nan=-math.inf, neginf=-math.inf)
-    best = points[int(np.argmax(scores))]
-    edges = []
-    for axis, value in best.items():
-        values = sorted({point[axis] for point in points})
-        if len(values) > 1 and value in (values[0], values[-1]):
-            edges.append(f"{'least' if value == values[0] else 'largest'} {axis}")
-    return {**best, "edges": edges, "score": float(scores.max())}

@@ -1,5 +1,6 @@
 """The methods that are compared, each as a training step at its published defaults."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -140,3 +141,18 @@ def grid(
 def columns(points: Sequence[Mapping[str, float]], *names: str) -> list[jax.Array]:
     """Returns one array for each axis of a grid."""
     return [jnp.array([point[name] for point in points]) for name in names]
+
+
+def choose(points: Sequence[Mapping[str, Any]], scores: Any) -> dict[str, Any]:
+    """Returns the point of the greatest score, and the edges of the grid that it is on.
+
+    An edge tells that a wider grid might hold a better point.
+    """
+    scores = np.nan_to_num(np.array(scores, float), nan=-math.inf, neginf=-math.inf)
+    best = points[int(np.argmax(scores))]
+    edges = []
+    for axis, value in best.items():
+        values = sorted({point[axis] for point in points})
+        if len(values) > 1 and value in (values[0], values[-1]):
+            edges.append(f"{'least' if value == values[0] else 'largest'} {axis}")
+    return {**best, "edges": edges, "score": float(scores.max())}

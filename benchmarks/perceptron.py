@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import harness
 import jax
 import jax.numpy as jnp
 import methods
@@ -134,7 +133,7 @@ def compare(
     others = noisy(labels if held is None else held[1], some)
     search = jax.jit(jax.vmap(over_grid, in_axes=(0, 0, 0, None, None)))
     found = search(jnp.asarray(some), noisy(labels, some), others, rhos, rates)
-    best = harness.choose(points, np.mean(found, axis=0))
+    best = methods.choose(points, np.mean(found, axis=0))
     params, every = trained(train, best, data, noise, seeds)
     loss, accuracy = jax.vmap(lambda w: score(w, *test))(params)
     answers = jnp.argmax(jax.vmap(apply, in_axes=(0, None))(params, images), -1)

@@ -454,12 +454,12 @@ def tries(method, attempt):
         radii = RADII.get(method.split(", ")[-1], (0.03, 0.1, 0.3))
         points = [{"rho": rho, "rate": middle} for rho in radii]
     found = [attempt(**point) for point in points]
-    best = harness.choose(points, found)
+    best = methods.choose(points, found)
     if method != "base":
         more = [{"rho": best["rho"], "rate": rate} for rate in (slower, faster)]
         found += [attempt(**point) for point in more]
         points += more
-        best = harness.choose(points, found)
+        best = methods.choose(points, found)
     return best, list(zip(points, found, strict=True))
 
 

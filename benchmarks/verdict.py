@@ -47,25 +47,25 @@ def rows():
         yield title, {m: r["accuracy"] for m, r in of.items()}, of
 
 
+def entry(column, values, of):
+    """Writes the points of a method over the base optimizer."""
+    names = [n for n in values if n == column or n.startswith(f"{column}, ")]
+    if not names:
+        return ""
+    best = max(names, key=lambda name: of[name].get("score", 0))
+    over = show.cell(np.subtract(values[best], values["base"]), "+.1f", 100)
+    return over + " a" * best.endswith("absolute")
+
+
 def main() -> None:
-    """Prints a table in Markdown."""
-    print(f"| data, network | {' | '.join(COLUMNS)} |")
-    print("|---" * (len(COLUMNS) + 1) + "|")
-    for title, values, of in rows():
-        cells = []
-        for column in COLUMNS:
-            names = [name for name in values if name.startswith(column)]
-            if column in ("SAM", "ASAM"):
-                names = [name for name in names if name == column]
-            best = max(names, key=lambda n: of[n].get("score", 0), default=None)
-            if best is None:
-                cells.append("")
-                continue
-            over = np.subtract(values[best], values["base"])
-            cells.append(
-                show.cell(over, "+.1f", 100) + " a" * best.endswith("absolute")
-            )
-        print(f"| {title} | {' | '.join(cells)} |")
+    """Prints a table in Markdown; methods that were run nowhere have no column."""
+    found = [
+        (title, [entry(c, values, of) for c in COLUMNS]) for title, values, of in rows()
+    ]
+    used = [i for i in range(len(COLUMNS)) if any(cells[i] for _, cells in found)]
+    lines = [("data, network", COLUMNS), ("---", ["---"] * len(COLUMNS)), *found]
+    for title, cells in lines:
+        print(f"| {title} | {' | '.join(cells[i] for i in used)} |")
 
 
 if __name__ == "__main__":

@@ -237,13 +237,14 @@ def test_numbers_become_json(harness):
 
 
 def test_the_best_point_and_its_edges(harness):
+    methods = importlib.import_module("methods")
     points = [{"rho": r, "rate": e} for r in (1, 2, 3) for e in (0.1, 0.2, 0.3)]
     scores = [0, 0, 0, 0, 1, math.nan, 0, 0, 0]
-    assert harness.choose(points, scores) == {
+    assert methods.choose(points, scores) == {
         **{"rho": 2, "rate": 0.2, "edges": [], "score": 1.0}
     }
     scores = [0, 0, 0, math.inf * 0, 0, 0, 0, 0, 2]
-    assert harness.choose(points, scores)["edges"] == ["largest rho", "largest rate"]
+    assert methods.choose(points, scores)["edges"] == ["largest rho", "largest rate"]
 
 
 def test_a_table_loses_nothing_at_80_columns(show, capsys):
@@ -294,7 +295,7 @@ def test_an_unfinished_picture_leaves_the_old_one(show, tmp_path, monkeypatch):
 
 
 def test_the_versions_are_those_of_what_runs(harness):
-    made = harness.provenance("python x.py")
+    made = importlib.import_module("provenance").of("python x.py")
     assert made["versions"]["python"] == "{}.{}.{}".format(*sys.version_info[:3])
     assert made["versions"]["fsam_optax"]
     assert isinstance(argparse.Namespace(**made).device, str)
