@@ -11,7 +11,7 @@ import optax
 from fsam_optax._common.checks import check_leaves, check_params, is_real
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._common.norms import divisor, widen
-from fsam_optax._engine import Columns, sums_of_powers
+from fsam_optax._engine import Columns, sums_of_powers, without_explicit_axes
 from fsam_optax._fisher.labels import Labels, weigh
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
@@ -19,6 +19,7 @@ from fsam_optax._fisher.negative_log_likelihood import (
     outputs_like,
     parts_of,
 )
+from fsam_optax._fisher.one_pass import arrays_of
 from fsam_optax._fisher.outputs import aux_axes, of_batch, of_example, row_numbers
 
 
@@ -97,50 +98,68 @@ def masked_by(keep: Any, params: Any) -> Any:
     return jax.tree.map(lambda k, w: w if k else optax.MaskedNode(), keep, params)
 
 
-def _problem(
+class Given(NamedTuple):
+    """The extra arguments of the call of an estimator; see `fisher_exact`."""
+
+    batch: Any = None
+    example_weights: Any = None
+    full_params: Any = None
+    loss_args: Any = ()
+    loss_kwargs: Any = None
+
+
+def _evaluate(
     name: str,
     nll: NegativeLogLikelihood,
-    needs_labels: bool,
     params: Any,
-    batch: Any,
-    example_weights: Any,
-    full_params: Any,
-    loss_args: Any,
-    loss_kwargs: Any,
-) -> Problem:
+    given: Given,
+    estimate: Callable[..., Any],
+    key: Any,
+    like: Callable[[Any], Any],
+    needs_labels: bool,
+) -> Any:
+    """Returns `estimate(problem, key)`, and the divisor D.
+
+    `like(params)` tells how the estimate is sharded over devices; its `params` have
+    `optax.MaskedNode` for what is not differentiated.
+    """
     check_params(name, params)
     check_leaves(params, "params")
-    if batch is None:
+    if given.batch is None:
         raise TypeError(
             f"`{name}` needs the batch as an extra argument: `update(grads, state, "
             "params, batch=(inputs, targets))`, where `inputs` goes to `apply_fn`."
         )
-    check_leaves(example_weights, "example_weights")
-    inputs, targets, weights = parts_of(nll, batch)
-    if needs_labels and not jax.tree.leaves(targets):
+    check_leaves(given.example_weights, "example_weights")
+    parts = parts_of(nll, given.batch)
+    if needs_labels and not jax.tree.leaves(parts[1]):
         raise TypeError(
             f"`{name}` reads the labels, but the targets in `batch` are None: pass "
             "`batch=(inputs, targets)`, or use an estimator that draws its labels."
         )
-    params, full_params, inputs, targets, weights, example_weights = _constant(
-        (
-            params,
-            params if full_params is None else full_params,
-            inputs,
-            targets,
-            weights,
-            example_weights,
-        )
-    )
-    loss_args, loss_kwargs = _constant((tuple(loss_args), dict(loss_kwargs or {})))
-    call = call_of(nll, loss_args, loss_kwargs)
+    whole = params if given.full_params is None else given.full_params
+    call = tuple(given.loss_args), dict(given.loss_kwargs or {})
+    arrays, fixed = arrays_of((parts, given.example_weights, whole, *call))
+    real = jax.tree.map(lambda w: w if is_real(w) else optax.MaskedNode(), params)
+    operands = jax.lax.stop_gradient((real, arrays)), key
+
+    def run(operands, key):
+        real, arrays = operands
+        problem = _problem(nll, real, *fixed.put_back(arrays))
+        return estimate(problem, key), jnp.asarray(problem.labels.total, float)
+
+    # The model meets single examples and whole batches, which no one placement of
+    # explicitly sharded axes would suit.
+    return without_explicit_axes(run, operands, (like(real), None))
+
+
+def _problem(nll, real, parts, example_weights, whole, args, kwargs) -> Problem:
+    inputs, targets, weights = parts
+    call = call_of(nll, args, kwargs)
 
     def complete(variables):
-        return jax.tree.map(
-            lambda w, v: w if is_masked(v) else v, full_params, variables
-        )
+        return jax.tree.map(lambda w, v: w if is_masked(v) else v, whole, variables)
 
-    real = jax.tree.map(lambda w: w if is_real(w) else optax.MaskedNode(), params)
     h = outputs_like(nll, complete(real), inputs, call)
     targets = targets if jax.tree.leaves(targets) else None
 
@@ -161,13 +180,6 @@ def _problem(
     )
 
 
-def _constant(tree):
-    """Returns a tree through whose arrays no derivative is taken."""
-    return jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if hasattr(x, "dtype") else x, tree
-    )
-
-
 def diagonal_dtype(w: Any) -> jnp.dtype:
     """Returns the dtype of a diagonal for a leaf of the parameters, real or not."""
     return widen(w) if is_real(w) else widen()
@@ -182,7 +194,11 @@ def _restore(diagonal: Any, params: Any) -> Any:
     """Sets the dtype by that of `params`, and zeros where these are not real."""
 
     def leaf(w, d):
-        return full_like(w, 0) if is_masked(d) else jnp.asarray(d, diagonal_dtype(w))
+        if is_masked(d):
+            return full_like(w, 0)
+        # A NaN parameter has no Fisher. Read entry by entry, the parameter also tells
+        # the compiler how to shard what has its shape.
+        return jnp.where(jnp.isnan(w), jnp.nan, jnp.asarray(d, diagonal_dtype(w)))
 
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
@@ -237,8 +253,10 @@ def _no_weight():
     return jnp.zeros([], float)
 
 
-def _weight_of(problem):
-    return jnp.asarray(problem.labels.total, float)
+def _given(extra_args: dict[str, Any]) -> Given:
+    """Returns those of the extra arguments that an estimator reads."""
+    names = [name for name in Given._fields if name in extra_args]
+    return Given(**{name: extra_args[name] for name in names})
 
 
 def closed_form(
@@ -253,23 +271,20 @@ def closed_form(
         del params
         return EstimatorState(_no_weight())
 
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        batch=None,
-        example_weights=None,
-        full_params=None,
-        loss_args=(),
-        loss_kwargs=None,
-        **extra_args,
-    ):
-        del updates, state, extra_args
-        given = (batch, example_weights, full_params, loss_args, loss_kwargs)
-        problem = _problem(name, nll, needs_labels, params, *given)
-        diagonal = _restore(estimate(problem), params)
-        return diagonal, EstimatorState(_weight_of(problem))
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
+        del updates, state
+        given = _given(extra_args)
+        diagonal, weight = _evaluate(
+            name,
+            nll,
+            params,
+            given,
+            lambda problem, _: estimate(problem),
+            None,
+            lambda real: real,
+            needs_labels,
+        )
+        return _restore(diagonal, params), EstimatorState(weight)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -310,36 +325,35 @@ def sampled(
             draws = None
         return SampledState(key_data(key), error, _no_weight(), draws)
 
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        batch=None,
-        example_weights=None,
-        replica=None,
-        full_params=None,
-        loss_args=(),
-        loss_kwargs=None,
-        **extra_args,
-    ) -> Any:
-        del updates, extra_args
-        given = (batch, example_weights, full_params, loss_args, loss_kwargs)
-        problem = _problem(name, nll, False, params, *given)
+    def estimate_with_draws(problem, key):
+        diagonal, error = estimate(problem, key)
+        draws = None
+        if standard_error and draws_per_example is not None:
+            draws = draws_of(problem, draws_per_example)
+            draws = Draws(*(jnp.asarray(x, float) for x in draws))
+        return diagonal, error, draws
+
+    def update_fn(updates, state, params=None, *, replica=None, **extra_args) -> Any:
+        del updates
         following, draw = jax.random.split(
             jax.random.wrap_key_data(state.key, impl=impl)
         )
         if replica is not None:
             draw = jax.random.fold_in(draw, replica)
-        diagonal, error = estimate(problem, draw)
-        draws = None
-        if standard_error and draws_per_example is not None:
-            draws = draws_of(problem, draws_per_example)
-            draws = Draws(*(jnp.asarray(x, float) for x in draws))
+        (diagonal, error, draws), weight = _evaluate(
+            name,
+            nll,
+            params,
+            _given(extra_args),
+            estimate_with_draws,
+            draw,
+            lambda real: (real, real if standard_error else None, None),
+            False,
+        )
         return _restore(diagonal, params), SampledState(
             key=jax.random.key_data(following),
             standard_error=_restore(error, params) if standard_error else None,
-            batch_weight=_weight_of(problem),
+            batch_weight=weight,
             draws=draws,
         )
 

@@ -135,7 +135,7 @@ def _heads(structure: Any, likelihoods: tuple[Likelihood, ...]) -> Likelihood:
         bounds=bounds,
         presence=presence,
         divergence=divergence if all(x.divergence for x in likelihoods) else None,
-        heads=structure.unflatten(list(likelihoods)),
+        heads=structure,
     )
 
 

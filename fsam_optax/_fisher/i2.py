@@ -17,7 +17,6 @@ from fsam_optax._engine import (
     depends,
     entries,
     sum_of_products,
-    without_explicit_axes,
 )
 from fsam_optax._fisher.estimation import mean_powers, Problem, sampled
 from fsam_optax._fisher.estimators import check_bytes, exact_cotangents, Model
@@ -208,21 +207,6 @@ def fisher_i2(
     nll = resolve("fisher_i2", model, likelihood)
 
     def estimate(problem, key):
-        # The model meets single examples and whole batches here, which no one
-        # placement of explicitly sharded axes would suit.
-        operands = (problem.params, problem.inputs, problem.rows, problem.labels, key)
-        return without_explicit_axes(
-            lambda params, inputs, rows, labels, key: estimate_unplaced(
-                problem._replace(
-                    params=params, inputs=inputs, rows=rows, labels=labels
-                ),
-                key,
-            ),
-            operands,
-            (problem.params, problem.params if standard_error else None),
-        )
-
-    def estimate_unplaced(problem, key):
         h = problem.of_all(problem.params, problem.inputs)
         _, present, within = problem.labels.of_examples
         # The curvature of a label counts as its square does: by m^2.

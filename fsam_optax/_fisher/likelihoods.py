@@ -66,7 +66,7 @@ class Likelihood(NamedTuple):
             None, or a result of None: all labels are there.
         divergence: `divergence(h, k)` is KL(p(.|h) || p(.|k)), of shape (...). None for
             what follows from `log_prob` where h are natural parameters.
-        heads: Pytree of the likelihoods of several outputs; see `heads`.
+        heads: Structure of the outputs, if they are several; see `heads`.
 
     Examples:
         A Laplace distribution around h, in float32 and without the optional fields:

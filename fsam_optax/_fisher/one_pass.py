@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._common.norms import widen
-from fsam_optax._engine import loss_power_sums
+from fsam_optax._engine import loss_power_sums, without_explicit_axes
 from fsam_optax._fisher.labels import Labels, log_likelihood
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
@@ -58,7 +58,18 @@ def value_grad_and_fisher(
 
     @jax.custom_jvp
     def one_pass(params, arrays):
-        return _one_pass(nll, params, kinds, *fixed.put_back(arrays))
+        inputs = operands[0][0]
+        call = call_of(nll, args, kwargs)
+        axes = aux_axes(call, params, inputs) if nll.has_aux else None
+        rows = row_numbers(inputs)
+        aux = jax.tree.map(lambda own: rows if own else None, axes)
+
+        def run(params, arrays):
+            return _one_pass(nll, params, kinds, axes, *fixed.put_back(arrays))
+
+        # Sharded as the parameters and the examples are.
+        like = ((None, aux), params, params)
+        return without_explicit_axes(run, (params, arrays), like)
 
     @one_pass.defjvp
     def _(primals, tangents):
@@ -90,7 +101,7 @@ def example_losses(
     return one, ((inputs, rows), labels.of_examples), labels
 
 
-def _one_pass(nll, params, kinds, parts, args, kwargs):
+def _one_pass(nll, params, kinds, axes, parts, args, kwargs):
     """Returns `((loss, aux), gradient, Fisher)`; notes in `kinds` the keys in aux."""
     call = call_of(nll, args, kwargs)
     inputs = parts[0]
@@ -101,7 +112,6 @@ def _one_pass(nll, params, kinds, parts, args, kwargs):
         kinds[:] = _kinds_of_keys(aux)
         squares = jax.tree.map(lambda g: jnp.zeros(g.shape, widen(g)), grads)
         return (value, _keys_as_data(aux)), grads, squares
-    axes = aux_axes(call, params, inputs) if nll.has_aux else None
     one, examples, labels = example_losses(nll, params, parts, call, axes)
 
     def with_keys_as_data(params, example) -> Any:

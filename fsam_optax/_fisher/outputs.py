@@ -164,13 +164,11 @@ def check_outputs(h: Any, likelihood: Likelihood, inputs: Any) -> None:
     heads = likelihood.heads
     if heads is None:
         _check_array(h)
-    else:
-        wanted = jax.tree.structure(heads, is_leaf=lambda x: isinstance(x, Likelihood))
-        if jax.tree.structure(h) != wanted:
-            raise TypeError(
-                f"`apply_fn` must return outputs like the heads, {wanted}, got "
-                f"{jax.tree.structure(h)}."
-            )
+    elif jax.tree.structure(h) != heads:
+        raise TypeError(
+            f"`apply_fn` must return outputs like the heads, {heads}, got "
+            f"{jax.tree.structure(h)}."
+        )
     shapes = [tuple(x.shape) for x in jax.tree.leaves(h)]
     for shape in shapes:
         if shape[:1] != (n,):

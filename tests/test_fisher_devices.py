@@ -1,0 +1,141 @@
+"""Losses with keys and estimators on eight devices: as on one, and sharded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import fsam_optax as fsam
+from fsam_optax._common.mapped_axes import vary
+from fsam_optax._fisher.negative_log_likelihood import total_weight
+from fsam_optax._fisher.one_pass import value_grad_and_fisher
+
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(16, 4)).astype("float32")
+Y = RNG.integers(-1, 3, size=16)
+W = RNG.uniform(0, 2, size=16).astype("float32")
+PARAMS = {
+    "in": RNG.normal(size=(4, 8)).astype("float32"),
+    "out": RNG.normal(size=(8, 3)).astype("float32"),
+}
+KEY = jax.random.key(0)
+SCALE = np.array([1.0, 2.0, 0.5], "float32")
+
+
+def model(params, x, key, scale):
+    h = jnp.tanh(x @ params["in"])
+    keep = jax.random.bernoulli(key, 0.5, h.shape)
+    return jnp.where(keep, 2 * h, 0) @ params["out"] * scale[None], {"h": h}
+
+
+NLL = fsam.negative_log_likelihood(model, fsam.categorical, has_aux=True)
+
+
+def close(a, b):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), a, b
+    )
+
+
+def everything(params, batch, scale):
+    extra = {"loss_args": (KEY, scale)}
+    i2 = fsam.fisher_i2(NLL, key=KEY)
+    return {
+        "loss": jax.value_and_grad(NLL, has_aux=True)(params, batch, KEY, scale),
+        "one pass": value_grad_and_fisher(NLL, params, batch, (KEY, scale), {}),
+        "exact": fsam.diagonal(fsam.fisher_exact(NLL), params, batch, **extra),
+        "i2": fsam.diagonal(i2, params, batch, **extra),
+        "masked": fsam.diagonal(
+            fsam.fisher_exact(NLL),
+            params,
+            batch,
+            mask={"in": False, "out": True},
+            **extra,
+        ),
+    }
+
+
+@functools.cache
+def on_one_device():
+    return jax.jit(everything)(PARAMS, (X, Y, W), SCALE)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_batches_give_what_one_device_gives(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+
+    def put(tree, *spec):
+        return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(everything)(put(PARAMS), put((X, Y, W), "d"), put(SCALE))
+        estimator = fsam.fisher_exact(NLL)
+        data = [put((X, Y, W), "d")] * 2
+        diagonal = fsam.dataset_diagonal(
+            estimator, put(PARAMS), data, loss_args=(KEY, put(SCALE))
+        )
+    close(found, on_one_device())
+    close(diagonal, on_one_device()["exact"])
+    for aux in (found["loss"][0][1], found["one pass"][0][1]):
+        assert aux["h"].sharding.spec[0] == "d"
+
+
+def test_devices_weighed_by_their_divisors_are_the_whole():
+    """The keys are folded with the device, as the front ends do."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    nll = fsam.negative_log_likelihood(
+        lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"], fsam.categorical
+    )
+
+    def of_device(params, batch):
+        params = vary(params, "d")
+        (value, _), grads, fisher = value_grad_and_fisher(nll, params, batch, (), {})
+        exact = fsam.diagonal(fsam.fisher_exact(nll), params, batch)
+        total = total_weight(nll, params, batch, (), {})
+        return jax.tree.map(
+            lambda x: jax.lax.psum(total * x, "d") / jax.lax.psum(total, "d"),
+            (value, grads, fisher, exact),
+        )
+
+    mapped = jax.shard_map(of_device, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    (value, _), grads, fisher = value_grad_and_fisher(nll, PARAMS, (X, Y, W), (), {})
+    exact = fsam.diagonal(fsam.fisher_exact(nll), PARAMS, (X, Y, W))
+    close(jax.jit(mapped)(PARAMS, (X, Y, W)), (value, grads, fisher, exact))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_state_is_sharded_as_the_parameter_is(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, P("d"))
+
+    def linear(w, x):
+        return x @ w
+
+    estimators = {
+        "refresh_every": fsam.refresh_every(
+            2, fsam.fisher_exact(linear, fsam.gaussian())
+        ),
+        "standard_error": fsam.fisher_i1(
+            linear, fsam.gaussian(), key=KEY, standard_error=True
+        ),
+    }
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((8, 4)), sharding)
+        x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P()))
+        for estimator in estimators.values():
+            state = estimator.init(w)
+
+            @jax.jit
+            def update(state, w, x, estimator=estimator):
+                return estimator.update(None, state, w, batch=(x, None))
+
+            diagonal, after = update(state, w, x)
+            leaves = jax.tree.leaves((state, after))
+            like_w = [leaf for leaf in leaves if leaf.shape == w.shape]
+            assert like_w
+            for leaf in (*like_w, diagonal):
+                assert leaf.sharding.is_equivalent_to(sharding, 2)
