@@ -296,12 +296,12 @@ def test_sharded_under_jit(name, mode):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     f = value_and_grad(loss, perturbation, **options)
     expected = jax.jit(f)(PARAMS, f.init(PARAMS), (X, Y))
-    with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, DATA)
-        whole = jax.NamedSharding(mesh, jax.P())
-        params = jax.device_put(PARAMS, whole)
-        found = jax.jit(f)(params, f.init(params), jax.device_put((X, Y), rows))
-    assert_close(found, expected)
+    rows = jax.NamedSharding(mesh, DATA)
+    whole = jax.NamedSharding(mesh, jax.P())
+    params = jax.device_put(PARAMS, whole)
+    found = jax.jit(f)(params, f.init(params), jax.device_put((X, Y), rows))
+    # What is orthogonal is a small difference of two gradients.
+    assert_close(found, expected, atol=1e-5)
 
 
 def test_state_like_parameters_is_sharded_like_them():
