@@ -186,11 +186,21 @@ def signed_factor(
     """Returns `m` times the factor of the Fisher of the outputs, at random signs."""
     factors, structure = jax.tree.flatten(jax.eval_shape(likelihood.factor, h))
     signs = [
-        jax.random.rademacher(k, (*f.shape[:-2], f.shape[-1]), f.dtype)
+        _signs(k, (*f.shape[:-2], f.shape[-1]), f.dtype)
         for k, f in zip(_keys(key, len(factors)), factors, strict=True)
     ]
     product = factor_product(likelihood, h, structure.unflatten(signs))
     return _masked(jax.tree.map(lambda x: _where_weighed(m, x), product), present)
+
+
+def _signs(key, shape, dtype):
+    """Returns random signs, of which one drawn word of memory makes 32."""
+    *lead, size = shape
+    words = jax.random.bits(key, (*lead, -(-size // 32), 1), jnp.uint32)
+    words = jnp.broadcast_to(words, (*words.shape[:-1], 32))
+    bits = (words >> lax.broadcasted_iota(jnp.uint32, words.shape, len(lead) + 1)) & 1
+    bits = bits.reshape(*lead, 32 * words.shape[-2])[..., :size]
+    return jnp.where(bits == 1, jnp.ones([], dtype), -jnp.ones([], dtype))
 
 
 def _keys(key, number):

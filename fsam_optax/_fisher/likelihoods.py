@@ -193,7 +193,9 @@ def _categorical_factor_product(h, v):
     p = jax.nn.softmax(_float(h))
     s = jnp.sqrt(p)
     first = -jnp.sum(s[..., 1:] * v, axis=-1, keepdims=True) / (1 + s[..., :1])
-    v = jnp.concatenate([first, v], axis=-1)
+    # Not a concatenation, which would be an array more in memory.
+    v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(1, 0)])
+    v = jnp.where(jax.lax.broadcasted_iota(int, v.shape, v.ndim - 1) == 0, first, v)
     return s * v - p * jnp.sum(s * v, axis=-1, keepdims=True)
 
 
