@@ -17,6 +17,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import compiled
 import harness
@@ -149,7 +150,9 @@ def measure(name, devices):
         like((devices * rows, *shape), dtype, "data"),
         like((devices * rows, *labels), jnp.int32, "data"),
     )
-    facts = {"parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params))}
+    facts: dict[str, Any] = {
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    }
     for row, (step, init) in steps(
         fsam.negative_log_likelihood(apply, fsam.categorical)
     ).items():
@@ -160,18 +163,19 @@ def measure(name, devices):
 
         state = jax.eval_shape(init, params)
         run = jax.jit(update, donate_argnums=0).lower(params, state, batch).compile()
-        facts[row] = compiled.count(run.as_text())
-        facts[row]["temporaries"] = run.memory_analysis().temp_size_in_bytes
+        facts[row] = compiled.count(str(run.as_text()))
+        held = getattr(run.memory_analysis(), "temp_size_in_bytes")  # noqa: B009
+        facts[row]["temporaries"] = held
     return facts
 
 
 def in_process(name, devices):
     """Measures where there are so many devices: in a process of its own."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count"
-    environment = os.environ | {
+    environment = dict(os.environ) | {
         "XLA_FLAGS": f"{flags}={devices}",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
     }
     code = f"import json, scaling; print(json.dumps(scaling.measure{name, devices}))"
     found = subprocess.run(
