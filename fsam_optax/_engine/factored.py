@@ -1,5 +1,7 @@
 """Sums of powers of sums of products: matrix products wherever it can be."""
 
+import dataclasses
+
 import jax
 
 from fsam_optax._engine.folding import aligned, folded, variables
@@ -13,11 +15,16 @@ from fsam_optax._engine.sums import looped, outer_product, Steps, widened
 from fsam_optax._engine.work import IN_LOOPS
 
 
-def factored(site: Site) -> Source | None:
-    """Returns the source for a sum of products; None if it is not one."""
+def factored(site: Site, mirrored: bool = False) -> Source | None:
+    """Returns the source for a sum of products; None if it is not one.
+
+    If `mirrored`, of a matrix plus its transpose.
+    """
     try:
         expander = Expander(site.flow, site.inside, LINEAR)
         terms = [t for v in site.terms for t in expander.expand(v)]
+        if mirrored:
+            terms += [dataclasses.replace(t, axes=t.axes[::-1]) for t in terms]
         limit, examples = site.what.limit, site.what.examples
         found = [folded(expander, t, limit, examples) for t in aligned(expander, terms)]
     except Mismatch:

@@ -276,7 +276,11 @@ def sums_and_outputs(
             )
             return sums, h if keep else None
 
-        return jax.vmap(one, out_axes=(None, 0))(examples, weights)
+        try:
+            return jax.vmap(one, out_axes=(None, 0))(examples, weights)
+        except NotImplementedError:
+            # Something in the model has no batching rule.
+            return _one_by_one(one, examples, weights)
 
     if n == 0:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), operands[0])
@@ -296,6 +300,21 @@ def sums_and_outputs(
         for i in range(len(powers))
     )
     return lax.stop_gradient((sums, h))
+
+
+def _one_by_one(one, examples, weights):
+    """Adds the sums of examples up without mapping over them."""
+    first = jax.tree.map(lambda x: x[0], (examples, weights))
+    like, _ = jax.eval_shape(one, *first)
+    zeros = jax.tree.map(
+        lambda x: vary_like(jnp.zeros(x.shape, x.dtype), weights), like
+    )
+
+    def step(total, x):
+        sums, h = one(*x)
+        return jax.tree.map(jnp.add, total, sums), h
+
+    return lax.scan(step, zeros, (examples, weights))
 
 
 def _like_examples(examples):

@@ -22,6 +22,7 @@ CONTRACTIONS = {
     "dot_general": "shared dense",
     "conv_general_dilated": "convolution",
     "scatter-add": "embedding",
+    "ragged_dot_general": "ragged dense",
 }
 # Linear in an operand, with something of another shape as output.
 ENTERED_BY = ("dot_general", "conv_general_dilated", "gather")

@@ -5,6 +5,7 @@ every row is sent to the first one that has its index, which takes time linear i
 number of rows.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import Dataflow, is_real, size
 from fsam_optax._engine.primitives import name_of
 from fsam_optax._engine.sources import Site, Source
@@ -77,9 +79,17 @@ def embedding(site: Site) -> Source | None:
     if not all(site.is_small(x) for x in operands if not isinstance(x, Literal)):
         return None
     known = [site.flow.known_value(lookup.index) for lookup in lookups]
+    bounds, window = _table(site, indexed)
+    rows = sum(size(x.rows) for x in lookups) // max(math.prod(window), 1)
     if any(x is None for x in known):
-        reduce = _reduction(site, indexed, lookups)
         work = site.own_work()
+        if math.prod(bounds) <= rows:
+            # The table is no larger than its rows: it is filled for each example.
+            fn = _filled(site, indexed, lookups)
+            reduce = looped(fn, [site.like], site.what.powers, None)
+            work += size(site.terms[0])
+        else:
+            reduce = _reduction(site, indexed, lookups)
         return Source("embedding", work, tuple(operands), reduce)
     return _at_known_places(site, indexed, lookups, known)
 
@@ -145,6 +155,27 @@ def _into_table(site, indexed, flat, rows):
     return jnp.moveaxis(table, range(len(bounds)), indexed)
 
 
+def _filled(site, indexed, lookups):
+    """Returns the function that fills the table with the rows of one example."""
+    bounds, _ = _table(site, indexed)
+    dtype = widened(site.like.dtype)
+
+    def fn(*operands):
+        index, rows = operands[::2], operands[1::2]
+        tables = [
+            _into_table(
+                site,
+                indexed,
+                _flat(i, bounds, k.mode),
+                _stacked(x.astype(dtype), k.window),
+            )
+            for i, x, k in zip(index, rows, lookups, strict=True)
+        ]
+        return [sum(tables[1:], tables[0])]
+
+    return fn
+
+
 def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
     dtype = widened(site.like.dtype)
     bounds, _ = _table(site, indexed)
@@ -206,6 +237,40 @@ def _summed(site, indexed, weight, flat, has_index, rows, has_rows):
         return _into_table(site, indexed, flat.reshape(-1), total)
 
     return [sums(p) for p in site.what.powers]
+
+
+def symmetric(site: Site) -> Source | None:
+    """A matrix looked up by an index that is symmetric."""
+    found = looked_up(site.flow, site.terms[0]) if len(site.terms) == 1 else None
+    if found is None or len(found[0]) != 1 or found[1].rows not in site.inside:
+        return None
+    indexed, lookup = found
+    index = site.flow.known_value(lookup.index)
+    shape = lookup.rows.aval.shape
+    if index is None or lookup.window or len(shape) != 2 or shape[0] != shape[1]:
+        return None
+    index = index.reshape(shape)
+    row, column = np.tril_indices(shape[0])
+    places = index[row, column]
+    if (
+        np.any(index != index.T)
+        or len(np.unique(places)) < len(places)
+        or np.any((places < 0) | (places >= site.like.shape[0]))
+    ):
+        return None
+    # The sum of the gradient of the matrix and its transpose, twice the diagonal.
+    both = dataclasses.replace(site, terms=(lookup.rows,))
+    source = factored(both, mirrored=True)
+    if source is None:
+        return None
+    inner = source.finish
+
+    def finish(s, p, env):
+        s = s if inner is None else inner(s, p, env)
+        s = s[row, column] * jnp.where(row == column, 0.5**p, 1)
+        return _into_table(site, indexed, jnp.asarray(places), s)
+
+    return dataclasses.replace(source, finish=finish)
 
 
 def _at_known_places(site, indexed, lookups, known):

@@ -33,7 +33,7 @@ from jax.extend.core import Literal
 from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of
-from fsam_optax._engine.rows import embedding
+from fsam_optax._engine.rows import embedding, symmetric
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.tails import tail, whole
 from fsam_optax._engine.work import total
@@ -80,6 +80,7 @@ def _boundary(site, region):
 RULES: tuple[Callable[[Site], Source | None], ...] = (
     constant,
     embedding,
+    symmetric,
     factored,
     contraction,
 )

@@ -44,9 +44,13 @@ def _product(eqn):
 
 
 def _ragged_product(eqn):
-    (contract, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contract, _), _ = numbers.dot_dimension_numbers
     shape = eqn.invars[0].aval.shape
     summed = math.prod(shape[d] for d in contract)
+    if set(numbers.lhs_ragged_dimensions) & set(contract):
+        # The groups share out the rows.
+        summed /= size(eqn.invars[2])
     return 2.0 * summed * size(eqn.outvars[0])
 
 

@@ -1,0 +1,382 @@
+"""Patterns that models are written in: exact, by a rule, at a counted price.
+
+Each is compared with gradients of single examples formed in full. Its operations are
+counted from the program, loops as often as they run, against those of one gradient.
+"""
+
+import engine_oracles as oracles
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from fsam_optax._engine import explain_loss, loss_power_sums
+from fsam_optax._engine.work import total
+
+
+RNG = np.random.default_rng(0)
+B, T, D = 16, 16, 24
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion(no_rank_promotion):
+    """The models are written as their authors write them."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape) / 2, jnp.float32)
+
+
+def tokens(vocabulary, *shape):
+    return jnp.asarray(RNG.integers(0, vocabulary, shape))
+
+
+# Name -> (loss of one example, params, batch, rules, bound on the operations).
+
+PATTERNS = {}
+
+
+def pattern(params, batch, rules, bound=1.3):
+    def add(loss_fn):
+        PATTERNS[loss_fn.__name__] = loss_fn, params, batch, set(rules), bound
+        return loss_fn
+
+    return add
+
+
+OUTER, PAIRS = "outer product", "sum of outer products"
+X, SEQUENCES = normal(B, D), normal(B, T, D)
+FIXED = normal(D, D)
+PERMUTATION = RNG.permutation(D)
+
+
+def dense(x, w):
+    return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+
+def weight(name, rules, bound=1.3, batch=X, **params):
+    """Adds a dense layer whose weight is made from parameters."""
+
+    def add(make):
+        def loss_fn(p, x):
+            return dense(x, make(p))
+
+        PATTERNS[name] = loss_fn, params, batch, set(rules), bound
+        return make
+
+    return add
+
+
+LORA = {"a": normal(D, 2), "b": normal(2, D)}
+weight("lora_merged", [OUTER], **LORA)(lambda p: FIXED + p["a"] @ p["b"])
+weight("lora_merged_on_tokens", ["shared dense"], batch=SEQUENCES, **LORA)(
+    lambda p: FIXED + p["a"] @ p["b"]
+)
+weight("tensor_train", [OUTER], a=normal(4, 6, 2), b=normal(2, 6, 4))(
+    lambda p: jnp.einsum("iar,rbj->iabj", p["a"], p["b"]).reshape(D, D)
+)
+weight("kron", [PAIRS], a=normal(4, 6), b=normal(6, 4))(
+    lambda p: jnp.kron(p["a"], p["b"])
+)
+weight("gains", [OUTER, "reduction"], 2.0, w=FIXED, s=normal(D), g=normal())(
+    lambda p: p["w"] * p["s"][None] * jnp.exp(p["g"])
+)
+weight("where", [OUTER], w=FIXED)(
+    lambda p: jnp.where(np.tril(np.ones((D, D), bool)), p["w"], 0.0)
+)
+weight("tril", [OUTER], w=FIXED)(lambda p: jnp.tril(p["w"]))
+weight("relu", [OUTER], w=FIXED)(lambda p: jax.nn.relu(p["w"]))
+weight("permuted", [OUTER], w=FIXED)(lambda p: p["w"][PERMUTATION])
+weight("set_at_indices", [OUTER], v=normal(D * (D + 1) // 2))(
+    lambda p: jnp.zeros((D, D)).at[np.tril_indices(D)].set(p["v"])
+)
+weight("cumulated", [OUTER], w=FIXED)(lambda p: jnp.cumsum(p["w"], 0))
+weight("concatenated", [OUTER], a=normal(D // 2, D), b=normal(D // 2, D))(
+    lambda p: jnp.concatenate([p["a"], 2 * p["b"]])
+)
+weight("symmetric", [PAIRS], 2.3, w=FIXED)(lambda p: p["w"] + p["w"].T)
+weight("symmetric_by_index", [PAIRS], 2.3, v=normal(D * (D + 1) // 2))(
+    lambda p: p["v"][SYMMETRIC]
+)
+weight("toeplitz", ["mapped embedding + shared dense"], 4.0, v=normal(2 * D - 1))(
+    lambda p: p["v"][np.arange(D)[:, None] - np.arange(D)[None] + D - 1]
+)
+weight("weight_norm", [PAIRS, "reduction"], 3.0, v=FIXED, g=normal(D))(
+    lambda p: p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True)
+)
+weight("weight_standardised", ["mapped shared dense"], 5.0, v=FIXED)(
+    lambda p: (p["v"] - p["v"].mean(0)) / jnp.sqrt(p["v"].var(0) + 1e-3)
+)
+weight(
+    "dora_on_tokens",
+    ["mapped shared dense", "reduction"],
+    3.0,
+    SEQUENCES,
+    m=normal(D),
+    **LORA,
+)(
+    lambda p: (
+        p["m"]
+        * (FIXED + p["a"] @ p["b"])
+        / jnp.linalg.norm(FIXED + p["a"] @ p["b"], axis=0)
+    )
+)
+
+_rows = np.maximum(np.arange(D)[:, None], np.arange(D)[None])
+_columns = np.minimum(np.arange(D)[:, None], np.arange(D)[None])
+SYMMETRIC = _rows * (_rows + 1) // 2 + _columns
+
+
+PAIRED = {"u": normal(400, 6), "v": normal(400, 6)}
+
+
+@pattern(PAIRED, (tokens(400, B), tokens(400, B)), ["embedding"], 2.0)
+def product_of_rows(p, batch):
+    i, j = batch
+    return (p["u"][i] @ p["v"][j] - 1) ** 2
+
+
+@pattern(PAIRED, (tokens(400, B), tokens(400, B), tokens(400, B, 5)), ["embedding"])
+def word2vec(p, batch):
+    i, j, others = batch
+    near, far = p["u"][i] @ p["v"][j], p["v"][others] @ p["u"][i]
+    return -jax.nn.log_sigmoid(near) - jnp.sum(jax.nn.log_sigmoid(-far))
+
+
+@pattern(
+    {"u": normal(400, 6), "bias": normal(400)},
+    (tokens(400, B), tokens(400, B)),
+    ["embedding"],
+)
+def one_table_looked_up_twice(p, batch):
+    i, j = batch
+    return (p["u"][i] @ p["u"][j] + p["bias"][i] + p["bias"][j] - 1) ** 2
+
+
+OFFSETS = np.arange(T)[:, None] - np.arange(T)[None] + T - 1
+BUCKETS = np.minimum(np.abs(OFFSETS - T + 1), 3)
+
+
+@pattern({"t": normal(2 * T - 1)}, SEQUENCES, ["embedding"])
+def relative_positions(p, x):
+    return jnp.sum((jax.nn.softmax(x @ x.T + p["t"][OFFSETS]) @ x) ** 2)
+
+
+@pattern({"t": normal(4, 2)}, SEQUENCES, ["embedding"])
+def buckets_of_positions(p, x):
+    scores = (x @ x.T)[None] + p["t"][BUCKETS].transpose(2, 0, 1)
+    return jnp.sum(jnp.tanh(jax.nn.softmax(scores) @ x) ** 2)
+
+
+@pattern({"e": normal(5, 6)}, tokens(5, B, T), ["embedding"], 1.6)
+def small_table(p, i):
+    return jnp.sum(jnp.tanh(p["e"][i]) ** 2)
+
+
+@pattern({"e": normal(5000, 6)}, tokens(5000, B, T), ["embedding"], 1.8)
+def large_table(p, i):
+    return jnp.sum(jnp.tanh(p["e"][i] * jnp.arange(6)) ** 2)
+
+
+@pattern({"w": normal(D, 2 * D)}, X, ["shared dense"], 1.5)
+def split_in_a_sum(p, x):
+    for _ in range(6):
+        value, gate = jnp.split(p["w"], 2, 1)
+        x = jnp.tanh(x @ value) * jax.nn.sigmoid(x @ gate)
+    return jnp.sum(x**2)
+
+
+@pattern(
+    {"w": normal(2 * D, 4 * D), "b": normal(4 * D)},
+    normal(B, 6, D),
+    ["shared dense", "reduction"],
+)
+def unrolled_lstm(p, xs):
+    h = c = jnp.zeros(D)
+    for x in xs:
+        z = jnp.concatenate([x, h]) @ p["w"] + p["b"]
+        i, g, f, o = jnp.split(z, 4)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return jnp.sum(h**2)
+
+
+@pattern({"w": normal(D, D)}, X, ["shared dense"])
+def recursion(p, x):
+    for _ in range(60):
+        x = jnp.tanh(x @ p["w"])
+    return jnp.sum(x**2)
+
+
+@pattern({"w": normal(D, D)}, SEQUENCES, ["shared dense"])
+def map_over_tokens(p, x):
+    return jnp.sum(lax.map(lambda v: jnp.tanh(v @ p["w"]), x) ** 2)
+
+
+@pattern(
+    {"v": normal(3, 3, 8, 8), "g": normal(8)},
+    normal(4, 9, 9, 8),
+    ["mapped convolution"],
+    2.0,
+)
+def convolution_with_weight_norm(p, x):
+    norm = jnp.sqrt(jnp.sum(p["v"] ** 2, (0, 1, 2)))
+    dims = ("NHWC", "HWIO", "NHWC")
+    w = p["g"] * p["v"] / norm
+    y = lax.conv_general_dilated(x[None], w, (1, 1), "SAME", dimension_numbers=dims)
+    return jnp.sum(jnp.tanh(y) ** 2)
+
+
+def operations(fn, *args):
+    return total(jax.make_jaxpr(fn)(*args).jaxpr.eqns)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns(name):
+    loss_fn, params, batch, rules, bound = PATTERNS[name]
+
+    def sums(params, batch):
+        return loss_power_sums(loss_fn, params, batch)
+
+    (expected,) = oracles.loss_power_sums(loss_fn, params, batch)
+    oracles.assert_close(jax.jit(sums)(params, batch)[0], expected)
+    explanation = explain_loss(loss_fn, params, batch)
+    assert {leaf.rule for leaf in explanation} == rules, f"\n{explanation}"
+
+    def mean(params, batch):
+        return jnp.mean(jax.vmap(loss_fn, (None, 0))(params, batch))
+
+    ratio = operations(sums, params, batch) / operations(jax.grad(mean), params, batch)
+    assert ratio <= bound, ratio
+
+
+@pytest.mark.parametrize("vocabulary", [50, 10**6])
+def test_the_work_of_an_embedding_is_linear_in_its_tokens(vocabulary):
+    def loss_fn(p, i):
+        return jnp.sum(jnp.tanh(p[i]) ** 2)
+
+    def work(n):
+        table = jax.ShapeDtypeStruct((vocabulary, 4), jnp.float32)
+        i = jax.ShapeDtypeStruct((2, n), jnp.int32)
+        return operations(lambda *args: loss_power_sums(loss_fn, *args), table, i)
+
+    assert work(4096) <= 4.6 * work(1024)
+
+
+def experts(p, batch):
+    x, groups = batch
+    return jnp.sum(jnp.tanh(lax.ragged_dot(x, p, groups)) ** 2)
+
+
+def without_a_batching_rule(p, x):
+    """Neither the square nor its derivative can be mapped over."""
+
+    def refuse(axis_size, batched, *args):
+        raise NotImplementedError("not for batches")
+
+    @custom_vmap
+    def forward(x):
+        return x**2
+
+    @custom_vmap
+    def backward(x, g):
+        return 2 * x * g
+
+    forward.def_vmap(refuse)
+    backward.def_vmap(refuse)
+    square = jax.custom_vjp(lambda x: forward(x))
+    square.defvjp(lambda x: (forward(x), x), lambda x, g: (backward(x, g),))
+    return jnp.sum(square(x @ p[0]))
+
+
+@pytest.mark.filterwarnings("ignore:The gradients of single examples could not")
+@pytest.mark.parametrize("loss_fn", [experts, without_a_batching_rule])
+def test_what_cannot_be_mapped_over(loss_fn):
+    """The oracle takes one example after the other, too."""
+    groups = jnp.asarray(RNG.multinomial(T, [0.2, 0.3, 0.5], B), jnp.int32)
+    params = normal(3, D, D)
+    batch = (SEQUENCES, groups) if loss_fn is experts else X
+    weights = jnp.linspace(-1, 2, B)
+    value, (grad, squares) = jax.jit(
+        lambda *args: loss_power_sums(
+            loss_fn, *args, powers=(1, 2), weights=weights, has_value=True
+        )
+    )(params, batch)
+    one = jax.jit(jax.value_and_grad(loss_fn))
+    found = [one(params, jax.tree.map(lambda x, n=n: x[n], batch)) for n in range(B)]
+    values, grads = (np.stack(x) for x in zip(*found, strict=True))
+    np.testing.assert_allclose(value, weights @ values, rtol=1e-5)
+    oracles.assert_close(grad, np.einsum("n,n...->...", weights, grads))
+    oracles.assert_close(squares, np.einsum("n,n...->...", weights, grads**2))
+    if loss_fn is experts:
+        (leaf,) = explain_loss(loss_fn, params, batch)
+        assert leaf.rule == "ragged dense"
+
+
+def test_squares_are_not_negative_where_products_cancel():
+    def loss_fn(w, x):
+        return dense(x, w - w.T)
+
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(FIXED, X)
+    assert np.all(sums >= 0)
+    np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
+
+
+# Random parametrisations, used at random.
+
+MAKES = {
+    "split": lambda p: p["w"][:, :6] + jnp.sin(p["w"][:, 6:12]),
+    "parts": lambda p: jnp.concatenate([p["w"][2:4, :6], 2 * p["v"][:4, 3:9]]),
+    "roll": lambda p: jnp.roll(p["w"][:, 3:9], 2, 1) + jnp.flip(p["v"][:, :6], 0),
+    "pad": lambda p: jnp.pad(p["w"][:4, :5], ((1, 1), (0, 1))),
+    "three": lambda p: p["w"] @ p["s"] @ p["v"].T,
+    "gram": lambda p: p["v"] @ p["v"].T,
+    "centred": lambda p: (p["w"] - jnp.mean(p["w"]))[:, :6],
+    "diagonal": lambda p: (
+        jnp.diag(p["v"][:, 0]) + jnp.outer(p["w"][:, 0], p["v"][:, 1])
+    ),
+    "twice": lambda p: p["w"][np.array([0, 0, 1, 2, 2, 5]), :6],
+    "stretched": lambda p: jnp.broadcast_to(p["v"][:, :1], (6, 6)) * p["w"][:, :6],
+    "solved": lambda p: jnp.linalg.solve(jnp.eye(6) + p["w"][:, :6] / 9, p["v"][:, :6]),
+}
+USES = {
+    "vector": lambda w, x: jnp.tanh(x[0] @ w),
+    "tokens": lambda w, x: jnp.tanh(x @ w),
+    "twice": lambda w, x: jnp.tanh(jnp.tanh(x[0] @ w) @ w.T),
+    "part": lambda w, x: jnp.tanh(x[0] @ w) * jnp.tanh(x[0, :3] @ w[:3]),
+    "scan": lambda w, x: lax.scan(lambda h, u: (jnp.tanh(h @ w + u), h), x[0], x)[1],
+    "heads": lambda w, x: jnp.einsum("td,dhk->thk", x, w.reshape(6, 2, 3)),
+    "convolution": lambda w, x: lax.conv_general_dilated(
+        x[None, :, :3],
+        w.reshape(2, 3, 6),
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    ),
+    "layers": lambda w, x: lax.scan(
+        lambda h, u: (jnp.tanh(h @ u), None), x[0, :3], w.reshape(4, 3, 3)
+    )[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
+@pytest.mark.parametrize("seed", range(12))
+def test_random_parametrisations(seed):
+    rng = np.random.default_rng(seed)
+    make = MAKES[list(MAKES)[seed % len(MAKES)]]
+    uses = [USES[name] for name in rng.choice(list(USES), 2, replace=False)]
+    params = {"w": normal(6, 12), "v": normal(6, 12), "s": normal(12, 12)}
+
+    def loss_fn(p, x):
+        w = make(p)
+        return sum(jnp.sum(use(w, x) ** 2) for use in uses)
+
+    powers = (1, 2) if seed % 2 else (2, 4)
+    batch = normal(4, 5, 6)
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=powers))
+    expected = oracles.loss_power_sums(loss_fn, params, batch, powers)
+    oracles.assert_close(sums(params, batch), expected, tolerance=2e-5)
