@@ -1,5 +1,6 @@
 """Settings under which every test runs, and the modes: `pytest --mode x64`."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -11,6 +12,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A module of LLVM for each kernel takes three times as long. Only in the versions on which
+# this was tried: a flag that XLA does not know ends the process.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and (
+    importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10."))
+):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),

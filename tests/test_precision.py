@@ -59,7 +59,7 @@ def cast(tree, dtype):
 
 PARAMS, BATCH = initial(20, 30, 5), data(16, 20, 5)
 LOSS = negative_log_likelihood(mlp, categorical)
-GRADS = jax.grad(LOSS)(PARAMS, BATCH)
+GRADS = jax.jit(jax.grad(LOSS))(PARAMS, BATCH)
 MIXED = {"k1": "bfloat16", "k2": "float16", "b": "float32"}
 DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16", MIXED], ids=str)
 
