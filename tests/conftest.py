@@ -12,8 +12,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A module of LLVM for each kernel takes three times as long. Only in the versions on which
-# this was tried: a flag that XLA does not know ends the process.
+# A module of LLVM for each kernel takes three times as long. Only in the versions on
+# which this was tried: a flag that XLA does not know ends the process.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and (
     importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10."))
 ):
