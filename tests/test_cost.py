@@ -257,6 +257,18 @@ def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
     assert ours < (4 if jax.__version_info__ >= (0, 8) else 4.5) * theirs
 
 
+def test_the_program_of_a_ball_for_each_array_grows_with_their_number():
+    """And not with its square: what decides for all is not made anew for each."""
+
+    def size(leaves):
+        ball = euclidean_ball(0.05, per_leaf=True)
+        grads = [jnp.ones(3)] * leaves
+        update = jax.jit(lambda g: ball.update(g, ball.init(g)))
+        return len(re.findall("\n", update.lower(grads).compile().as_text()))
+
+    assert size(32) < 2.2 * size(16)
+
+
 def test_metrics_can_be_left_out():
     ball = euclidean_ball(0.05)
     step, state = with_optimizer(ball, every=2)

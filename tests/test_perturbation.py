@@ -212,6 +212,14 @@ def test_each_ball_has_the_range_of_float32(ord):
         np.testing.assert_allclose(eps[name], expected[name], rtol=1e-5)
 
 
+def test_norms_that_only_together_leave_float32():
+    # The squares of each add up to 3e38.
+    grads = {n: jnp.full(3, 1e19) for n in "abc"}
+    eps, state = compute(fsam_optax.euclidean_ball(RHO, per_leaf=True), grads, grads)
+    assert state.skipped == 0
+    np.testing.assert_allclose(eps["a"], np.full(3, RHO / np.sqrt(3)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_no_ball_moves_if_one_gradient_is_not_finite_or_all_are_zero(value):
     grads = {n: 0 * g for n, g in GRADS.items()} if value == 0 else GRADS

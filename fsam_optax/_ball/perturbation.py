@@ -124,9 +124,9 @@ def perturbation(
         A transformation whose output is eps: structure and shapes of the gradient,
         float32 or wider, pointing uphill, to be *added* to the parameters. It is
         exactly zero where the gradient is zero, and for leaves that hold no real
-        numbers. A gradient, T or factor that is not finite gives zero everywhere,
-        leaves the state of the operator as it was, and is counted in the state as
-        `skipped`.
+        numbers. A gradient or T that is not finite gives zero everywhere, leaves the
+        state of the operator as it was, and is counted in the state as `skipped`; a
+        factor that is not finite, in its ball.
 
     Raises:
         ValueError: If rho or ord is a Python number out of range; in `update`, if the
@@ -221,35 +221,40 @@ def perturbation(
     def worst_case(ts, gs, radius, count):
         """Returns eps, the dual norm, and whether there is one, of what may move."""
         products = [jax.lax.stop_gradient(t * g) for t, g in zip(ts, gs, strict=True)]
-        known = (norms if per_leaf else norm)(products, dual_ord, shard_axes)
-        usable = jnp.all(jnp.isfinite(known)) & (known > 0)
+        if per_leaf:
+            known, finite = norms(products, dual_ord, shard_axes)
+        else:
+            known = [norm(products, dual_ord, shard_axes)]
+            finite = jnp.isfinite(known[0])
+        usable = [finite & (n > 0) for n in known]
 
-        def per_ball(x):
-            return list(x) if per_leaf else [x]
-
-        def per_array(xs):
-            return xs if per_leaf else xs * len(gs)
+        def per_array(balls):
+            return balls if per_leaf else balls * len(gs)
 
         # Safe from here on: eps must have a derivative also where it must be 0.
-        oks = per_array(per_ball(usable))
+        oks = per_array(usable)
         ts = [_where(ok, t, 1) for ok, t in zip(oks, ts, strict=True)]
         gs = [_where(ok, g, 0) for ok, g in zip(oks, gs, strict=True)]
         products = [t * g for t, g in zip(ts, gs, strict=True)]
-        safe = jnp.where(usable, known, jnp.ones_like(known))
+        safe = [_where(ok, n, 1) for ok, n in zip(usable, known, strict=True)]
         safe = with_derivative(safe, products, dual_ord, shard_axes)
-        dual_norm = jnp.sum(jnp.where(usable, safe, known))
+        dual_norms = map(jnp.where, usable, safe, known)
+        radii = [radius] * len(safe)
         if length is not None:
-            factors = [length_at(length, n, count) for n in per_ball(safe)]
-            factor = jnp.array(factors) if per_leaf else factors[0]
-            usable = usable & jnp.all(jnp.isfinite(factor))
-            radius = radius * factor
-        radii = per_array(per_ball(jnp.where(usable, radius, 0)))
-        units = per_array([Reciprocal.of(n) for n in per_ball(safe)])
+            factors = [length_at(length, n, count) for n in safe]
+            usable = [
+                ok & jnp.isfinite(x) for ok, x in zip(usable, factors, strict=True)
+            ]
+            radii = [radius * factor for factor in factors]
+        radii = [jnp.where(ok, r, 0) for ok, r in zip(usable, radii, strict=True)]
+        units = [Reciprocal.of(n) for n in safe]
         eps = [
-            jnp.asarray(r, x.dtype) * (t * direction(x, n, exponent))
-            for r, t, x, n in zip(radii, ts, products, units, strict=True)
+            jnp.asarray(r, x.dtype) * (t * direction(x, unit, exponent))
+            for r, t, x, unit in zip(
+                per_array(radii), ts, products, per_array(units), strict=True
+            )
         ]
-        return eps, dual_norm, jnp.any(usable)
+        return eps, sum(dual_norms, jnp.zeros([])), jnp.any(jnp.array(usable, bool))
 
     def update_fn(updates, state, params=None, **extra_args):
         check_leaves(updates, "grads")

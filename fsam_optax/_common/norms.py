@@ -113,15 +113,13 @@ def total(terms: Iterable[jax.Array], shard_axes: AxisName = None) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _totals(terms: list[jax.Array], shard_axes: AxisName) -> jax.Array:
-    """Stacks scalars, each sharded one summed over the devices of `shard_axes`."""
+def _totals(terms: list[jax.Array], shard_axes: AxisName) -> list[jax.Array]:
+    """Returns scalars, each sharded one summed over the devices of `shard_axes`."""
     sums = {
-        axes: iter(list(jax.lax.psum(jnp.stack(members), axes) if axes else members))
+        axes: iter(list(jax.lax.psum(jnp.stack(members), axes)) if axes else members)
         for axes, members in _by_axes(terms, shard_axes).items()
     }
-    return jnp.stack(
-        [next(sums[axes_over_which_differs(x, shard_axes)]) for x in terms]
-    )
+    return [next(sums[axes_over_which_differs(x, shard_axes)]) for x in terms]
 
 
 def _in_range(powers: jax.Array) -> jax.Array:
@@ -148,48 +146,64 @@ def norm(
     Returns:
         A scalar, float32 or wider. Not finite if an element is not.
     """
-    return _any_norm([x for x in leaves if x.size], ord, shard_axes, False)
+    leaves = [x for x in leaves if x.size]
+    if not leaves:
+        return jnp.zeros([], widen())
+    (value,), _ = _any_norm(leaves, ord, shard_axes, False)
+    return value
 
 
 def norms(
     leaves: Iterable[jax.Array], ord: Any = 2, shard_axes: AxisName = None
-) -> jax.Array:
-    """Returns the `ord`-norm of each leaf, shape (leaves,), at the price of `norm`."""
-    return _any_norm(list(leaves), ord, shard_axes, True)
+) -> tuple[list[jax.Array], jax.Array]:
+    """Returns the `ord`-norm of each leaf, at the price of `norm`.
+
+    Returns:
+        Scalars (for each entry of a vector, compilers make a program), and whether all
+        are finite (asked of them, compilers ask again wherever the answer is used).
+    """
+    leaves = list(leaves)
+    if not leaves:
+        return [], jnp.array(True)
+    values, found = _any_norm(leaves, ord, shard_axes, True)
+    return values, jnp.isfinite(found)
 
 
 def _any_norm(
     leaves: list[jax.Array], ord: Any, shard_axes: AxisName, apart: bool
-) -> jax.Array:
-    if not leaves:
-        return jnp.zeros([0] if apart else [], widen())
+) -> tuple[list[jax.Array], jax.Array]:
     known = isinstance(ord, int | float)
     return (_compiled_norm if known else _norm)(leaves, ord, shard_axes, apart)
 
 
 def _norm(
     leaves: list[jax.Array], ord: Any, shard_axes: AxisName, apart: bool
-) -> jax.Array:
-    """Returns one norm, or with `apart` the vector of the norms of the leaves."""
+) -> tuple[list[jax.Array], jax.Array]:
+    """Returns norms, of all leaves or of each; and a number, finite if they are."""
     dtype = widen(*leaves)
     leaves = [x.astype(dtype) for x in leaves]
+    number = len(leaves) if apart else 1
 
-    def powers(leaves, unit):
-        units = list(unit) if apart else [unit] * len(leaves)
+    def powers(leaves, units):
+        each = units if apart else units * len(leaves)
         terms = [
-            jnp.sum(_power(x * (1 / u), ord))
-            for x, u in zip(leaves, units, strict=True)
+            jnp.sum(_power(x * (1 / u), ord)) for x, u in zip(leaves, each, strict=True)
         ]
-        return [(_totals if apart else total)(terms, shard_axes)]
+        if not apart:
+            return [total(terms, shard_axes)]
+        terms = _totals(terms, shard_axes)
+        return [*terms, jnp.sum(jnp.stack(terms) / (2 * number))]
 
     if isinstance(ord, int | float) and ord <= 2:
-        shape = (len(leaves),) if apart else ()
-        (found,), unit = _in_range_sums(powers, (shape,), shard_axes, leaves)
+        more = int(apart)
+        found, units = _in_range_sums(powers, number, more, shard_axes, leaves)
     else:
         # Higher powers may leave their range in any unit but this.
-        unit = _unit(_largest(jax.lax.stop_gradient(leaves), shard_axes, apart))
-        (found,) = powers(_opaque(leaves), unit)
-    return unit * root(found, ord)
+        largest = _largest(jax.lax.stop_gradient(leaves), shard_axes, apart)
+        units = [_unit(x) for x in largest]
+        found = powers(_opaque(leaves), units)
+    pairs = zip(units, found[:number], strict=True)
+    return [u * root(x, ord) for u, x in pairs], found[-1]
 
 
 # As a unit: on its own, a loop compiles anew at every call outside of jit.
@@ -223,68 +237,76 @@ def _yardstick(squares: jax.Array) -> jax.Array:
     return jnp.where(squares < 1, 1 / near, near).astype(squares.dtype)
 
 
-Sums = Callable[[Any, jax.Array], list[jax.Array]]
+Sums = Callable[[Any, list[jax.Array]], list[jax.Array]]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _in_range_sums(
-    sums: Sums, shapes: tuple[tuple[int, ...], ...], shard_axes: AxisName, leaves: Any
-) -> tuple[list[jax.Array], jax.Array]:
-    """Returns `sums(leaves, unit)` and the units of length: 1 if the first is in range.
+    sums: Sums, number: int, more: int, shard_axes: AxisName, leaves: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns `sums(leaves, units)` and the units of length: 1 if all are in range.
 
     A loop of one round, or two. A branch instead of the second round would hold the
     sums once more, which takes as long to compile though it hardly ever runs.
 
     Args:
-        sums: Sums over leaves divided by the unit, the first one of their squares or
-            of lower powers. It may be an array of several, each with its own unit.
-        shapes: The shape of each sum.
+        sums: Sums over leaves divided by units, the first ones of their squares or of
+            lower powers.
+        number: How many of these, each with a unit of its own.
+        more: How many sums there are beside.
         shard_axes: The axes that the sums are taken over.
         leaves: Arrays of one dtype.
     """
     dtype = jax.tree.leaves(leaves)[0].dtype
-    axes = axes_of_shards(leaves, shard_axes)
-    ones = [vary(jnp.ones(shape, dtype), axes) for shape in shapes]
-    start = jnp.zeros([], jnp.int32), ones[0], ones
+    one = vary(jnp.ones([], dtype), axes_of_shards(leaves, shard_axes))
+    start = jnp.zeros([], jnp.int32), [one] * number, [one] * (number + more)
     leaves = _opaque(leaves)
 
     def unfinished(state):
-        rounds, _, (first, *_) = state
-        return (rounds == 0) | ((rounds == 1) & ~jnp.all(_in_range(first)))
+        rounds, _, found = state
+        right = [_in_range(x) for x in found[:number]]
+        right = right[0] if number == 1 else jnp.all(jnp.stack(right))
+        return (rounds == 0) | ((rounds == 1) & ~right)
 
     def evaluate(state):
-        rounds, _, (first, *_) = state
-        unit = _yardstick(first)
-        return rounds + 1, unit, sums(leaves, unit)
+        rounds, _, found = state
+        units = [_yardstick(x) for x in found[:number]]
+        return rounds + 1, units, sums(leaves, units)
 
-    _, unit, found = jax.lax.while_loop(unfinished, evaluate, start)
-    return found, unit
+    _, units, found = jax.lax.while_loop(unfinished, evaluate, start)
+    return found, units
 
 
 @functools.partial(_in_range_sums.defjvp, symbolic_zeros=True)
-def _in_range_sums_jvp(sums, shapes, shard_axes, primals, tangents):
+def _in_range_sums_jvp(sums, number, more, shard_axes, primals, tangents):
     def change_of(x, dx):
         # Zeros that jax 0.7 makes by itself are not typed as varying where x is.
         zero = isinstance(dx, jax.custom_derivatives.SymbolicZero)
         return vary_like(jnp.zeros_like(x), x) if zero else dx
 
-    found, unit = _in_range_sums(sums, shapes, shard_axes, *primals)
+    found, units = _in_range_sums(sums, number, more, shard_axes, *primals)
     tangents = jax.tree.map(change_of, primals, tangents)
-    _, change = jax.jvp(lambda leaves: sums(leaves, unit), primals, tangents)
-    return (found, unit), (change, jnp.zeros_like(unit))
+    _, change = jax.jvp(lambda leaves: sums(leaves, units), primals, tangents)
+    return (found, units), (change, [jnp.zeros_like(u) for u in units])
 
 
-def _largest(leaves: list[jax.Array], shard_axes: AxisName, apart: bool) -> jax.Array:
-    largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
-    largest = largest if apart else jnp.max(largest)
-    axes = axes_over_which_differs(largest, shard_axes)
-    return jax.lax.pmax(largest, axes) if axes else largest
+def _largest(
+    leaves: list[jax.Array], shard_axes: AxisName, apart: bool
+) -> list[jax.Array]:
+    """Returns the largest magnitude of all leaves, or with `apart` of each."""
+    each = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
+    stacked = jnp.stack(each)
+    axes = axes_over_which_differs(stacked, shard_axes)
+    if not apart:
+        largest = jnp.max(stacked)
+        return [jax.lax.pmax(largest, axes) if axes else largest]
+    return list(jax.lax.pmax(stacked, axes)) if axes else each
 
 
 def with_derivative(
-    value: jax.Array, leaves: list[jax.Array], ord: Any, shard_axes: AxisName
-) -> jax.Array:
-    """Returns a norm that is known already with its derivative by the leaves.
+    values: list[jax.Array], leaves: list[jax.Array], ord: Any, shard_axes: AxisName
+) -> list[jax.Array]:
+    """Returns norms that are known already with their derivatives by the leaves.
 
         d||x|| = <d, dx>,    d = sign(x) (|x| / ||x||)^(ord - 1)
 
@@ -292,17 +314,18 @@ def with_derivative(
     Where they are 0, d is.
 
     Args:
-        value: What `norm(leaves)` or, one for each leaf, `norms(leaves)` returned.
+        values: The norm of all leaves, or for each its own.
         leaves: Real arrays.
         ord: As in `norm`.
         shard_axes: As in `norm`.
     """
     known = isinstance(ord, int | float)
+    apart = len(values) > 1
 
     @jax.custom_jvp
-    def norm(value, leaves, traced):
+    def norm(values, leaves, traced):
         del leaves, traced
-        return value
+        return values
 
     def is_zero(dx):
         return isinstance(dx, jax.custom_derivatives.SymbolicZero)
@@ -312,16 +335,14 @@ def with_derivative(
         _, leaves, traced = primals
         _, changes, traced_change = tangents
         q = ord if known else traced
-        value = norm(*primals)
-        apart = value.ndim == 1
-        lengths = list(value) if apart else [value] * len(leaves)
+        values = norm(*primals)
 
         def change(x, dx, length):
-            terms = jnp.zeros([], value.dtype)
-            x = x.astype(value.dtype)
+            terms = jnp.zeros([], length.dtype)
+            x = x.astype(length.dtype)
             if not is_zero(dx):
                 d = direction(x, Reciprocal.of(length), q - 1)
-                terms += jnp.sum(d * dx.astype(value.dtype))
+                terms += jnp.sum(d * dx.astype(length.dtype))
             if not (known or is_zero(traced_change)):
                 size = jnp.abs(direction(x, Reciprocal.of(length), 1))
                 size = jnp.where(size > 0, size, 1)
@@ -329,11 +350,12 @@ def with_derivative(
                 terms += length / q * entropy * traced_change
             return vary_like(terms, x)
 
+        lengths = values if apart else values * len(leaves)
         terms = [change(*each) for each in zip(leaves, changes, lengths, strict=True)]
-        changed = (_totals if apart else total)(terms, shard_axes)
-        return value, vary_like(changed, value)
+        changed = _totals(terms, shard_axes) if apart else [total(terms, shard_axes)]
+        return values, [vary_like(x, y) for x, y in zip(changed, values, strict=True)]
 
-    return norm(value, leaves, None if known else ord) if leaves else value
+    return norm(values, leaves, None if known else ord) if leaves else values
 
 
 def norm_and_cosine(
@@ -372,14 +394,14 @@ def _norm_and_cosine(
 
     # x as it is in the products: were it scaled there too, XLA on a CPU would set
     # memory aside for what both sums have in common.
-    def sums(operands, x_unit):
-        pairs, y_unit = operands
+    def sums(operands, units):
+        (pairs, y_unit), (x_unit,) = operands, units
         squares = [jnp.sum(_power(x * (1 / x_unit), 2)) for x, _ in pairs]
         products = [jnp.sum(x * (y * factor(x_unit, y_unit))) for x, y in pairs]
         return [total(squares, shard_axes), total(products, shard_axes)]
 
-    (squares, products), x_unit = _in_range_sums(
-        sums, ((), ()), shard_axes, (pairs, y_unit)
+    (squares, products), (x_unit,) = _in_range_sums(
+        sums, 1, 1, shard_axes, (pairs, y_unit)
     )
     x_norm = x_unit * root(squares)
     cosine = products / divisor(x_norm * (y_norm * factor(x_unit, y_unit)))
