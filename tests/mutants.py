@@ -135,14 +135,30 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "_step/value_and_grad.py",
+        "_step/oracle.py",
         "value_and_grad step sharpness",
         (
-            "rise = jnp.asarray(stride.value, wide) - jnp.asarray(clean.value, wide)",
-            "rise = jnp.asarray(stride.value, wide)",
+            "jnp.asarray(stride.value, wide) - jnp.asarray(clean.value, wide)",
+            "jnp.asarray(stride.value, wide)",
         ),
         ("optax.safe_increment(state.step)", "state.step + 1", "faults"),
-        ("        weight = total_weight(oracle.loss_fn, params, *data)\n", ""),
+        (
+            "weight = total_weight(oracle.loss_fn, params, *data)",
+            "pass",
+            "negative_log_likelihood",
+        ),
+    ),
+    *_mutants(
+        "_step/lagged.py",
+        "displaced family",
+        (
+            "point = displace(params, state.displacement, oracle.perturb_dtype)",
+            "point = params",
+        ),
+        (
+            "merge((ascent.eps, ascent.state), oracle.axis_name)",
+            "ascent.eps, ascent.state",
+        ),
     ),
     *_mutants(
         "_step/metrics.py",
@@ -247,7 +263,7 @@ MUTANTS = [
     ),
     *_mutants(
         "_fisher/labels.py",
-        "fisher likelihoods second_order",
+        "negative_log_likelihood fisher likelihoods second_order",
         (
             "a = jnp.max(w, axis=tuple(range(1, w.ndim)))",
             "a = jnp.min(w, axis=tuple(range(1, w.ndim)))",
@@ -255,68 +271,73 @@ MUTANTS = [
         ("within=w / expand(divisor(a), w)", "within=w"),
         ("total=jnp.sum(w),", "total=jnp.sum(a),"),
         ("return jnp.where(m == 0, 0, m * x)", "return m * x"),
-        (
-            "columns = jnp.where(here, columns, 0)",
-            "columns = jnp.where(here, columns, columns)",
-        ),
+        ("jnp.where(here[..., None], c, 0)", "c"),
+        ("return jnp.where(self.total == 0, 1, self.total)", "return self.total"),
     ),
     *_mutants(
         "_fisher/negative_log_likelihood.py",
-        "fisher fused value_and_grad",
+        "negative_log_likelihood fused",
         (
-            "return -jnp.sum(log_prob) / divisor(labels.total)",
+            "return -jnp.sum(log_prob) / labels.divisor",
             "return -jnp.mean(log_prob)",
         ),
+    ),
+    *_mutants(
+        "_fisher/functional.py",
+        "step negative_log_likelihood",
         (
             "pull_back(_cast(cotangent, there))[0]",
             "pull_back(jax.grad(loss_of)(there))[0]",
-            "step",
         ),
+    ),
+    *_mutants(
+        "_fisher/one_pass.py",
+        "negative_log_likelihood fused",
         (
             "return (value / total, aux), grads, squares",
             "return (value, aux), grads, squares",
         ),
-        (
-            "weights=labels.examples,\n        has_value",
-            "weights=None,\n        has_value",
-        ),
+        ("weights=labels.examples,", "weights=None,"),
     ),
     # The estimators.
     *_mutants(
         "_fisher/estimators.py",
         "fisher variance",
-        ("scale = divisor(num_samples * total)", "scale = divisor(total)"),
+        ("scale = num_samples * total", "scale = total"),
         (
             "roots = jnp.sqrt(problem.labels.examples)",
             "roots = problem.labels.examples",
         ),
         ("jnp.maximum(2 * s2**2 - s4, 0)", "jnp.maximum(2 * s2**2, 0)"),
+        ("fourth / number - (second / number) ** 2", "fourth / number"),
         (
-            "variance = jnp.maximum(fourth / draws - (second / draws) ** 2, 0)",
-            "variance = jnp.maximum(fourth / draws, 0)",
+            "jax.random.split(key, num_samples)[i]",
+            "jax.random.split(key, num_samples)[0]",
         ),
-        (
-            "count = num_samples * jnp.sum(w) ** 2 / divisor(jnp.sum(w * w))",
-            "count = num_samples * w.size",
-        ),
-        ("(jax.random.split(key, num_samples))", "(jnp.stack([key] * num_samples))"),
     ),
     *_mutants(
         "_fisher/estimation.py",
-        "fisher devices value_and_grad",
-        (
-            "draw = jax.random.fold_in(draw, replica)",
-            "pass",
-        ),
+        "fisher devices negative_log_likelihood",
+        ("draw = jax.random.fold_in(draw, replica)", "pass"),
         ("key=jax.random.key_data(following),", "key=state.key,"),
         (
-            "total = divisor(draws * problem.labels.total)",
-            "total = divisor(draws * problem.labels.examples.size)",
+            "total = draws * problem.labels.divisor",
+            "total = draws * len(problem.labels.examples)",
         ),
+        ("lambda w, v: w if is_masked(v) else v, whole", "lambda w, v: w, whole"),
         (
-            "lambda w, v: w if _is_masked(v) else v, full_params",
-            "lambda w, v: w, full_params",
+            "draws_per_example * weight**2 / divisor(jnp.sum(w * w))",
+            "draws_per_example * w.size",
         ),
+    ),
+    *_mutants(
+        "_fisher/dataset.py",
+        "negative_log_likelihood fisher",
+        (
+            "lambda old, new: old + share.astype(old.dtype) * (new - old)",
+            "lambda old, new: old + (new - old) / (state.batches + 1)",
+        ),
+        ("q * (1 - q) * apart**2", "0"),
     ),
     *_mutants(
         "_fisher/i2.py",
@@ -350,31 +371,52 @@ MUTANTS = [
             "return found",
         ),
         (
-            "return jnp.zeros_like(rows).at[jnp.argmax(same, axis=-1)].add(rows)",
-            "return rows",
-        ),
-        (
             "return scaled(a, has[0], scale), scaled(g, has[1], 1 / scale)",
             "return scaled(a, has[0], scale), scaled(g, has[1], scale)",
         ),
-        ("index = jnp.clip(index, 0, last)", "index = index"),
-        ("(low, high, hole - 1)", "(low, high, 0)"),
-        ("reach = (g.shape[1 + d] - 1) * hole + 1", "reach = g.shape[1 + d]"),
     ),
     *_mutants(
-        "_engine/plan.py",
+        "_engine/rows.py",
+        "engine engine_models",
+        ("index = jnp.clip(index, 0, last)", "index = index"),
+        ("flat = flat * n + index[..., d]", "flat = flat + index[..., d]"),
+        ("return first[index]", "return index"),
+        ("start = lax.cummax(jnp.where(new, places, 0))", "start = places"),
+    ),
+    *_mutants(
+        "_engine/pairs.py",
+        "engine engine_models",
+        ("(y if i == j else 2 * y)", "y"),
+        ("y = y if masks[k] is None else y * masks[k]", "pass"),
+    ),
+    *_mutants(
+        "_engine/grouping.py",
+        "engine engine_models",
+        ("y = y * power(values, p)", "y = y * values"),
+    ),
+    *_mutants(
+        "_engine/moves.py",
         "engine engine_models engine_complex",
+        ("return -s if p % 2 else s", "return s"),
         (
-            'if name == "neg":\n        return -s if p % 2 else s',
-            'if name == "neg":\n        return s',
+            "y = s * power(others[0].astype(s.dtype), p)",
+            "y = s * others[0].astype(s.dtype)",
         ),
-        ("factor = power(others[0], p)", "factor = others[0]"),
         (
-            "return i if moves and real else None",
-            "return i if moves else None",
-            "engine_complex",
+            "return s / power(others[0].astype(s.dtype), p)",
+            "return s / others[0].astype(s.dtype)",
         ),
-        ("return len(boxes) > 1 and all(", "return len(boxes) > 1 or all("),
+        (
+            "if name_of(eqn) not in BOXES or not is_real(eqn.outvars[0]):",
+            "if name_of(eqn) not in BOXES:",
+        ),
+        (
+            'return i == 0 and (not fills or eqn.params["fill_value"] == 0)',
+            "return i == 0",
+        ),
+        ("return i == 2 and is_injective(flow, eqn)", "return i == 2"),
+        ("return i == 0 and flow.is_zero(eqn.invars[1])", "return i == 0"),
+        ("return i > 0 and all(map(flow.is_zero, others))", "return i > 0"),
     ),
     *_mutants(
         "_engine/columns.py",
@@ -393,6 +435,10 @@ MUTANTS = [
         "_engine/power_sums.py",
         "engine fused",
         ("jnp.sum(losses if weights is None else weights * losses)", "jnp.sum(losses)"),
+    ),
+    *_mutants(
+        "_engine/explanation.py",
+        "engine",
         ("if not error <= tolerance * scale:", "if error > scale:"),
     ),
     # What studies.
