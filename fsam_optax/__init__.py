@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from fsam_optax import variance as variance
 from fsam_optax._ball.geometries import (
     adaptive_ellipsoid as adaptive_ellipsoid,
     euclidean_ball as euclidean_ball,
@@ -110,20 +111,6 @@ from fsam_optax._study.sharpness import (
     loss_over_plane as loss_over_plane,
     sharpness as sharpness,
 )
-from fsam_optax.variance import (
-    fisher_bounds as fisher_bounds,
-    fisher_variance_between_inputs as fisher_variance_between_inputs,
-    fisher_variance_between_inputs_bound as fisher_variance_between_inputs_bound,
-    fisher_variance_i1 as fisher_variance_i1,
-    fisher_variance_i1_bounds as fisher_variance_i1_bounds,
-    fisher_variance_i1_sampled as fisher_variance_i1_sampled,
-    fisher_variance_i2 as fisher_variance_i2,
-    fisher_variance_i2_bounds as fisher_variance_i2_bounds,
-    fisher_variance_i2_sampled as fisher_variance_i2_sampled,
-    fisher_variance_joint as fisher_variance_joint,
-    fisher_variance_trace_bounds as fisher_variance_trace_bounds,
-    prefer as prefer,
-)
 
 
 __all__ = [
@@ -160,7 +147,6 @@ __all__ = [
     "explain",
     "explain_loss",
     "extrapolate",
-    "fisher_bounds",
     "fisher_ellipsoid",
     "fisher_empirical",
     "fisher_exact",
@@ -169,16 +155,6 @@ __all__ = [
     "fisher_i1",
     "fisher_i2",
     "fisher_sam",
-    "fisher_variance_between_inputs",
-    "fisher_variance_between_inputs_bound",
-    "fisher_variance_i1",
-    "fisher_variance_i1_bounds",
-    "fisher_variance_i1_sampled",
-    "fisher_variance_i2",
-    "fisher_variance_i2_bounds",
-    "fisher_variance_i2_sampled",
-    "fisher_variance_joint",
-    "fisher_variance_trace_bounds",
     "friendly",
     "friendly_sam",
     "functional_gradient",
@@ -200,7 +176,6 @@ __all__ = [
     "perturbation",
     "poisson",
     "power_sums",
-    "prefer",
     "refresh_every",
     "reuse",
     "sam",
@@ -211,6 +186,7 @@ __all__ = [
     "squared_gradient",
     "surrogate_gap",
     "value_and_grad",
+    "variance",
     "wsam",
 ]
 __version__ = _version("fsam_optax")

@@ -29,7 +29,6 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +36,6 @@ import jax.numpy as jnp
 
 from fsam_optax._common.checks import check_count
 from fsam_optax._fisher.estimation import key_data
-from fsam_optax._fisher.likelihoods import Likelihood, MomentBounds
 from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
     takes_model,
@@ -47,6 +45,14 @@ from fsam_optax._study.derivatives import (
     mean_over_jacobians,
     mean_over_second_derivatives,
     outputs_of,
+)
+from fsam_optax._study.forms import (
+    bounds_of,
+    form_of_second,
+    form_of_second_bounds,
+    fourth_moment_of,
+    moment,
+    sum_of_fourth,
 )
 from fsam_optax._study.tradeoff import (
     fisher_variance_joint as fisher_variance_joint,
@@ -127,53 +133,6 @@ class TraceBounds(NamedTuple):
     i2: Any
 
 
-def _moment(likelihood: Likelihood, h: jax.Array, u: jax.Array) -> jax.Array:
-    """Returns u^T I(h|x) u for each position."""
-    rows = jnp.einsum("tck,tc->tk", likelihood.factor(h), u, precision="highest")
-    return jnp.sum(rows**2, axis=-1)
-
-
-def _sum_of_fourth(fourth, second):
-    """Combines positions: E[(sum_t z_t)^4] - E[(sum_t z_t)^2]^2 for independent z_t.
-
-    Args:
-        fourth: E[z_t^4] - E[z_t^2]^2.
-        second: E[z_t^2].
-    """
-    # Fourth cumulants, E[z^4] - 3 E[z^2]^2, add up.
-    value = jnp.sum(fourth - 2 * second**2) + 2 * jnp.sum(second) ** 2
-    return jnp.maximum(value, 0)
-
-
-def _fourth_moment(likelihood: Likelihood) -> Callable:
-    if likelihood.fourth_moment is None:
-        raise ValueError("`likelihood` must define `fourth_moment` to know this.")
-    return likelihood.fourth_moment
-
-
-def _bounds(likelihood: Likelihood) -> Callable[[jax.Array], MomentBounds]:
-    if likelihood.bounds is None:
-        raise ValueError("`likelihood` must define `bounds` to know this.")
-    return likelihood.bounds
-
-
-def _form_of_second(likelihood):
-    def form(h, u):
-        return (jnp.sum(_moment(likelihood, h, u)),)
-
-    return form
-
-
-def _form_of_second_bounds(likelihood):
-    bounds = _bounds(likelihood)
-
-    def form(h, u):
-        b, squares = bounds(h), jnp.sum(u**2, axis=-1)
-        return jnp.sum(b.fisher_min * squares), jnp.sum(b.fisher_max * squares)
-
-    return form
-
-
 @_of_inputs
 def fisher_variance_i1(
     nll: NegativeLogLikelihood, params: Any, batch: Any, **options: Any
@@ -194,11 +153,11 @@ def fisher_variance_i1(
         >>> print(fisher_variance_i1(model, bernoulli, jnp.ones(1), x))
         [0.98]
     """
-    fourth_moment = _fourth_moment(nll.likelihood)
+    fourth_moment = fourth_moment_of(nll.likelihood)
 
     def form(h, u):
-        second = _moment(nll.likelihood, h, u)
-        return (_sum_of_fourth(fourth_moment(h, u) - second**2, second),)
+        second = moment(nll.likelihood, h, u)
+        return (sum_of_fourth(fourth_moment(h, u) - second**2, second),)
 
     examples = examples_of(nll, params, batch, **options)
     return mean_over_jacobians(form, params, examples)[0]
@@ -222,7 +181,7 @@ def fisher_variance_i2(
         [36.]
     """
     examples = examples_of(nll, params, batch, **options)
-    form = _form_of_second(nll.likelihood)
+    form = form_of_second(nll.likelihood)
     return mean_over_second_derivatives(form, params, examples)[0]
 
 
@@ -245,7 +204,7 @@ def fisher_bounds(
         [[1. 1.]] [[1. 1.]]
     """
     examples = examples_of(nll, params, batch, **options)
-    form = _form_of_second_bounds(nll.likelihood)
+    form = form_of_second_bounds(nll.likelihood)
     return Bounds(*mean_over_jacobians(form, params, examples))
 
 
@@ -269,12 +228,12 @@ def fisher_variance_i1_bounds(
         >>> print(*fisher_variance_i1_bounds(lambda w, x: x @ w, gaussian(), w, x))
         [[32.]] [[32.]]
     """
-    bounds = _bounds(nll.likelihood)
+    bounds = bounds_of(nll.likelihood)
 
     def form(h, u):
         b, squares = bounds(h), jnp.sum(u**2, axis=-1)
         return tuple(
-            _sum_of_fourth(fourth * squares**2, second * squares)
+            sum_of_fourth(fourth * squares**2, second * squares)
             for fourth, second in (
                 (b.fourth_min, b.fisher_min),
                 (b.fourth_max, b.fisher_max),
@@ -304,7 +263,7 @@ def fisher_variance_i2_bounds(
         [36.] [36.]
     """
     examples = examples_of(nll, params, batch, **options)
-    form = _form_of_second_bounds(nll.likelihood)
+    form = form_of_second_bounds(nll.likelihood)
     return Bounds(*mean_over_second_derivatives(form, params, examples))
 
 
@@ -438,7 +397,7 @@ def fisher_variance_between_inputs(
         [[2.25]]
     """
     examples = examples_of(nll, params, batch, **options)
-    form = _form_of_second(nll.likelihood)
+    form = form_of_second(nll.likelihood)
     (mean,) = mean_over_jacobians(form, params, examples)
 
     def squared_deviation(values):
@@ -462,7 +421,7 @@ def fisher_variance_between_inputs_bound(
         >>> print(fisher_variance_between_inputs_bound(lambda w, x: x @ w, *args, x))
         [[8.5]]
     """
-    bounds = _form_of_second_bounds(nll.likelihood)
+    bounds = form_of_second_bounds(nll.likelihood)
     examples = examples_of(nll, params, batch, **options)
 
     def form(h, u):

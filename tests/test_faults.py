@@ -704,7 +704,7 @@ def test_fault_20_batch_of_0_for_the_matrices(matrix):
 )
 def test_fault_20_batch_of_0_for_the_variances(name):
     def no_examples():
-        return getattr(fsam_optax, name)(logits, categorical, PARAMS, X[:0])
+        return getattr(fsam_optax.variance, name)(logits, categorical, PARAMS, X[:0])
 
     with pytest.raises(ValueError, match="`inputs`"):
         no_examples()

@@ -80,7 +80,7 @@ WRONG = {
     "likelihood": [*NO_FUNCTIONS, fsam_optax.gaussian],
     "key": [None, "text", 1, 1.5, object(), [], jnp.ones(3), jax.random.split(KEY)],
     "inputs": ["text", 1.0, [], {}, {"x": X, "z": X[:2]}, {"x": object()}],
-    "batch": ["text", 1, X, (), (X,), (X, Y, Y), ("text", Y), ({}, Y), (1.0, Y)],
+    "batch": ["text", 1, X, (), (X,), (X, Y, X), ("text", Y), ({}, Y), (1.0, Y)],
     "params": NO_TREES,
     "tree": [*NO_TREES[:2], None, {}, {"k": X, "b": 1.0}],
     "estimators": [*NO_FUNCTIONS[:5], {"a": None}, {"a": lambda: 0}],
@@ -89,8 +89,10 @@ WRONG = {
     "weights": ["text", object(), jnp.ones(3), jnp.ones((4, 1)), 1j * jnp.ones(4)],
 }
 
-MODEL = {"apply_fn": (model, "function")}
-MODEL["likelihood"] = (fsam_optax.categorical, "likelihood")
+LIKELIHOOD = (fsam_optax.categorical, "likelihood")
+MODEL = {"model": (model, "function"), "likelihood": LIKELIHOOD}
+NLL = fsam_optax.negative_log_likelihood(model, fsam_optax.categorical)
+LOSS = {"nll": (NLL, "function"), "params": (PARAMS, "params")}
 SAMPLED = {**MODEL, "key": (KEY, "key")}
 DRAWS = {**SAMPLED, "num_samples": (1, "count")}
 SGD, BALL = optax.sgd(0.1), fsam_optax.euclidean_ball(0.1)
@@ -100,8 +102,8 @@ ESTIMATOR = {"estimator": (EXACT, "transformation")}
 RHO, ETA, ORD = (0.1, "number"), (0.01, "number"), (2, "number")
 STEP = {"perturbation": (BALL, "transformation"), "every": (1, "count")}
 AT = {"params": (PARAMS, "params"), "inputs": (X, "inputs")}
-DENSE = {**MODEL, "params": (PARAMS, "params"), "batch": ((X, Y), "batch")}
-VARIANCE = {**MODEL, **AT}
+DENSE = {**LOSS, "batch": ((X, Y), "batch")}
+VARIANCE = DENSE
 DRAWN = {**VARIANCE, "num_draws": (3, "count"), "key": (KEY, "key")}
 TREE, SIZE = (PARAMS, "tree"), (2, "size")
 
@@ -154,7 +156,13 @@ FUNCTIONS = {
         "damping": (1.0, "number"),
     },
     "gaussian": {"scale": (1.0, "positive number")},
-    "negative_log_likelihood": MODEL,
+    "negative_log_likelihood": {
+        "apply_fn": (model, "function"),
+        "likelihood": LIKELIHOOD,
+    },
+    "heads": {},
+    "dataset_diagonal": {},
+    "functional_gradient": DENSE,
     "diagonal": {
         **ESTIMATOR,
         "params": (PARAMS, "params"),
@@ -199,12 +207,7 @@ FUNCTIONS = {
         "powers": ((2,), "powers"),
         "weights": (jnp.ones(4), "weights"),
     },
-    "explain": {
-        "apply_fn": (model, "function"),
-        **AT,
-        "cotangents": (cotangents, "function"),
-        "targets": (Y, None),
-    },
+    "explain": {},
     "explain_loss": {
         "loss_fn": (example_loss, "function"),
         "params": (PARAMS, "params"),
@@ -222,22 +225,42 @@ FUNCTIONS = {
     "kl_divergence_quadratic": {},
     "loss_along": {},
     "loss_over_plane": {},
+    "averaged": {},
+    "bsam": {},
+    "displaced": {},
+    "eval_params": {},
+    "extrapolate": {},
+    "friendly": {},
+    "friendly_sam": {},
+    "gsam": {},
+    "looksam": {},
+    "msam": {},
+    "multi_step": {},
+    "reuse": {},
+    "surrogate_gap": {},
+    "wsam": {},
     "check_separable": {"apply_fn": (model, "function"), **AT},
 }
 
 
+def public(name):
+    module = fsam_optax if hasattr(fsam_optax, name) else fsam_optax.variance
+    return getattr(module, name)
+
+
 def test_every_public_function_is_listed():
-    public = {
+    listed = {
         name
-        for name, value in vars(fsam_optax).items()
-        if inspect.isfunction(value) and not name.startswith("_")
+        for module in (fsam_optax, fsam_optax.variance)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and name in module.__all__
     }
-    assert public == FUNCTIONS.keys()
+    assert listed == FUNCTIONS.keys()
 
 
 @pytest.mark.parametrize("name", [name for name, table in FUNCTIONS.items() if table])
 def test_a_wrong_argument_is_named(name):
-    function, table = getattr(fsam_optax, name), FUNCTIONS[name]
+    function, table = public(name), FUNCTIONS[name]
     right = {argument: value for argument, (value, _) in table.items()}
     inspect.signature(function).bind(**right)
     mistakes = []
@@ -356,7 +379,7 @@ def test_a_wrong_leaf_of_the_oracles_parameters_is_named(trees):
 )
 def test_a_wrong_batch_is_named_by_every_estimator(name, batch, weights):
     table = FUNCTIONS[name]
-    if "params" in table or "apply_fn" not in table:
+    if "params" in table or "model" not in table:
         return
     right = {argument: value for argument, (value, _) in table.items()}
     tx = getattr(fsam_optax, name)(**right)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from fsam_optax._common.checks import check_leaves
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
     labels_of,
@@ -89,5 +90,6 @@ def functional_gradient(
         broadens applicability of SAM, 2025, https://arxiv.org/abs/2502.02407.
     """
     nll = resolve("functional_gradient", nll)
+    check_leaves(params, "params", real=True)
     _, _, pull = value_grad_and_pull(nll, params, batch, args, kwargs)
     return lambda point: pull(point)[1]

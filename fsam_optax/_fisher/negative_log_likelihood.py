@@ -147,8 +147,9 @@ def resolve(caller: str, model: Any, likelihood: Any = None) -> NegativeLogLikel
     if not callable(model) or (hasattr(model, "apply") and hasattr(model, "init")):
         hint = " Pass its `.apply`." if hasattr(model, "apply") else ""
         raise TypeError(
-            "`apply_fn` must be a function, `apply_fn(params, inputs) -> outputs`, "
-            f"got {type(model).__name__}.{hint}"
+            f"`{caller}` needs a model: a `negative_log_likelihood` (nll), or an "
+            "`apply_fn`, which must be a function, `apply_fn(params, inputs) -> "
+            f"outputs`; got {type(model).__name__}.{hint}"
         )
     if isinstance(likelihood, Likelihood):
         return NegativeLogLikelihood(model, likelihood)
@@ -175,15 +176,19 @@ def takes_model(
     """
 
     @functools.wraps(fn)
-    def of_either(model, *args, **kwargs):
-        if isinstance(model, NegativeLogLikelihood):
-            return fn(model, *args, **kwargs)
-        likelihood = kwargs.pop("likelihood", None)
-        if likelihood is None and args:
-            likelihood, *args = args
-        nll = resolve(fn.__name__, model, likelihood)
-        if inputs_only:
-            nll = dataclasses.replace(nll, unpack=lambda inputs: (inputs, None))
+    def of_either(*args, **kwargs):
+        nll, *args = (
+            args if args else (kwargs.pop("nll", kwargs.pop("apply_fn", None)),)
+        )
+        if not isinstance(nll, NegativeLogLikelihood):
+            likelihood = kwargs.pop("likelihood", None)
+            if likelihood is None and args:
+                likelihood, *args = args
+            nll = resolve(fn.__name__, nll, likelihood)
+            if inputs_only:
+                nll = dataclasses.replace(nll, unpack=lambda inputs: (inputs, None))
+                if "inputs" in kwargs:
+                    kwargs["batch"] = kwargs.pop("inputs")
         return fn(nll, *args, **kwargs)
 
     return of_either
