@@ -464,12 +464,16 @@ MUTANTS = [
         ("values = jnp.maximum(values, 0) + damping", "values = values + damping"),
     ),
     *_mutants(
-        "variance.py",
+        "_study/forms.py",
         "variance",
         ("+ 2 * jnp.sum(second) ** 2", "+ jnp.sum(second) ** 2"),
+    ),
+    *_mutants(
+        "variance.py",
+        "variance",
         (
-            "return (_sum_of_fourth(fourth_moment(h, u) - second**2, second),)",
-            "return (_sum_of_fourth(fourth_moment(h, u), second),)",
+            "return (sum_of_fourth(fourth_moment(h, u) - second**2, second),)",
+            "return (sum_of_fourth(fourth_moment(h, u), second),)",
         ),
     ),
 ]
