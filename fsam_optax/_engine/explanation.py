@@ -1,5 +1,7 @@
 """What the engine will do with a model, and whether the model lets it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

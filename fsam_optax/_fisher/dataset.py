@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fsam_optax._common.checks import broadcast_mask, check_transformation, shape_of
+from fsam_optax._common.checks import (
+    broadcast_mask,
+    check_leaves,
+    check_no_module,
+    check_transformation,
+    shape_of,
+)
 from fsam_optax._common.norms import divisor
 from fsam_optax._fisher.diagonal import with_key
 from fsam_optax._fisher.estimation import (
@@ -122,6 +128,8 @@ def dataset_diagonal(
         [4.6666665]
     """
     check_transformation("estimator", estimator, "fisher_exact(apply_fn, categorical)")
+    check_no_module("dataset_diagonal", params)
+    check_leaves(params, "params")
     if not isinstance(batches, Iterable) or isinstance(batches, dict):
         raise TypeError(
             "`batches` must be an iterable of batches, such as a list of them, got "

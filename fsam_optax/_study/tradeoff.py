@@ -1,5 +1,7 @@
 """What follows from the variances of two estimators."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
