@@ -438,13 +438,13 @@ def _component(
     dtype = widen(*jax.tree.leaves(pairs))
     pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
 
-    def sums(pairs, unit):
+    def sums(pairs, units):
         def product(x, y):
-            return jnp.sum((x * (1 / unit)) * (y * (1 / unit)))
+            return jnp.sum((x * (1 / units[0])) * (y * (1 / units[0])))
 
         squares = [product(y, y) for _, y in pairs]
         products = [product(x, y) for x, y in pairs]
         return [total(squares, shard_axes), total(products, shard_axes)]
 
-    (squares, products), _ = _in_range_sums(sums, ((), ()), shard_axes, pairs)
+    (squares, products), _ = _in_range_sums(sums, 1, 1, shard_axes, pairs)
     return jnp.where(squares > 0, products / divisor(squares), 0)
