@@ -81,8 +81,10 @@ def sharpness_aware(
             `grad_fn`. What it freezes is perturbed all the same: leave that out with
             the perturbation's `mask` too (the metric `leaf_perturbation_norms` shows
             where eps lies).
-        perturbation: Maps a gradient to eps, such as `euclidean_ball`,
-            `adaptive_ellipsoid` or `fisher_ellipsoid`. Masks belong there: inside
+        perturbation: Maps a gradient to eps, uphill (an optimizer here is an error if
+            its state tells it, as Adam's does; plain `optax.sgd` is not seen), such as
+            `euclidean_ball`, `adaptive_ellipsoid` or `fisher_ellipsoid`. Masks belong
+            there: inside
             `optax.masked` or `optax.partition` no `grad_fn` can see all parameters.
             It receives every extra argument, `grad_fn` included.
         descent: Makes the direction of the step from both gradients, such as

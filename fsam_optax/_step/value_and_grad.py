@@ -106,7 +106,9 @@ def value_and_grad(
     Args:
         loss_fn: `loss_fn(params, batch, *args, **kwargs)` returns a scalar, a mean
             over the batch, or `(scalar, aux)`.
-        perturbation: Maps a gradient to eps. It receives as extra arguments `batch`,
+        perturbation: Maps a gradient to eps, uphill. An optimizer here is an error if
+            its state tells it, as Adam's does; plain `optax.sgd` is not seen, and would
+            move the parameters downhill. It receives as extra arguments `batch`,
             `grad_fn`, what the loss was called with beside the batch as `loss_args`
             and `loss_kwargs`, and the entries of `extra_args`.
         descent: Makes the direction of the step from both gradients, such as
