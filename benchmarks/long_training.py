@@ -63,6 +63,7 @@ def draw(results, path):
             ax.errorbar(budgets, means, errors, label=method, **show.look(method))
             ax.set_xscale("log")
             ax.set_xticks(budgets, [str(b) for b in budgets])
+            ax.minorticks_off()
             ax.set_xlabel("gradients")
     left.set_title("Test accuracy, %, mean ± standard error")
     right.set_title("Points over the base optimizer, on the same seeds")

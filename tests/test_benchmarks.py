@@ -114,7 +114,112 @@ def test_in_smoke_mode(script, tmp_path, capsys, monkeypatch, name):
     file = tmp_path / f"{name}.json"
     before = file.read_text()
     cells = json.loads(before)["cells"]
-    assert cells and all(numbers(cell["result"]) for cell in cells)
+    assert cells and all(cell["result"] for cell in cells)
+    for picture in tmp_path.glob("*.png"):
+        assert picture.stat().st_size > 10_000
+    monkeypatch.setattr(script("show"), "save", lambda *args: None)
+    monkeypatch.setattr(script("harness"), "keep", None)
+    assert module.main(command) == 0
+    assert file.read_text() == before
+
+
+# Wrong labels.
+
+
+def test_a_wrong_label_is_another_one(script):
+    module = script("perceptron")
+    labels = np.arange(10_000) % 10
+    for noise in (0.0, 0.4, 0.8):
+        noisy = module.noisy_labels(labels, noise, 0)
+        assert set(noisy.tolist()) == set(range(10))
+        assert abs(np.mean(noisy != labels) - noise) < 0.02
+
+
+# Translation.
+
+
+def test_sentences_of_a_row_do_not_see_each_other(script):
+    module = script("translation")
+    random = np.random.default_rng(0)
+    pairs = [
+        (random.integers(3, 9, m).tolist(), random.integers(3, 9, n).tolist())
+        for m, n in ((5, 4), (2, 7), (6, 1))
+    ]
+    together = module.pack(pairs)
+    assert len(together.part) == 1
+    model = module.Model(9, 9, width=8, depth=1)
+    params = model.init(jax.random.key(0), together)
+    found = model.features(params, jax.tree.map(jnp.asarray, together))
+    for number, pair in enumerate(pairs, 1):
+        alone = jax.tree.map(jnp.asarray, module.pack([pair]))
+        for name in ("inputs", "labels"):
+            np.testing.assert_array_equal(
+                getattr(together, name)[together.part == number],
+                getattr(alone, name)[alone.part == 1],
+            )
+        np.testing.assert_allclose(
+            found[together.part == number],
+            model.features(params, alone)[alone.part == 1],
+            atol=1e-5,
+        )
+
+
+def test_smoothed_cross_entropy_is_that_of_smoothed_labels(script):
+    module = script("translation")
+    table = jax.random.normal(jax.random.key(0), (7, 4))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    labels = jnp.arange(6).reshape(2, 3)
+    params = {"decoder": {"Embed_0": {"embedding": table}}}
+    found = module.smoothed_cross_entropy(params, x, labels)
+    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7), module.SMOOTHING)
+    expected = optax.softmax_cross_entropy(x @ table.T, smoothed)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_greedy_translation_says_the_likeliest_next_word(script):
+    module = script("translation")
+    corpus = module.prepare(module.made_up())
+    model = module.Model(corpus.source_size, len(corpus.words), width=8, depth=1)
+    init, _, translate = module.common(model, corpus)
+    params = init(jax.random.key(0))
+    outputs = translate(params)
+    # All at once, from what was said.
+    begin = jnp.full((len(outputs), 1), module.EOS)
+    inputs = jnp.concatenate([begin, outputs[:, :-1]], 1)
+    part = jnp.asarray(corpus.test != module.PAD, jnp.int32)
+    memory = model.encode(params, jnp.asarray(corpus.test), part)
+    x = model.decode(params, inputs, jnp.ones_like(inputs), memory, part)
+    logits = np.array(x @ module.output_layer(params).T)
+    logits[..., [module.PAD, module.UNKNOWN]] = -np.inf
+    np.testing.assert_array_equal(outputs, logits.argmax(-1))
+
+
+# Costs, and what has no test of its own.
+
+
+# What is on the harness: everything once, and a second call computes nothing.
+
+SCRIPTS = sorted(
+    path.stem for path in BENCHMARKS.glob("*.py") if "harness.main(" in path.read_text()
+)
+
+
+# Each in an environment of its own.
+PEERS = {"torch_peers": "torch", "kfac_peers": "kfac_jax"}
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
+def test_in_smoke_mode(script, tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip(PEERS.get(name, "jax"))
+    module = script(name)
+    command = ["--smoke", "--out", str(tmp_path)]
+    assert module.main(command) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    file = tmp_path / f"{name}.json"
+    before = file.read_text()
+    cells = json.loads(before)["cells"]
+    assert cells and all(cell["result"] for cell in cells)
     for picture in tmp_path.glob("*.png"):
         assert picture.stat().st_size > 10_000
     monkeypatch.setattr(script("show"), "save", lambda *args: None)
