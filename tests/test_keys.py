@@ -12,9 +12,10 @@ def test_every_kind_of_key_is_folded_and_nothing_else():
         "typed": jax.random.key(0),
         "several": jax.random.split(jax.random.key(1), (2, 3)),
         "legacy": jax.random.PRNGKey(2),
+        "legacy ones": jax.random.split(jax.random.PRNGKey(3), 3),
         "counts": jnp.arange(2),
         "mask": np.ones(2, np.uint8),
-        "pairs": np.zeros((3, 2), np.uint32),
+        "triples": np.zeros((2, 3), np.uint32),
         "flag": True,
         "function": print,
     }
@@ -26,7 +27,11 @@ def test_every_kind_of_key_is_folded_and_nothing_else():
     np.testing.assert_array_equal(
         folded["legacy"], jax.random.fold_in(tree["legacy"], 7)
     )
-    for name in ("counts", "mask", "pairs", "flag", "function"):
+    for i, key in enumerate(tree["legacy ones"]):
+        np.testing.assert_array_equal(
+            folded["legacy ones"][i], jax.random.fold_in(key, 7)
+        )
+    for name in ("counts", "mask", "triples", "flag", "function"):
         assert folded[name] is tree[name]
     assert has_keys(tree) and not has_keys({"counts": tree["counts"]})
 

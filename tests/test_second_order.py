@@ -97,6 +97,12 @@ def test_empirical_fisher_is_the_mean_outer_product_of_the_gradients(case):
     )
 
 
+@pytest.mark.parametrize("matrix", [dense_empirical_fisher, dense_ggn])
+def test_what_reads_labels_asks_for_them_by_name(matrix):
+    with pytest.raises(TypeError, match=f"`{matrix.__name__}` reads the labels"):
+        matrix(linear, gaussian(), jnp.ones((2, 1)), (X, None))
+
+
 def test_hessian_of_a_linear_model_is_the_ggn():
     y, w = jnp.array([0, 2, 1, 1]), jax.random.normal(jax.random.key(0), (2, 3))
 

@@ -9,14 +9,14 @@ from fsam_optax._common.mapped_axes import is_key
 
 
 def is_prng_key(x: Any) -> bool:
-    """Tells whether a leaf is a PRNG key: typed, of any shape, or a legacy one.
+    """Tells whether a leaf holds PRNG keys: typed or legacy ones, one or an array.
 
     A legacy key is a vector of unsigned 32-bit integers, two with the default
-    generator: what `jax.random.PRNGKey` returns.
+    generator: what `jax.random.PRNGKey` returns, or `jax.random.split` several of.
     """
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         return False
-    return is_key(x) or (x.dtype == jnp.uint32 and tuple(x.shape) == _legacy_shape())
+    return is_key(x) or (x.dtype == jnp.uint32 and x.shape[-1:] == _legacy_shape())
 
 
 def _legacy_shape() -> tuple[int, ...]:
@@ -26,15 +26,15 @@ def _legacy_shape() -> tuple[int, ...]:
 def fold_keys(tree: Any, index: Any) -> Any:
     """Returns the tree with `index` folded into each PRNG key; other leaves as given.
 
-    Equal indices give equal keys and other indices independent ones. An array of typed
-    keys is folded key by key. Leaves may be anything, functions included.
+    Equal indices give equal keys and other indices independent ones. An array of keys
+    is folded key by key. Leaves may be anything, functions included.
     """
 
     def fold(x):
         if not is_prng_key(x):
             return x
         fold_in = jax.random.fold_in
-        for _ in range(jnp.ndim(x) if is_key(x) else 0):
+        for _ in range(jnp.ndim(x) - (0 if is_key(x) else 1)):
             fold_in = jax.vmap(fold_in, (0, None))
         return fold_in(x, index)
 

@@ -89,17 +89,22 @@ def scale_by_inverse_fisher(
     return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
 
 
-def _mean_of_products(nll, params, batch, args, kwargs, factors, has_labels=True):
+def _mean_of_products(nll, params, batch, args, kwargs, factors, reader=None):
     """Returns the weighted mean over examples of A^T B, of shape (P, P).
 
     `factors(h, pull, label)` returns the rows of A and of B for one example with
     outputs h and label `(targets, present, m)`, where `pull` maps a cotangent on h to
-    one on the flat parameters.
+    one on the flat parameters. `reader` is the name of what reads labels, if it does.
     """
     check_leaves(params, "params", real=True)
     call = call_of(nll, args, kwargs)
     inputs, targets, weights = parts_of(nll, batch)
-    if not has_labels and not jax.tree.leaves(targets):
+    if not jax.tree.leaves(targets):
+        if reader:
+            raise TypeError(
+                f"`{reader}` reads the labels, but the targets in `batch` are None: "
+                "pass `batch=(inputs, targets)`."
+            )
         targets = None
     outputs = outputs_like(nll, params, inputs, call)
     labels = weigh(nll.likelihood, outputs, targets, weights)
@@ -166,7 +171,7 @@ def dense_fisher(
         rows = jax.vmap(lambda i: pull(columns.column(h, label, i)))(index)
         return rows, rows
 
-    return _mean_of_products(nll, params, batch, args, kwargs, factors, False)
+    return _mean_of_products(nll, params, batch, args, kwargs, factors)
 
 
 @takes_model
@@ -213,7 +218,9 @@ def dense_empirical_fisher(
         row = pull(score(nll.likelihood, h, targets, within))[None]
         return row, row
 
-    return _mean_of_products(nll, params, batch, args, kwargs, factors)
+    return _mean_of_products(
+        nll, params, batch, args, kwargs, factors, "dense_empirical_fisher"
+    )
 
 
 @takes_model
@@ -268,7 +275,7 @@ def dense_ggn(
         hessian = jax.hessian(loss)(flat)
         return jacobian, jnp.matmul(hessian, jacobian, precision="highest")
 
-    return _mean_of_products(nll, params, batch, args, kwargs, factors)
+    return _mean_of_products(nll, params, batch, args, kwargs, factors, "dense_ggn")
 
 
 def scale_by_inverse_dense(
