@@ -113,7 +113,7 @@ weight("weight_standardised", ["mapped shared dense"], 5.0, v=FIXED)(
 )
 weight(
     "dora_on_tokens",
-    ["mapped shared dense", "reduction"],
+    ["mapped shared dense", "sum of products", "reduction"],
     3.0,
     SEQUENCES,
     m=normal(D),

@@ -13,7 +13,7 @@ from fsam_optax._engine.primitives import name_of
 
 
 # What a loop over examples writes for each entry of a gradient waits for memory.
-IN_LOOPS = 4.0
+IN_LOOPS = 6.0
 
 
 def operations(eqn: Any) -> float:
