@@ -59,14 +59,19 @@ def cnn():
     return apply, shapes, ((32, 32, 3), jnp.float32), (), 8
 
 
-def gpt(name):
-    """The same for a GPT: layers in a scan, recomputed; one table for both ends."""
+def gpt(name, whole):
+    """The same for a GPT: layers in a scan, recomputed; one table for both ends.
+
+    `whole` gathers the weights of a layer where they are used.
+    """
     depth, width, words, length, rows = GPT[name]
     heads = max(1, width // 128)
     shapes = {
         "table": (words, width),
         "layers": {
-            "qkv": (depth, width, 3 * width),
+            "q": (depth, width, width),
+            "k": (depth, width, width),
+            "v": (depth, width, width),
             "out": (depth, width, width),
             "up": (depth, width, 4 * width),
             "down": (depth, 4 * width, width),
@@ -81,9 +86,10 @@ def gpt(name):
 
     @jax.checkpoint
     def layer(x, w):
+        w = jax.tree.map(whole, w)
         n, t, _ = x.shape
-        q, k, v = jnp.split(norm(x, w["scale"][0]) @ w["qkv"], 3, axis=-1)
-        q, k, v = (y.reshape(n, t, heads, -1) for y in (q, k, v))
+        y = norm(x, w["scale"][0])
+        q, k, v = ((y @ w[name]).reshape(n, t, heads, -1) for name in "qkv")
         scores = jnp.einsum("nshd,nthd->nhst", q, k) / math.sqrt(width // heads)
         scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -1e9)
         mixed = jnp.einsum("nhst,nthd->nshd", jax.nn.softmax(scores), v)
@@ -91,8 +97,9 @@ def gpt(name):
         return x + jax.nn.gelu(norm(x, w["scale"][1]) @ w["up"]) @ w["down"], None
 
     def apply(params, tokens):
-        x, _ = jax.lax.scan(layer, params["table"][tokens], params["layers"])
-        return x @ params["table"].T
+        table = whole(params["table"])
+        x, _ = jax.lax.scan(layer, table[tokens], params["layers"])
+        return x @ table.T
 
     return apply, shapes, ((length,), jnp.int32), (length,), rows
 
@@ -130,8 +137,13 @@ def steps(nll):
 
 def measure(name, devices):
     """Returns the facts of a model on so many devices."""
-    apply, shapes, example, labels, rows = cnn() if name == "cnn" else gpt(name)
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+
+    def whole(weight):
+        return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
+
+    made = cnn() if name == "cnn" else gpt(name, whole)
+    apply, shapes, example, labels, rows = made
 
     def like(shape, dtype, *spec):
         sharding = NamedSharding(mesh, P(*spec))

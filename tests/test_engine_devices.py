@@ -170,6 +170,30 @@ def test_sharded_parameters_are_gathered_as_by_the_gradient(
     assert squares["products"] <= 1.1 * gradient["products"]
 
 
+@pytest.mark.parametrize("examples", [8, 24])
+def test_weights_that_are_gathered_where_they_are_used(count, examples):
+    """Fully sharded as in training: also with one example on a device."""
+    devices = mesh(AxisType.Auto)
+    _, params, batch = shapes(devices, "data", "data")["transformer"]
+    batch = jax.tree.map(lambda x: x.update(shape=(examples, *x.shape[1:])), batch)
+
+    def model(params, x):
+        whole = NamedSharding(devices, P())
+        gathered = jax.tree.map(
+            lambda w: jax.lax.with_sharding_constraint(w, whole), params
+        )
+        return transformer(gathered, x)
+
+    gradient = count(
+        jax.grad(negative_log_likelihood(model, categorical)), params, batch
+    )
+    squares = count(estimate("empirical", model), params, batch)
+    assert squares["all-gather"] <= gradient["all-gather"]
+    assert squares["all-reduce"] <= gradient["all-reduce"] + 8
+    assert squares["products"] <= 1.02 * gradient["products"]
+    assert not {"all-to-all", "collective-permute"} & set(squares)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_batch_that_the_mesh_does_not_divide(kind):
     """Twelve examples over four devices of eight, in steps of any size."""
