@@ -165,8 +165,11 @@ def test_sharded_parameters_are_gathered_as_by_the_gradient(
         jax.grad(negative_log_likelihood(model, categorical)), params, batch
     )
     squares = count(estimate("empirical", model), params, batch)
-    for kind in "all-gather", "all-reduce", "all-to-all", "collective-permute":
+    for kind in "all-gather", "all-reduce", "collective-permute":
         assert squares.get(kind, 0) <= gradient.get(kind, 0) + 8, (gradient, squares)
+    # The sums themselves may change their sharding; activations, which are larger, not.
+    sums = sum(x.size * 4 for x in jax.tree.leaves(params)) / 2
+    assert squares.get("all-to-all", 0) <= gradient.get("all-to-all", 0) + sums
     assert squares["products"] <= 1.1 * gradient["products"]
 
 
