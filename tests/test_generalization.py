@@ -237,19 +237,20 @@ def test_tuning_sees_neither_the_test_images_nor_those_of_training(
 
 
 def test_images_are_shifted_within_reach_and_mirrored(generalization):
+    training = importlib.import_module("training")
     base = generalization.datasets.load("digits")
     images = np.zeros((400, 8, 8, 1), np.uint8)
     images[:, 3, 2] = 9
     key = jax.random.key(0)
     still = base._replace(shift=0)
-    np.testing.assert_array_equal(generalization.augment(still, key, images), images)
-    shifted = generalization.augment(base._replace(shift=1), key, images)
+    np.testing.assert_array_equal(training.augment(still, key, images), images)
+    shifted = training.augment(base._replace(shift=1), key, images)
     _, rows, columns, _ = np.nonzero(np.asarray(shifted))
     assert len(rows) == len(images)
     assert set(zip(rows, columns, strict=True)) == {
         (i, j) for i in (2, 3, 4) for j in (1, 2, 3)
     }
-    mirrored = generalization.augment(still._replace(flip=True), key, images)
+    mirrored = training.augment(still._replace(flip=True), key, images)
     assert set(np.nonzero(np.asarray(mirrored))[2]) == {2, 5}
 
 
