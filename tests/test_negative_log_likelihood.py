@@ -470,7 +470,7 @@ def test_other_batches_are_refused(batch, message):
         ((net, fsam.gaussian), r"`gaussian\(\)`"),
         ((net, "categorical"), r"`fsam_optax\.categorical`"),
         ((net,), "negative_log_likelihood"),
-        ((3, fsam.categorical), "`apply_fn` must be a function"),
+        ((3, fsam.categorical), "must be a function|needs a model"),
     ],
 )
 def test_other_models_are_refused(make, arguments, message):

@@ -446,7 +446,7 @@ WRONG = {
         "`grad_fn` must return the gradient|returned",
     ),
     "nothing": (lambda loss: lambda p: None, "`grad_fn` must return the gradient"),
-    "loss": (lambda loss: loss, "`grad_fn` must return the gradient"),
+    "loss": (lambda loss: loss, "`grad_fn` returned one number, as a loss does"),
 }
 
 

@@ -351,10 +351,14 @@ def test_inside_multi_steps_the_mean_is_taken_of_perturbed_gradients():
         (lambda p, b: (loss(p, b), 1.0), False, "Pass `has_aux=True`"),
         (lambda p, b: loss(p, b), True, r"must return `\(loss, aux\)`"),
         (lambda p, b: (loss(p, b), 1, 2), True, r"must return `\(loss, aux\)`"),
-        (lambda p, b: p["b"], False, r"scalar loss, got \(2,\). Take the mean"),
+        (
+            lambda p, b: p["b"],
+            False,
+            r"scalar loss, got an array of shape \(2,\). Take the mean",
+        ),
         (lambda p, b: (p["b"], 1.0), True, "must return a scalar loss"),
-        (lambda p, b: None, False, "must return a scalar loss, got NoneType"),
-        (lambda p, b: p["b"][:1], False, r"scalar loss, got \(1,\)"),
+        (lambda p, b: None, False, "must return a scalar loss, got None"),
+        (lambda p, b: p["b"][:1], False, r"scalar loss, got an array of shape \(1,\)"),
     ],
     ids=["aux", "no_aux", "three", "vector", "vector_aux", "none", "one"],
 )
