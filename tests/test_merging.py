@@ -20,7 +20,8 @@ def loss_fn(w, batch):
 @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
 def test_a_skipped_micro_batch_does_not_count(bad, first):
     good, out = jnp.ones((2, 3)), jnp.full((2, 3), bad)
-    batch = jnp.concatenate([out, good] if first else [good, out])
+    parts = [out, good] if first else [good, out]
+    batch = jnp.stack(parts, axis=1).reshape(4, 3)  # Cut with a stride.
     ellipsoid = fsam.fisher_ellipsoid(0.1, AVERAGED)
     f = fsam.value_and_grad(loss_fn, ellipsoid, micro_batches=2)
     _, _, state = f(jnp.ones(3), f.init(jnp.ones(3)), batch)
@@ -47,6 +48,22 @@ def test_nothing_is_touched_if_every_micro_batch_is_skipped():
     )
 
 
+NLL = fsam.negative_log_likelihood(lambda w, x: x @ w, fsam.categorical)
+IMPOSSIBLE = jnp.ones((4, 3)), jnp.array([0, 1, 7, 1])
+
+
+@pytest.mark.parametrize("lagged", [True, False])
+def test_an_impossible_label_in_one_micro_batch_is_nan_in_all(lagged):
+    w = jnp.ones((3, 2))
+    ball = fsam.fisher_ellipsoid(0.1, AVERAGED)
+    f = fsam.value_and_grad(NLL, ball, micro_batches=2, lagged=lagged)
+    value, grads, state = f(w, f.init(w), IMPOSSIBLE)
+    assert jnp.isnan(value) and jnp.all(jnp.isnan(grads))
+    assert all(
+        jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state.perturbation.operator)
+    )
+
+
 def on_two_devices(function, *specs):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     return jax.jit(
@@ -69,6 +86,27 @@ def test_a_skipped_device_does_not_count():
     (ema,) = (s.ema for s in new.perturbation.operator if hasattr(s, "ema"))
     np.testing.assert_allclose(ema, np.full(3, 0.1), rtol=1e-6)
     assert new.perturbation.skipped == 1
+
+
+def test_an_impossible_label_on_one_device_is_nan_on_all():
+    w = jnp.ones((3, 2))
+    f = fsam.value_and_grad(NLL, fsam.euclidean_ball(0.1), axis_name="d")
+    step = on_two_devices(lambda *args: f(*args)[:2], jax.P(), jax.P(), jax.P("d"))
+    assert all(jnp.all(jnp.isnan(x)) for x in step(w, f.init(w), IMPOSSIBLE))
+
+
+def test_a_diagonal_is_refreshed_by_devices_and_kept():
+    w, batch = jnp.ones((3, 2)), (jnp.arange(12.0).reshape(4, 3), jnp.ones(4, int))
+    estimator = fsam.refresh_every(2, fsam.fisher_exact(NLL))
+    f = fsam.value_and_grad(NLL, fsam.fisher_ellipsoid(0.1, estimator), axis_name="d")
+    step = on_two_devices(lambda *args: f(*args)[2], jax.P(), jax.P(), jax.P("d"))
+    first = step(w, f.init(w), batch)
+    expected = fsam.diagonal(fsam.fisher_exact(NLL), w, batch)
+    operator = first.perturbation.operator
+    np.testing.assert_allclose(operator.diagonal, expected, rtol=1e-6)
+    second = step(2 * w, first, batch).perturbation.operator
+    np.testing.assert_array_equal(second.diagonal, operator.diagonal)
+    assert (operator.age, second.age) == (1, 0)
 
 
 def test_cosine_compares_gradients_of_the_same_device():

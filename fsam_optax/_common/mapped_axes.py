@@ -117,8 +117,8 @@ def merge(
         PRNG keys         those of a device of positive weight: they agree
         counters          the largest
 
-    A device of weight 0 does not count. What is known to be the same on all devices
-    stays as it is.
+    A device of weight 0 does not count, and one of weight NaN makes all means NaN. What
+    is known to be the same on all devices stays as it is.
 
     Args:
         tree: What each device made.
@@ -147,12 +147,12 @@ def merge(
             return (jax.lax.pmean if is_mean(x) else jax.lax.pmax)(x, axes)
         share = vary(weight, axes)
         total = jax.lax.psum(share, axes)
-        x = jnp.where(share > 0, x, jnp.zeros_like(x))
+        x = jnp.where(share == 0, jnp.zeros_like(x), x)
         if _is_random(x):
-            return jnp.where(total > 0, jax.lax.pmax(x, axes), old)
-        number = jnp.where(total > 0, total, 1).astype(x.dtype)
+            return jnp.where(total == 0, old, jax.lax.pmax(x, axes))
+        number = jnp.where(total == 0, 1, total).astype(x.dtype)
         mean = jax.lax.psum(share.astype(x.dtype) * x, axes) / number
-        return jnp.where(total > 0, mean, old)
+        return jnp.where(total == 0, old, mean)
 
     if before is None:
         before = jax.tree.map(lambda x: jnp.zeros([], x.dtype), tree)
@@ -168,10 +168,10 @@ def add_part(merged: Any, part: Any, index: jax.Array, weight: jax.Array) -> Any
 
     def leaf(x, y):
         if is_mean(y):
-            y = jnp.where(weight > 0, y, jnp.zeros_like(y)).astype(x.dtype)
+            y = jnp.where(weight == 0, jnp.zeros_like(y), y).astype(x.dtype)
             return x + weight.astype(x.dtype) * y
         if _is_random(y):
-            return jnp.where(weight > 0, y, x)
+            return jnp.where(weight == 0, x, y)
         return jnp.where(index == 0, y, jnp.maximum(x, y))
 
     return jax.tree.map(leaf, merged, part)
@@ -193,8 +193,8 @@ def mean_of_parts(merged: Any, total: jax.Array, before: Any) -> Any:
     def leaf(x, old):
         if not is_mean(old):
             return x
-        number = jnp.where(total > 0, total, 1).astype(x.dtype)
-        return jnp.where(total > 0, x / number, old).astype(old.dtype)
+        number = jnp.where(total == 0, 1, total).astype(x.dtype)
+        return jnp.where(total == 0, old, x / number).astype(old.dtype)
 
     return jax.tree.map(leaf, merged, before)
 

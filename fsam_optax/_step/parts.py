@@ -103,7 +103,7 @@ def mean_over_parts(
                 add_part(sums[0], part.means, index, part.weight),
                 add_part(sums[1], part.memory, index, _share(part)),
             )
-            value = jnp.where(part.weight > 0, part.weight * part.value, 0)
+            value = jnp.where(part.weight == 0, 0, part.weight * part.value)
             return sums, (value, part.weight, _share(part), part.aux)
 
         sums, (values, weights, shares, aux) = jax.lax.scan(
@@ -115,14 +115,15 @@ def mean_over_parts(
         zeros = jax.tree.map(jnp.zeros_like, before[0])
         means = mean_of_parts(sums[0], total, zeros)
         memory = mean_of_parts(sums[1], remembered, before[1])
-        value = jnp.sum(values) / jnp.where(total > 0, total, 1)
+        value = jnp.sum(values) / jnp.where(total == 0, 1, total)
     means, value = merge((means, value), axis_name, total)
     memory = merge(memory, axis_name, remembered, before[1])
     return means, memory, value, aux
 
 
 def _share(part):
-    return jnp.where(part.found, part.weight, 0)
+    # A weight of NaN, that of an impossible label, must reach no memory.
+    return jnp.where(part.found & (part.weight > 0), part.weight, 0)
 
 
 def _step_on_part(step, data, index, count, axis_name):
