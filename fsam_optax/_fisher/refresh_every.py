@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._common.checks import check_count, check_params, check_transformation
+from fsam_optax._common.mapped_axes import axes_of_shards, vary_like
 from fsam_optax._fisher.estimation import full_like
 
 
@@ -85,8 +86,16 @@ def refresh_every(
             )
             return diagonal, estimator_state
 
+        kept = state.diagonal, state.estimator
+        operands = jax.tree.leaves((updates, params, extra_args, kept))
+        alike = kept
+        if axes_of_shards([x for x in operands if hasattr(x, "dtype")]):
+            # Inside of `jax.shard_map`, what is computed differs between devices.
+            alike = jax.eval_shape(compute)
         diagonal, estimator_state = jax.lax.cond(
-            state.age == 0, compute, lambda: (state.diagonal, state.estimator)
+            state.age == 0,
+            lambda: vary_like(compute(), kept),
+            lambda: vary_like(kept, alike),
         )
         return diagonal, RefreshEveryState(
             age=(state.age + 1) % k, diagonal=diagonal, estimator=estimator_state
