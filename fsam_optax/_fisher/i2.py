@@ -137,11 +137,13 @@ def fisher_i2(
 ) -> optax.GradientTransformationExtraArgs:
     """Minus the mean Hessian diagonal of log p at labels from the model: I2.
 
-        -1/(N S) sum_ns d^2 log p(y_ns|h_n) / d params^2      y_ns ~ p(.|h_n)
-        = 1/N sum_n J_n^T I(h_n) J_n  -  1/(N S) sum_ns score_ns . d^2 h_n / d params^2
+        -1/(D S) sum_nts a_n m_nt^2 d^2 log p(y_nts|h_nt) / d params^2    y ~ p(.|h)
+        = F  -  1/(D S) sum_nts a_n m_nt^2 score_nts . d^2 h_nt / d params^2
 
-    It is computed by the second line. The first sum there is `fisher_exact` and costs
-    what that costs; only the second one is random, with mean 0. So I2 is unbiased but
+    with D, a and m as in `negative_log_likelihood`: a mean over the labels.
+
+    It is computed by the second line. F there is `fisher_exact` and costs what that
+    costs; only the sum is random, with mean 0. So I2 is unbiased but
     *may be negative* (`fisher_ellipsoid` and `scale_by_inverse_fisher` clip it at 0),
     and it is exact, with no variance, for each array of parameters in which h is
     linear or piecewise linear while the other arrays are held fixed: in the last

@@ -19,15 +19,11 @@ from fsam_optax._common.checks import (
     check_state,
 )
 from fsam_optax._common.mapped_axes import AxisName, merge, replica_index, vary
-from fsam_optax._fisher.negative_log_likelihood import (
-    NegativeLogLikelihood,
-    total_weight,
-)
 from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.displaced import no_displacement
 from fsam_optax._step.explain import explain_step, StepExplanation
 from fsam_optax._step.parts import Data, mean_over_parts, names, Part
-from fsam_optax._step.passes import clean_pass
+from fsam_optax._step.passes import clean_pass, weight_of
 from fsam_optax._step.step import cast_like, displace, Rule
 
 
@@ -106,9 +102,7 @@ def apply(
         def on_part(data, numbers):
             del numbers
             found = clean_pass(oracle.loss_fn, oracle.has_aux, local, data)
-            weight = jnp.ones([], jnp.float32)
-            if isinstance(oracle.loss_fn, NegativeLogLikelihood):
-                weight = total_weight(oracle.loss_fn, local, *data)
+            weight = weight_of(oracle.loss_fn, local, data)
             grads = cast_like(found.grads, params)
             return Part(grads, (), jnp.array(True), weight, found.value, found.aux)
 

@@ -19,14 +19,15 @@ from fsam_optax._common.checks import (
 from fsam_optax._common.mapped_axes import vary
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher import explain as rules_of
-from fsam_optax._fisher.negative_log_likelihood import (
-    NegativeLogLikelihood,
-    total_weight,
-)
 from fsam_optax._step.explain import explain_step, StepExplanation
 from fsam_optax._step.metrics import Metrics
 from fsam_optax._step.parts import Data, mean_over_parts, names, Part
-from fsam_optax._step.passes import clean_pass, clean_pass_with_fisher, CleanPass
+from fsam_optax._step.passes import (
+    clean_pass,
+    clean_pass_with_fisher,
+    CleanPass,
+    weight_of,
+)
 from fsam_optax._step.step import (
     always,
     first_memory,
@@ -170,14 +171,11 @@ def _plain_part(oracle, params, state, extra, data, clean) -> Part:
 
 
 def _part(oracle, params, data, clean, stride, sharpness) -> Part:
-    weight = jnp.ones([], jnp.float32)
-    if isinstance(oracle.loss_fn, NegativeLogLikelihood):
-        weight = total_weight(oracle.loss_fn, params, *data)
     part = Part(
         means=(stride.direction, stride.metrics, sharpness),
         memory=stride.memory,
         found=stride.found,
-        weight=weight,
+        weight=weight_of(oracle.loss_fn, params, data),
         value=clean.value,
         aux=None,
     )

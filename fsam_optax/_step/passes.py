@@ -8,6 +8,10 @@ import jax.numpy as jnp
 
 from fsam_optax._common.checks import describe, leaf_shape
 from fsam_optax._fisher.functional import value_grad_and_pull
+from fsam_optax._fisher.negative_log_likelihood import (
+    NegativeLogLikelihood,
+    total_weight,
+)
 from fsam_optax._fisher.one_pass import value_grad_and_fisher
 from fsam_optax._step.advice import explaining
 from fsam_optax._step.parts import Data
@@ -74,6 +78,13 @@ def functional_clean_pass(
     del has_aux
     (value, aux), grads, pull = value_grad_and_pull(loss_fn, params, *data)
     return CleanPass(value, aux, grads, {}, pull)
+
+
+def weight_of(loss_fn: Any, params: Any, data: Data) -> jax.Array:
+    """Returns how much a part of a batch counts: the weight of its labels, if known."""
+    if isinstance(loss_fn, NegativeLogLikelihood):
+        return total_weight(loss_fn, params, *data)
+    return jnp.ones([], jnp.float32)
 
 
 def loss_and_aux(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:

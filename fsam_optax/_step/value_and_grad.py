@@ -130,9 +130,10 @@ def value_and_grad(
         every: Perturb only each `every`-th step, from the first on, or the steps for
             which a function of the step, counted from 0, returns True. The others
             return the plain gradient and cost only that.
-        empirical_fisher: Take the exact empirical Fisher, the mean over examples of
-            the squared gradient, from the same pass as the gradient, and hand it to
-            the perturbation as the extra argument `fisher`, which `given()` reads.
+        empirical_fisher: Take the exact empirical Fisher, the sum over examples of the
+            squared gradient over the weight of all labels (see `fisher_empirical`),
+            from the same pass as the gradient, and hand it to the perturbation as the
+            extra argument `fisher`, which `given()` reads.
             `loss_fn` must be `negative_log_likelihood(apply_fn, likelihood)`.
         lagged: Take the eps of the step before, so that a step costs one gradient, as
             in `displaced`, but with clean parameters in the caller's hands. Value and
