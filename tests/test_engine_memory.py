@@ -169,7 +169,7 @@ def test_the_loop_over_examples_is_chosen_for_the_platform():
     def squares(w, x):
         return power_sums(lambda w, x: jnp.tanh(x @ w), w, x, lambda h, _: h[None])
 
-    args = PARAMS["w"], normal(16, 4, 3)
+    args = normal(16, 16) / 8, normal(8, 32, 16)
     traced = jax.jit(squares).trace(*args)
     text = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
@@ -179,4 +179,4 @@ def test_the_loop_over_examples_is_chosen_for_the_platform():
     assert "stablehlo.while" not in text["cuda"] + text["tpu"]
     exported = jax.export.export(jax.jit(squares), platforms=("cuda", "cpu"))(*args)
     for x, y in zip(exported.call(*args), squares(*args), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)
+        np.testing.assert_allclose(x, y, rtol=1e-4)
