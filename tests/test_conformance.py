@@ -210,7 +210,7 @@ def types(tree):
 
 def returned(name, value):
     """Returns what a public function is annotated to return."""
-    annotation = inspect.signature(value).return_annotation
+    annotation = inspect.signature(value, eval_str=True).return_annotation
     assert annotation is not inspect.Signature.empty, name
     return annotation if isinstance(annotation, type) else object
 

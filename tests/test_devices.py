@@ -688,17 +688,10 @@ def estimated_on_one_device(name):
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_fault_27_estimators_on_sharded_batch_and_parameters(name, kind):
-    # Under Explicit axes the engine wants a model that names no shardings; what
-    # differentiates the batched model wants one that does, where they are ambiguous.
-    # I2 does both: there, no parameter may be sharded that needs a name.
-    explicit = kind == "Explicit"
-    layout = LAYOUTS["data" if explicit and name == "i2" else "mixed"]
-    mesh = layout.mesh(AxisType[kind])
-    estimator = ESTIMATORS[name]
-    if explicit and name == "gnb":
-        estimator = fisher_gnb(layout.model(mesh), categorical, key=KEY)
-    params, batch = layout.put(mesh)
-    result = jax.jit(lambda p, b: diagonal(estimator, p, b))(params, batch)
+    # Under Explicit axes estimators want a model that names no shardings.
+    layout = LAYOUTS["mixed"]
+    params, batch = layout.put(layout.mesh(AxisType[kind]))
+    result = jax.jit(lambda p, b: diagonal(ESTIMATORS[name], p, b))(params, batch)
     assert_close(result, estimated_on_one_device(name), 1e-5)
 
 

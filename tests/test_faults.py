@@ -776,7 +776,10 @@ def test_fault_21_matrices_and_variances_at_extreme_logits():
         model = (sure, categorical, params)
         return (
             [getattr(fsam_optax, name)(*model, batch) for name in matrices],
-            [getattr(fsam_optax, f"fisher_{name}")(*model, x) for name in diagonals],
+            [
+                getattr(fsam_optax.variance, f"fisher_{name}")(*model, x)
+                for name in diagonals
+            ],
         )
 
     with jax.debug_nans(True):
