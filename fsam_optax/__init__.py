@@ -40,12 +40,12 @@ from fsam_optax._fisher.diagonal import diagonal as diagonal
 from fsam_optax._fisher.estimators import (
     fisher_empirical as fisher_empirical,
     fisher_exact as fisher_exact,
-    fisher_gnb as fisher_gnb,
     fisher_hutchinson as fisher_hutchinson,
     fisher_i1 as fisher_i1,
 )
 from fsam_optax._fisher.explain import explain as explain
 from fsam_optax._fisher.functional import functional_gradient as functional_gradient
+from fsam_optax._fisher.gnb import fisher_gnb as fisher_gnb
 from fsam_optax._fisher.heads import (
     gaussian_with_variance as gaussian_with_variance,
     heads as heads,

@@ -21,6 +21,7 @@ from fsam_optax._fisher import (
     diagonal as _diagonal,
     estimators as _estimators,
     explain as _explain,
+    gnb as _gnb,
     i2 as _i2,
 )
 from fsam_optax._fisher.likelihoods import Likelihood
@@ -297,7 +298,7 @@ def _of_modules(estimator):
 
 fisher_empirical = _of_modules(_estimators.fisher_empirical)
 fisher_exact = _of_modules(_estimators.fisher_exact)
-fisher_gnb = _of_modules(_estimators.fisher_gnb)
+fisher_gnb = _of_modules(_gnb.fisher_gnb)
 fisher_hutchinson = _of_modules(_estimators.fisher_hutchinson)
 fisher_i1 = _of_modules(_estimators.fisher_i1)
 fisher_i2 = _of_modules(_i2.fisher_i2)

@@ -16,10 +16,10 @@ from fsam_optax._fisher.diagonal import diagonal
 from fsam_optax._fisher.estimators import (
     fisher_empirical,
     fisher_exact,
-    fisher_gnb,
     fisher_hutchinson,
     fisher_i1,
 )
+from fsam_optax._fisher.gnb import fisher_gnb
 from fsam_optax._fisher.i2 import fisher_i2
 from fsam_optax._fisher.likelihoods import bernoulli, categorical, gaussian, poisson
 from fsam_optax._fisher.refresh_every import refresh_every

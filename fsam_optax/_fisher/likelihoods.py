@@ -284,10 +284,8 @@ def _independent(
     def present(h, y) -> Any:
         if jnp.shape(y) != tuple(h.shape):
             raise ValueError(_misfit(kind, h, y, "the same shape"))
-        if presence is None:
-            return None
-        here: Any = presence(jnp.asarray(y))
-        return here.astype(widen(h))
+        here: Any = None if presence is None else presence(jnp.asarray(y))
+        return here if here is None else here.astype(widen(h))
 
     def where_present(fn):
         def masked(h, y):
