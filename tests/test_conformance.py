@@ -212,6 +212,8 @@ def returned(name, value):
     """Returns what a public function is annotated to return."""
     annotation = inspect.signature(value, eval_str=True).return_annotation
     assert annotation is not inspect.Signature.empty, name
+    if isinstance(annotation, str):
+        annotation = eval(annotation, inspect.unwrap(value).__globals__)
     return annotation if isinstance(annotation, type) else object
 
 

@@ -1,5 +1,7 @@
 """The Gauss-Newton-Bartlett estimator: the square of a sum over the batch."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax
