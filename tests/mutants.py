@@ -357,7 +357,7 @@ MUTANTS = [
     # The engine.
     *_mutants(
         "_engine/sums.py",
-        "engine engine_models",
+        "engine engine_patterns",
         (
             "return x if p == 1 else power(x * x, p // 2)",
             "return x if p == 1 else x * x",
@@ -377,7 +377,7 @@ MUTANTS = [
     ),
     *_mutants(
         "_engine/rows.py",
-        "engine engine_models",
+        "engine engine_patterns",
         ("index = jnp.clip(index, 0, last)", "index = index"),
         ("flat = flat * n + index[..., d]", "flat = flat + index[..., d]"),
         ("return first[index]", "return index"),
@@ -385,18 +385,18 @@ MUTANTS = [
     ),
     *_mutants(
         "_engine/pairs.py",
-        "engine engine_models",
+        "engine engine_patterns",
         ("(y if i == j else 2 * y)", "y"),
         ("y = y if masks[k] is None else y * masks[k]", "pass"),
     ),
     *_mutants(
         "_engine/grouping.py",
-        "engine engine_models",
+        "engine engine_patterns",
         ("y = y * power(values, p)", "y = y * values"),
     ),
     *_mutants(
         "_engine/moves.py",
-        "engine engine_models engine_complex",
+        "engine engine_patterns engine_complex",
         ("return -s if p % 2 else s", "return s"),
         (
             "y = s * power(others[0].astype(s.dtype), p)",
@@ -420,7 +420,7 @@ MUTANTS = [
     ),
     *_mutants(
         "_engine/columns.py",
-        "engine engine_models fisher",
+        "engine engine_patterns fisher",
         (
             "jnp.where(index < count, weight, jnp.zeros_like(weight))",
             "weight + 0 * index",

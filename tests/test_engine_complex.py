@@ -257,6 +257,7 @@ def test_random_models(seed):
     check(lambda p, x: jnp.sum(jnp.sin(model(p, x))), params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["s5", "fno", 0, 1])
 def test_diagonals_of_squares_are_never_negative(name):
     if isinstance(name, str):

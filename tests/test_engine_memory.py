@@ -140,6 +140,7 @@ def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, wei
         np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["empirical", "i1", "hutchinson", "i2"])
 def test_the_budget_does_not_change_the_estimate(name):
     estimator = {

@@ -181,6 +181,7 @@ def rank_promotion():
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Raised by Haiku.
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, rank_promotion):

@@ -97,6 +97,7 @@ def cases(slow):
     return [x for x in found if bool(re.search(r"test_optimizers\d", x.id())) == slow]
 
 
+@pytest.mark.slow
 def test_contract():
     assert run(cases(slow=False)) >= 10 * len(METHODS)
 

@@ -277,6 +277,7 @@ def test_i2_does_not_vary_where_the_model_is_piecewise_linear():
     assert (v2["w"] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampled", "exact"),
     [
