@@ -122,9 +122,10 @@ MUTANTS = [
     ),
     *_mutants(
         "_step/parts.py",
-        "value_and_grad step devices",
-        ("weight > 0, part.weight * part.value, 0)", "weight > 0, part.value, 0)"),
-        ("return jnp.where(part.found, part.weight, 0)", "return part.weight"),
+        "value_and_grad step devices merging",
+        ("0, 0, part.weight * part.value)", "0, 0, part.value)"),
+        ("jnp.where(part.weight == 0, 0, ", "jnp.where(part.weight > 0, 0, "),
+        ("jnp.where(part.found & (part.weight > 0), part.weight, 0)", "part.weight"),
         (
             'args, kwargs = fold_keys((data.args, data.kwargs), numbers["replica"])',
             "args, kwargs = data.args, data.kwargs",
@@ -142,11 +143,11 @@ MUTANTS = [
             "jnp.asarray(stride.value, wide)",
         ),
         ("optax.safe_increment(state.step)", "state.step + 1", "faults"),
-        (
-            "weight = total_weight(oracle.loss_fn, params, *data)",
-            "pass",
-            "negative_log_likelihood",
-        ),
+    ),
+    *_mutants(
+        "_step/passes.py",
+        "negative_log_likelihood",
+        ("return total_weight(loss_fn, params, *data)", "pass"),
     ),
     *_mutants(
         "_step/lagged.py",
@@ -176,9 +177,9 @@ MUTANTS = [
             "mean = jax.lax.psum(share.astype(x.dtype) * x, axes) / number",
             "mean = jax.lax.psum(x, axes) / number",
         ),
-        ("x = jnp.where(share > 0, x, jnp.zeros_like(x))", ""),
+        ("x = jnp.where(share == 0, jnp.zeros_like(x), x)", ""),
         ("return x + weight.astype(x.dtype) * y", "return x + y"),
-        ("jnp.where(total > 0, x / number, old)", "x / number"),
+        ("jnp.where(total == 0, old, x / number)", "x / number"),
     ),
     *_mutants(
         "_common/keys.py",
@@ -346,8 +347,9 @@ MUTANTS = [
     ),
     *_mutants(
         "_fisher/refresh_every.py",
-        "fisher",
+        "fisher merging",
         ("age=(state.age + 1) % k", "age=state.age + 1"),
+        ("lambda: vary_like(kept, alike)", "lambda: kept"),
     ),
     *_mutants(
         "_fisher/at_hand.py",
