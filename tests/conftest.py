@@ -36,7 +36,7 @@ import pytest
 
 # Tracing makes many objects and hardly any garbage in cycles: a sixth of the time went
 # into looking for it.
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(10_000, 10, 10)
 
 
 MODES = {
