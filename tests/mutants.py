@@ -305,16 +305,20 @@ MUTANTS = [
         "_fisher/estimators.py",
         "fisher variance",
         ("scale = num_samples * total", "scale = total"),
-        (
-            "roots = jnp.sqrt(problem.labels.examples)",
-            "roots = problem.labels.examples",
-        ),
-        ("jnp.maximum(2 * s2**2 - s4, 0)", "jnp.maximum(2 * s2**2, 0)"),
         ("fourth / number - (second / number) ** 2", "fourth / number"),
         (
             "jax.random.split(key, num_samples)[i]",
             "jax.random.split(key, num_samples)[0]",
         ),
+    ),
+    *_mutants(
+        "_fisher/gnb.py",
+        "fisher",
+        (
+            "roots = jnp.sqrt(problem.labels.examples)",
+            "roots = problem.labels.examples",
+        ),
+        ("jnp.maximum(2 * s2**2 - s4, 0)", "jnp.maximum(2 * s2**2, 0)"),
     ),
     *_mutants(
         "_fisher/estimation.py",
