@@ -156,6 +156,7 @@ def test_two_processes_on_one_folder(script, tmp_path):
     assert {c["settings"]["number"] for c in cells(tmp_path)} == set(range(30))
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # For the limit.
 def test_a_full_disk_loses_one_cell_and_says_so(script, tmp_path):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
