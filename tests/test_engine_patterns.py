@@ -161,6 +161,18 @@ OFFSETS = np.arange(T)[:, None] - np.arange(T)[None] + T - 1
 BUCKETS = np.minimum(np.abs(OFFSETS - T + 1), 3)
 
 
+@pattern(PAIRED, tokens(400, B, 3, 2), ["embedding"], 2.5)
+def rows_looked_up_one_by_one_under_vmap(p, pairs):
+    """What is a slice for one pair is a window of size 1 for several."""
+    return jnp.sum(jnp.tanh(jax.vmap(lambda i: p["u"][i[0]] @ p["v"][i[1]])(pairs)))
+
+
+@pattern({"k": normal(D, 400)}, tokens(800, B, 3), ["embedding"], 2.0)
+def columns_looked_up_one_by_one_under_vmap(p, i):
+    """Numbers beyond the last are those of the last, as for any slice."""
+    return dense(jax.vmap(lambda i: p["k"][:, i])(i), FIXED)
+
+
 @pattern({"t": normal(2 * T - 1)}, SEQUENCES, ["embedding"])
 def relative_positions(p, x):
     return jnp.sum((jax.nn.softmax(x @ x.T + p["t"][OFFSETS]) @ x) ** 2)

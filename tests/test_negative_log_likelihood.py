@@ -422,6 +422,7 @@ LABELS = {
     "a column": (C, Y[:, None], r"\(6, 1\).*\(6, 3\).*targets\[\.\.\., 0\]"),
     "other rows": (C, Y[:5], r"\(5,\).*\(6, 3\)"),
     "bools": (C, Y > 0, "bool"),
+    "a list": (C, [0, 1, 2, 0, 1, 2], r"Leaf \[0\] of the targets.*jnp.asarray"),
     "none": (C, None, "None"),
 }
 

@@ -37,12 +37,14 @@ class Lookup(NamedTuple):
         index: Variable or literal with the indices.  # shape=(..., axes indexed)
         rows: Variable with the rows.
         window: The axes of a row within `rows`.
+        columns: The numbers in `index` that count, one for each axis that is indexed.
         mode: What is done with indices out of bounds.
     """
 
     index: Any
     rows: Any
     window: tuple[int, ...]
+    columns: tuple[int, ...]
     mode: Any
 
 
@@ -52,19 +54,29 @@ def looked_up(flow: Dataflow, v: Any) -> tuple[tuple[int, ...], Lookup] | None:
     if name_of(eqn) != SCATTER or not flow.is_zero(eqn.invars[0]) or not is_real(v):
         return None
     numbers = eqn.params["dimension_numbers"]
-    indexed = tuple(numbers.scatter_dims_to_operand_dims)
+    mode = eqn.params["mode"]
     _, index, rows = eqn.invars
-    full = [n for d, n in enumerate(v.aval.shape) if d not in indexed]
-    window = [rows.aval.shape[d] for d in numbers.update_window_dims]
-    if (
-        tuple(sorted(indexed)) != tuple(numbers.inserted_window_dims)
-        or numbers.operand_batching_dims
-        or window != full
-        or isinstance(rows, Literal)
+    if numbers.operand_batching_dims or isinstance(rows, Literal):
+        return None
+    shape = v.aval.shape
+    kept = (d for d in range(len(shape)) if d not in numbers.inserted_window_dims)
+    window = dict(zip(kept, numbers.update_window_dims, strict=True))
+    indexed = {}
+    for column, d in enumerate(numbers.scatter_dims_to_operand_dims):
+        n = rows.aval.shape[window[d]] if d in window else 1
+        # Clipped, the start of a window that is all of its axis is always 0.
+        if n == shape[d] > 1 and mode == lax.GatherScatterMode.CLIP:
+            continue
+        if n != 1:
+            return None
+        indexed[d] = column
+        window.pop(d, None)  # As `dynamic_slice` under `vmap` leaves it, of size 1.
+    if set(indexed) | set(window) != set(range(len(shape))) or any(
+        rows.aval.shape[axis] != shape[d] for d, axis in window.items()
     ):
         return None
-    mode = eqn.params["mode"]
-    return indexed, Lookup(index, rows, tuple(numbers.update_window_dims), mode)
+    axes, columns = tuple(indexed), tuple(indexed.values())
+    return axes, Lookup(index, rows, tuple(window.values()), columns, mode)
 
 
 def embedding(site: Site) -> Source | None:
@@ -94,8 +106,10 @@ def embedding(site: Site) -> Source | None:
     return _at_known_places(site, indexed, lookups, known)
 
 
-def _flat(index, bounds, mode):
+def _flat(index, bounds, lookup):
     """Returns indices as numbers of rows of the table; its size if out of bounds."""
+    if len(lookup.columns) < index.shape[-1]:
+        index = index[..., np.array(lookup.columns)]
     if jnp.iinfo(index.dtype).bits < 32:
         index = index.astype(jnp.int32)
     last = jnp.array(bounds, index.dtype).reshape((1,) * (index.ndim - 1) + (-1,)) - 1
@@ -104,7 +118,7 @@ def _flat(index, bounds, mode):
     flat = jnp.zeros(index.shape[:-1], index.dtype)
     for d, n in enumerate(bounds):
         flat = flat * n + index[..., d]
-    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+    if lookup.mode == lax.GatherScatterMode.FILL_OR_DROP:
         flat = jnp.where(inside, flat, math.prod(bounds))
     return flat.reshape(-1)
 
@@ -166,7 +180,7 @@ def _filled(site, indexed, lookups):
             _into_table(
                 site,
                 indexed,
-                _flat(i, bounds, k.mode),
+                _flat(i, bounds, k),
                 _stacked(x.astype(dtype), k.window),
             )
             for i, x, k in zip(index, rows, lookups, strict=True)
@@ -196,9 +210,7 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
             return fn
 
         def numbered(*index):
-            flat = [
-                _flat(x, bounds, k.mode) for x, k in zip(index, lookups, strict=True)
-            ]
+            flat = [_flat(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
             flat = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
             return flat, first_alike(flat, entries) if len(flat) > 1 else None
 
@@ -280,7 +292,7 @@ def _at_known_places(site, indexed, lookups, known):
     flat = []
     for index, lookup in zip(known, lookups, strict=True):
         with jax.ensure_compile_time_eval():
-            flat.append(np.asarray(_flat(jnp.asarray(index), bounds, lookup.mode)))
+            flat.append(np.asarray(_flat(jnp.asarray(index), bounds, lookup)))
     places, which = np.unique(np.concatenate(flat), return_inverse=True)
     levels = _levels(which.reshape(-1), len(places))
 

@@ -222,6 +222,12 @@ def parts_of(nll: NegativeLogLikelihood, batch: Any) -> tuple[Any, Any, Any]:
                     f"Leaf {jax.tree_util.keystr(path) or 'at the root'} of the {name} "
                     f"in `batch` is {leaf!r}, not an array."
                 )
+            if isinstance(part, list) and leaf_shape(leaf) == ():
+                raise TypeError(
+                    f"Leaf {jax.tree_util.keystr(path)} of the {name} in `batch` is "
+                    "a number, not an array: give a list of numbers as "
+                    "`jnp.asarray(...)`."
+                )
     count_examples(unpacked[0])
     inputs, targets, weights = (*unpacked, None)[:3]
     return inputs, targets, weights
