@@ -190,7 +190,7 @@ MUTANTS = [
     *_mutants(
         "_ball/guard.py",
         "step perturbation golden_family",
-        ("keep_unless(finite, after, state), finite", "after, finite"),
+        ("keep_unless(usable, after, state), finite", "after, finite"),
         ("jnp.where(finite, e, 0) if is_real(e) else e", "e"),
     ),
     *_mutants(

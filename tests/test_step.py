@@ -157,6 +157,19 @@ def test_a_gradient_that_is_not_finite_touches_no_memory(front_end, every, bad):
     assert_close(optax.tree.get(state, "perturbation_norm"), 0.3, rtol=1e-6)
 
 
+def test_a_leaf_that_the_ball_masks_is_kept_out_of_memory_too(front_end):
+    masked = euclidean_ball(0.3, mask={"a": True, "b": False})
+    average = optax.ema(0.9, debias=False)
+    init, step = front_end(optax.chain(average, masked))
+    params = {**PARAMS, "b": jnp.full((1, 2), jnp.nan)}
+    for start, kept in ((PARAMS, False), (params, True)):
+        state = init(start)
+        _, after = step(start, state, jnp.float32(1.0))
+        before, now = optax.tree.get(state, "ema"), optax.tree.get(after, "ema")
+        assert bool(jnp.all(before["a"] == now["a"])) == kept
+        assert bool(jnp.all(jnp.isfinite(now["b"])))
+
+
 def test_memory_of_the_descent_is_guarded(front_end):
     def update(h, state, params, *, eps, **extra):
         return h, h if eps is not None else state

@@ -52,7 +52,12 @@ def ascend(
         finite = moved = functools.reduce(jnp.logical_and, sums, jnp.array(True))
     if len(found) != 1:
         eps = jax.tree.map(lambda e: jnp.where(finite, e, 0) if is_real(e) else e, eps)
-    return Ascent(eps, keep_unless(finite, after, state), finite, moved)
+    usable = finite
+    if len(jax.tree.leaves(state, is_leaf=is_ball)) > len(found):
+        # What is remembered in front of a ball holds the leaves that the ball masks.
+        whole = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads) if is_real(g)]
+        usable = functools.reduce(jnp.logical_and, whole, finite)
+    return Ascent(eps, keep_unless(usable, after, state), finite, moved)
 
 
 def balls(state: optax.OptState) -> list[PerturbationState]:
