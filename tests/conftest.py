@@ -91,6 +91,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # Here and not in pyproject.toml, which the tests of the wheel do not see.
+    config.addinivalue_line("filterwarnings", "error")
+    # What one process still writes another reads as damaged, and compiles it itself.
+    for what in ("reading", "writing"):
+        message = f"Error {what} persistent compilation cache entry"
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
     config.addinivalue_line(
         "markers", "slow: trains, draws, kills or spawns; run by `make test-slow`"
     )
