@@ -123,6 +123,14 @@ def load_digits() -> Dataset:
     )
 
 
+def flat(images: np.ndarray, pool: int = 1) -> np.ndarray:
+    """Maps bytes to floats in 0..1, (examples, pixels); `pool` a side become one."""
+    count, high, wide, channels = images.shape
+    shape = (count, high // pool, pool, wide // pool, pool, channels)
+    means = images.reshape(shape).mean((2, 4), dtype=np.float32)
+    return means.reshape(count, -1) / 255
+
+
 def load_idx(folder: Path, source: Source) -> Dataset:
     """Reads the four IDX files of MNIST or Fashion-MNIST, gzipped or not."""
     arrays = []

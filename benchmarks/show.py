@@ -28,6 +28,15 @@ LOOKS = {
     "WSAM": (SKY, "-.", "X"),
     "Friendly SAM": (PURPLE, "--", "p"),
     "MSAM": (GREY, "-", "<"),
+    # What the recipes compare.
+    "exact F": (GREEN, "-", "^"),
+    "empirical F": (BLUE, "--", "s"),
+    "squared gradient": (VERMILLION, ":", "v"),
+    "squared gradient, 8": (ORANGE, ":", "P"),
+    "squared gradient, 128": (PURPLE, ":", "X"),
+    "magnitude": (BLACK, "-", "o"),
+    "random": (GREY, "-", "<"),
+    "average": (BLACK, "-", "o"),
 }
 
 

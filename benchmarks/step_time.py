@@ -7,7 +7,6 @@ smallest step for it that one can write by hand, with no metrics and no safeguar
     python benchmarks/step_time.py                        # all models, SGD
     python benchmarks/step_time.py --models mlp --optimizer adamw
     python benchmarks/step_time.py --leaves               # compile time, many leaves
-    python benchmarks/step_time.py --rows MSAM LookSAM "LookSAM by hand"
 """
 
 import sys
@@ -30,26 +29,21 @@ LEAVES_ROWS = (
     "Fisher SAM, empirical, one pass",
 )
 # On a CPU, XLA is slow with the gradient of a convolution's kernel in a branch or loop.
-IN_CONTROL_FLOW = (
-    *("SAM, every=2", "SAM, every=5", "SAM, micro_batches=4"),
-    *("LookSAM by hand", "LookSAM"),
-)
+IN_CONTROL_FLOW = ("SAM, every=2", "SAM, every=5", "SAM, micro_batches=4")
 
 
-def rows_of(name, model, chosen):
-    """Returns the rows that are worth their time, or the base step and the chosen."""
+def rows_of(name, model):
+    """Returns the rows that are worth their time."""
     rows = [*make_steps(model, OPTIMIZERS["sgd"])]
-    if chosen:
-        return [row for row in rows if row == "base" or row in chosen]
     if jax.default_backend() == "cpu" and name in ("cnn", "resnet"):
         rows = [row for row in rows if row not in IN_CONTROL_FLOW]
     return rows
 
 
-def of_model(name, make, optimizer, repeats, chosen):
+def of_model(name, make, optimizer, repeats):
     """Returns the facts of a model."""
     model = make()
-    return measure(model, OPTIMIZERS[optimizer], repeats, rows_of(name, model, chosen))
+    return measure(model, OPTIMIZERS[optimizer], repeats, rows_of(name, model))
 
 
 def of_leaves(number: int, repeats: int):
@@ -84,13 +78,10 @@ def experiment(run: harness.Run) -> None:
         for name in options.models:
             make = (cost.SMOKE | cost.PROBLEMS)[name]
             results[name] = run.cell(
-                lambda a=(name, make): of_model(
-                    *a, options.optimizer, repeats, options.rows
-                ),
+                lambda a=(name, make): of_model(*a, options.optimizer, repeats),
                 model=name,
                 optimizer=options.optimizer,
                 repeats=repeats,
-                **({"rows": options.rows} if options.rows else {}),
             )
     cost.print_tables("Ratio to the base step", results)
 
@@ -100,7 +91,6 @@ def add_options(add):
     add("--models", nargs="+", choices=[*names, *cost.SMOKE], default=names)
     add("--optimizer", choices=OPTIMIZERS, default="sgd")
     add("--leaves", action="store_true", help="with many leaves")
-    add("--rows", nargs="+", help="only these, and the base step")
     add("--repeats", type=harness.whole, default=9)
 
 

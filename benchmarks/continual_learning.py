@@ -1,0 +1,319 @@
+"""Question: which Fisher should elastic weight consolidation take, and what if not?
+
+Tasks come one after the other, and EWC pulls each weight to where the tasks before left
+it, by what F says that they need. Compared are the exact F, the empirical one, and the
+mean square of batch gradients that much code calls Fisher; lambda is chosen on
+held-out images from the same grid for each.
+
+    python benchmarks/continual_learning.py
+    python benchmarks/continual_learning.py --data fashion-mnist --data-dir data
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import diagonals
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import perceptron
+import show
+
+import fsam_optax as fsam
+
+
+HIDDEN = (50, 50)
+BATCH = 32
+RATE = 2e-3
+# What a task is, and whether the network is told which one it sees.
+SCENARIOS = {
+    "split": "two classes a task, an output layer a task",
+    "permuted": "pixels in another order, one output layer",
+    "one head": "two classes a task, one output layer of ten",
+}
+EWC, ONLINE = "EWC", "online EWC"
+STRENGTHS = (0.0, *np.round(10 ** np.arange(0.5, 8.6, 0.75), 3).tolist())
+
+
+class Tasks(NamedTuple):
+    """Images (tasks, examples, pixels), labels, and which classes compete (tasks, 10).
+
+    Each of train, held and test is a pair of images and labels.
+    """
+
+    train: tuple[jax.Array, jax.Array]
+    held: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
+    active: jax.Array
+
+
+def tasks_of(scenario: str, options: Any) -> Tasks:
+    """Returns five tasks of equal size; a fifth of the training images is held out."""
+    data = datasets.load(options.data, options.data_dir)
+    parts, random = [], np.random.default_rng(0)
+    pixels = [random.permutation(data.train_images[0].size // options.pool**2)]
+    pixels += [random.permutation(pixels[0]) for _ in range(4)]
+    for images, labels, most in (
+        (data.train_images, data.train_labels, options.train_size),
+        (data.test_images, data.test_labels, options.test_size),
+    ):
+        n, images = len(images), datasets.flat(images, options.pool)
+        if scenario == "permuted":
+            rows = [np.arange(min(n, most))] * 5
+        else:
+            rows = [np.flatnonzero(labels // 2 == task) for task in range(5)]
+            rows = [found[: min(most, *map(len, rows))] for found in rows]
+        orders = pixels if scenario == "permuted" else [slice(None)] * 5
+        x = np.stack([images[r][:, o] for r, o in zip(rows, orders, strict=True)])
+        parts.append((jnp.asarray(x), jnp.asarray(np.stack([labels[r] for r in rows]))))
+    cut = parts[0][1].shape[1] * 4 // 5
+    train, held = (
+        jax.tree.map(lambda a: a[:, :cut], parts[0]),
+        jax.tree.map(lambda a: a[:, cut:], parts[0]),
+    )
+    active = np.ones((5, 10), bool)
+    if scenario == "split":
+        active = np.arange(10)[None] // 2 == np.arange(5)[:, None]
+    return Tasks(train, held, parts[1], jnp.asarray(active))
+
+
+def apply(params, x, active):
+    """Returns the logits of the classes that compete."""
+    return jnp.where(active[None], perceptron.apply(params, x), -1e9)
+
+
+LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
+
+
+def accuracies(params, data, active):
+    """Returns the accuracy on each task."""
+
+    def one(x, y, active):
+        return jnp.mean(jnp.argmax(apply(params, x, active), -1) == y)
+
+    images, labels = data
+    return jax.vmap(one)(images, labels, active)
+
+
+def penalty(params, anchor):
+    """Returns sum F (w - c)^2 / 2."""
+    fisher, centre = anchor
+    parts = jax.tree.map(
+        lambda w, f, c: jnp.sum(f * (w - c) ** 2), params, fisher, centre
+    )
+    return optax.tree.sum(parts) / 2
+
+
+def together(anchor, params, fisher, anchoring):
+    """Returns the anchor of the tasks so far and one more.
+
+    EWC has a penalty a task, sum_k F_k (w - w_k)^2 = A (w - B/A)^2 + constant with A
+    and B the sums of F_k and F_k w_k; the online form has A and the last weights.
+    """
+    total = jax.tree.map(jnp.add, anchor[0], fisher)
+    if anchoring == ONLINE:
+        return total, params
+    share = jax.tree.map(lambda f, a: f / jnp.where(a > 0, a, 1), fisher, total)
+    centre = jax.tree.map(lambda c, w, s: c + s * (w - c), anchor[1], params, share)
+    return total, centre
+
+
+def learn(tasks, steps, name, anchoring, seed, strength):
+    """Returns accuracies (after task, on task) on held-out and on test images."""
+    optimizer, key = optax.adam(RATE), jax.random.key(seed)
+    params = perceptron.initial(key, (tasks.train[0].shape[-1], *HIDDEN, 10))
+
+    def task(carry, inputs):
+        params, anchor = carry
+        x, y, active, key = inputs
+
+        def objective(params, batch):
+            return LOSS(params, batch, active) + strength * penalty(params, anchor)
+
+        def step(carry, rows):
+            params, state = carry
+            gradient = jax.grad(objective)(params, (x[rows], y[rows]))
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        rows = jax.random.randint(key, (steps, BATCH), 0, len(y))
+        params, _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)[0]
+        # A mean over the labels; as the tasks are of one size, so is what it is worth.
+        fisher = diagonals.diagonal(name, LOSS, params, (x, y), active)
+        found = [accuracies(params, d, tasks.active) for d in (tasks.held, tasks.test)]
+        return (params, together(anchor, params, fisher, anchoring)), found
+
+    nothing = jax.tree.map(jnp.zeros_like, params), params
+    keys = jax.random.split(jax.random.fold_in(key, 1), 5)
+    inputs = (*tasks.train, tasks.active, keys)
+    return jax.lax.scan(task, (params, nothing), inputs)[1]
+
+
+def sweep(tasks, options, name, anchoring):
+    """Runs every strength with every seed; returns means over tasks."""
+    seeds, strengths = jnp.arange(options.seeds), jnp.asarray(options.strengths)
+    run = partial(learn, tasks, options.steps, name, anchoring)
+    run = jax.vmap(jax.vmap(run, (0, None)), (None, 0))
+    held, test = jax.jit(run)(seeds, strengths)
+    learnt = jnp.diagonal(test, axis1=-2, axis2=-1)
+    return {
+        "held": held[..., -1, :].mean((-2, -1)),
+        "accuracy": test[..., -1, :].mean(-1),
+        "forgotten": (learnt - test[..., -1, :])[..., :-1].mean(-1),
+    }
+
+
+def joint(tasks, options):
+    """Trains on all tasks at once, as many steps; returns the accuracy by seed."""
+    x, y = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tasks.train)
+    which = jnp.repeat(jnp.arange(5), tasks.train[1].shape[1])
+    optimizer = optax.adam(RATE)
+
+    def loss(params, rows):
+        one = jax.vmap(lambda x, y, a: LOSS(params, (x[None], y[None]), a))
+        return jnp.mean(one(x[rows], y[rows], tasks.active[which[rows]]))
+
+    def train(seed):
+        key = jax.random.key(seed)
+        params = perceptron.initial(key, (x.shape[-1], *HIDDEN, 10))
+
+        def step(carry, rows):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, rows), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        key = jax.random.fold_in(key, 1)
+        rows = jax.random.randint(key, (5 * options.steps, BATCH), 0, len(y))
+        params, _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)[0]
+        return accuracies(params, tasks.test, tasks.active).mean()
+
+    return jax.jit(jax.vmap(train))(jnp.arange(options.seeds))
+
+
+def best(result):
+    """Returns which strength is best on held-out images."""
+    return int(np.argmax(result["held"]))
+
+
+def draw(title, found, joined, options, path):
+    """Draws accuracy against lambda: one panel a scenario."""
+    fig, axes = show.figure(1, len(found), title, figsize=(11, 4.2), sharey=False)
+    shown = np.array(options.strengths)
+    for axis, (scenario, results) in zip(axes[0], found.items(), strict=True):
+        for (name, anchoring), result in results.items():
+            if anchoring == ONLINE:
+                continue
+            values = 100 * np.array(result["accuracy"])
+            error = values.std(1, ddof=1) / values.shape[1] ** 0.5
+            positive = shown > 0
+            axis.errorbar(
+                *(shown[positive], values.mean(1)[positive], error[positive]),
+                **(show.look(name) | {"ms": 4, "label": name}),
+            )
+        plain = 100 * np.mean(next(iter(results.values()))["accuracy"][0])
+        axis.axhline(100 * np.mean(joined[scenario]), color=show.BLACK, lw=1)
+        axis.axhline(plain, color=show.BLACK, lw=1, ls=":")
+        axis.set_xscale("log")
+        axis.set_xlabel("lambda (1: Bayes' rule)")
+        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}", fontsize=8)
+    axes[0][0].set_ylabel("accuracy over all tasks at the end, %")
+    axes[0][-1].legend(fontsize=7)
+    show.save(fig, path)
+
+
+def names_of(scenario, anchoring, options):
+    """Returns what is compared: every size of batch only where there is most to see."""
+    batches = options.batches
+    if scenario == "one head" or anchoring == ONLINE:
+        batches = batches[len(batches) // 2 :][:1]
+    names = [diagonals.squared(batch) for batch in batches]
+    return [diagonals.EXACT, diagonals.EMPIRICAL, *names]
+
+
+def experiment(run: harness.Run) -> None:
+    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+    options = run.options
+    settings = ("data", "seeds", "steps", "train_size", "test_size", "pool")
+    settings = {name: getattr(options, name) for name in (*settings, "strengths")}
+    found, joined = {}, {}
+    for scenario in options.scenarios:
+        tasks = tasks_of(scenario, options)
+        part = {"scenario": scenario} | settings
+        joined[scenario] = run.cell(partial(joint, tasks, options), F="joint", **part)
+        found[scenario] = {
+            (name, anchoring): run.cell(
+                partial(sweep, tasks, options, name, anchoring),
+                **({"F": name, "anchoring": anchoring} | part),
+            )
+            for anchoring in options.anchorings
+            for name in names_of(scenario, anchoring, options)
+        }
+        report(scenario, found[scenario], joined[scenario], options)
+    title = f"EWC on {options.data}: dotted without, line all tasks at once"
+    suffix = "" if options.data == "digits" else f"_{options.data}"
+    draw(title, found, joined, options, run.picture(suffix.replace("-", "_")))
+
+
+def report(scenario, results, joined, options):
+    """Prints one scenario: lambda tuned, and lambda of the exact F for all."""
+    none = next(iter(results.values()))
+    base = np.array(none["accuracy"][0])
+    rows = [["none", "0", show.cell(base, ".1f", 100), "", ""]]
+    rows[0] += [show.cell(none["forgotten"][0], ".1f", 100)]
+    for (name, anchoring), result in results.items():
+        exact = results[diagonals.EXACT, anchoring]
+        at, fixed = best(result), best(exact)
+        values = np.array(result["accuracy"])
+        behind = values[at] - np.array(exact["accuracy"])[fixed]
+        edge = "*" * (at in (0, len(options.strengths) - 1))
+        rows.append(
+            [
+                name if anchoring == EWC else f"online, {name}",
+                f"{options.strengths[at]:.3g}{edge}",
+                show.cell(values[at], ".1f", 100),
+                show.cell(behind, "+.1f", 100),
+                show.cell(values[fixed], ".1f", 100),
+                show.cell(result["forgotten"][at], ".1f", 100),
+            ]
+        )
+    rows.append(["all at once", "", show.cell(joined, ".1f", 100), "", "", ""])
+    heads = ["", "lambda", "accuracy", "over\nexact", "at exact's\nlambda", "forgotten"]
+    caption = "%, mean ± standard error. * at an edge of the grid."
+    title = f"{scenario}: {SCENARIOS[scenario]}"
+    show.table(title, heads, rows, caption, first=24)
+
+
+def add_options(add):
+    add("--data", choices=datasets.NAMES[:3], default="digits")
+    add("--data-dir", type=Path, default=Path("data"))
+    add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    add("--anchorings", nargs="+", choices=(EWC, ONLINE), default=[EWC, ONLINE])
+    add("--batches", nargs="+", type=harness.whole, default=[8, 32, 128])
+    add("--strengths", nargs="+", type=float, default=list(STRENGTHS), help="lambdas")
+    add("--seeds", type=harness.whole, default=10)
+    add("--steps", type=harness.whole, default=200, help="a task")
+    add("--train-size", type=harness.whole, default=2000, help="most, a task")
+    add("--test-size", type=harness.whole, default=2000, help="most, a task")
+    add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {
+        "scenarios": ["split"],
+        "anchorings": [EWC],
+        "batches": [8],
+        "strengths": [0.0, 1.0, 100.0],
+    }
+    smoke |= {"seeds": 2, "steps": 3, "train_size": 20, "test_size": 20}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

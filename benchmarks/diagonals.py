@@ -1,0 +1,46 @@
+"""The diagonals that the recipes compare, each of a whole task at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fsam_optax as fsam
+
+
+EXACT, EMPIRICAL, SQUARED = "exact F", "empirical F", "squared gradient"
+
+
+def squared(batch: int) -> str:
+    """Returns the name of the mean square of gradients of so many examples."""
+    return f"{SQUARED}, {batch}"
+
+
+def diagonal(
+    name: str, loss: Any, params: Any, data: tuple[jax.Array, jax.Array], *args: Any
+) -> Any:
+    """Returns a diagonal by its name, a mean over the examples.
+
+    Args:
+        name: `EXACT`, `EMPIRICAL`, or one that `squared` makes. The last is what much
+            code calls Fisher: the mean over batches of the square of their gradient.
+        loss: A `NegativeLogLikelihood`.
+        params: Where.
+        data: Inputs and labels; what does not fill a batch is left out.
+        *args: What the loss is called with beside them.
+    """
+    if name == EXACT:
+        return fsam.diagonal(fsam.fisher_exact(loss), params, data, loss_args=args)
+    if name == EMPIRICAL:
+        return fsam.diagonal(fsam.fisher_empirical(loss), params, data, loss_args=args)
+    size = min(int(name.rsplit(", ")[1]), len(data[1]))
+    count = len(data[1]) // size
+
+    def add(total, batch):
+        gradient = jax.grad(loss)(params, batch, *args)
+        return jax.tree.map(lambda t, g: t + g**2 / count, total, gradient), None
+
+    batches = jax.tree.map(
+        lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), data
+    )
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches)[0]

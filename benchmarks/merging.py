@@ -1,0 +1,255 @@
+"""Question: does Fisher weighting merge two fine-tuned networks better than the mean?
+
+Two networks are fine-tuned from one start, on other classes or on images turned the
+other way, and their weights are merged: w = sum_k l_k F_k w_k / sum_k l_k F_k. Compared
+are F = 1, the exact F, the empirical one and the mean square of batch gradients, each
+with the shares l = (l, 1 - l) of best accuracy on held-out images, and with l = 1/2.
+
+    python benchmarks/merging.py
+    python benchmarks/merging.py --data fashion-mnist --data-dir data --pool 2
+"""
+
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import diagonals
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import perceptron
+import show
+
+
+HIDDEN = (64, 64)
+BATCH = 50
+RATE = 1e-3
+LOSS = perceptron.LOSS
+AVERAGE = "average"
+# One that no example needs of either network is averaged.
+FLOOR = 1e-6
+SCENARIOS = {"classes": "even | odd digits", "turned": "a quarter left | right"}
+SHARES = np.linspace(0.05, 0.95, 19).round(2).tolist()
+
+
+class Problem(NamedTuple):
+    """Pairs of images and labels: what to start from, and the two tasks' own."""
+
+    start: Any
+    train: tuple[Any, Any]
+    held: tuple[Any, Any]
+    test: tuple[Any, Any]
+
+
+def problem_of(scenario: str, options: Any) -> Problem:
+    """Returns the tasks: a fifth to start from, a fifth held out, the rest to train."""
+    source = datasets.load(options.data, options.data_dir)
+
+    def pair(images, labels, task):
+        kept = np.arange(len(labels))
+        if scenario == "classes" and task is not None:
+            kept = np.flatnonzero(labels % 2 == task)
+        if scenario == "turned" and task is not None:
+            images = np.rot90(images, 1 + 2 * task, (1, 2))
+        images = datasets.flat(images[kept], options.pool)
+        return jnp.asarray(images), jnp.asarray(labels[kept])
+
+    def both(images, labels):
+        return pair(images, labels, 0), pair(images, labels, 1)
+
+    images = source.train_images[: options.train_size]
+    labels = source.train_labels[: options.train_size]
+    one, two = len(labels) // 5, len(labels) * 2 // 5
+    return Problem(
+        start=pair(images[:one], labels[:one], None),
+        train=both(images[two:], labels[two:]),
+        held=both(images[one:two], labels[one:two]),
+        test=both(source.test_images, source.test_labels),
+    )
+
+
+def train(params, data, steps, key):
+    """Returns parameters after Adam with cosine decay."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
+
+    def step(carry, rows):
+        params, state = carry
+        gradient = jax.grad(LOSS)(params, (data[0][rows], data[1][rows]))
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    rows = jax.random.randint(key, (steps, BATCH), 0, len(data[1]))
+    return jax.lax.scan(step, (params, optimizer.init(params)), rows)[0][0]
+
+
+def fit(problem, seeds, steps):
+    """Returns the start, both fine-tuned networks and one fine-tuned on both tasks."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *problem.train)
+
+    def one(seed):
+        keys = jax.random.split(jax.random.key(seed), 5)
+        sizes = (problem.start[0].shape[-1], *HIDDEN, 10)
+        start = train(perceptron.initial(keys[0], sizes), problem.start, 300, keys[1])
+        tuned = [
+            train(start, data, steps, key)
+            for data, key in zip((*problem.train, both), keys[2:], strict=True)
+        ]
+        return start, *tuned
+
+    return jax.jit(jax.vmap(one))(jnp.arange(seeds))
+
+
+def score(params, tasks):
+    """Returns the mean accuracy over the tasks."""
+    return jnp.mean(jnp.stack([perceptron.score(params, *t)[1] for t in tasks]))
+
+
+def weight(method, params, data):
+    """Returns what each weight counts, with a floor."""
+    if method == AVERAGE:
+        return jax.tree.map(jnp.ones_like, params)
+    found = diagonals.diagonal(method, LOSS, params, data)
+    floor = FLOOR * optax.tree.max(found)
+    return jax.tree.map(lambda f: f + floor, found)
+
+
+def merge(params, weights, share):
+    """Returns sum_k l_k F_k w_k / sum_k l_k F_k."""
+
+    def one(v, w, f, g):
+        f, g = share * f, (1 - share) * g
+        return (f * v + g * w) / (f + g)
+
+    return jax.tree.map(one, *params, *weights)
+
+
+def sweep(method, networks, problem, options):
+    """Merges by every share; returns arrays (share, seed)."""
+
+    def one(share, networks):
+        pair = networks[1:3]
+        weights = [
+            weight(method, w, d) for w, d in zip(pair, problem.train, strict=True)
+        ]
+        merged = merge(pair, weights, share)
+        return score(merged, problem.held), score(merged, problem.test)
+
+    every = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
+    held, test = jax.jit(every)(jnp.asarray(options.shares), networks)
+    return {"held": held, "accuracy": test}
+
+
+def apart(networks, problem):
+    """Returns what the networks are worth that are not merged."""
+    names = ("the start", "fine-tuned, first", "fine-tuned, second", "both at once")
+    test = jax.jit(jax.vmap(lambda w: score(w, problem.test)))
+    return {name: test(w) for name, w in zip(names, networks, strict=True)}
+
+
+def draw(found, options, path):
+    """Draws accuracy against the share: one panel a scenario and length."""
+    title = f"Two networks merged into one ({options.data})"
+    fig, axes = show.figure(1, len(found), title, figsize=(12, 4), sharey=False)
+    for axis, ((scenario, steps), (alone, results)) in zip(
+        axes[0], found.items(), strict=True
+    ):
+        for method, result in results.items():
+            values = 100 * np.array(result["accuracy"])
+            error = values.std(1, ddof=1) / values.shape[1] ** 0.5
+            style = show.look(method) | {"ms": 3, "label": method}
+            axis.errorbar(options.shares, values.mean(1), error, **style)
+        axis.axhline(100 * np.mean(alone["both at once"]), color=show.GREY, lw=1)
+        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}\n{steps} steps", fontsize=8)
+        axis.set_xlabel("share of the first")
+    axes[0][0].set_ylabel("accuracy over both tasks, %")
+    axes[0][0].legend(fontsize=7)
+    show.save(fig, path)
+
+
+def experiment(run: harness.Run) -> None:
+    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+    options, found = run.options, {}
+    methods = [AVERAGE, diagonals.EXACT, diagonals.EMPIRICAL]
+    methods += [diagonals.squared(batch) for batch in options.batches]
+    names = ("data", "seeds", "train_size", "pool", "shares")
+    settings = {name: getattr(options, name) for name in names}
+    for scenario in options.scenarios:
+        problem = problem_of(scenario, options)
+        for steps in options.steps:
+            networks = cache(partial(fit, problem, options.seeds, steps))
+            part = {"scenario": scenario, "steps": steps} | settings
+            alone = run.cell(
+                lambda networks=networks, problem=problem: apart(networks(), problem),
+                method="apart",
+                **part,
+            )
+            results = {
+                method: run.cell(
+                    lambda method=method, networks=networks, problem=problem: sweep(
+                        method, networks(), problem, options
+                    ),
+                    method=method,
+                    **part,
+                )
+                for method in methods
+            }
+            found[scenario, steps] = alone, results
+            report(scenario, steps, alone, results, options)
+    suffix = "" if options.data == "digits" else f"_{options.data}"
+    draw(found, options, run.picture(suffix.replace("-", "_")))
+
+
+def report(scenario, steps, alone, results, options):
+    """Prints one scenario: the share tuned, and one half."""
+    half = int(np.argmin(np.abs(np.array(options.shares) - 0.5)))
+    best = {m: int(np.argmax(np.mean(r["held"], 1))) for m, r in results.items()}
+    plain = np.array(results[AVERAGE]["accuracy"])
+    rows = []
+    for method, result in results.items():
+        values, at = np.array(result["accuracy"]), best[method]
+        rows.append(
+            [
+                method,
+                show.cell(values[half], ".1f", 100),
+                show.cell(values[half] - plain[half], "+.1f", 100),
+                f"{options.shares[at]:g}" + "*" * (at in (0, len(options.shares) - 1)),
+                show.cell(values[at], ".1f", 100),
+                show.cell(values[at] - plain[best[AVERAGE]], "+.1f", 100),
+            ]
+        )
+    rows += [
+        [name, show.cell(values, ".1f", 100), "", "", "", ""]
+        for name, values in alone.items()
+    ]
+    heads = ["", "l = 1/2", "over\naverage", "best l", "accuracy", "over\naverage"]
+    title = f"{options.data}, {scenario} ({SCENARIOS[scenario]}), {steps} steps"
+    caption = "%, mean ± standard error. * at an edge of the grid."
+    show.table(title, heads, rows, caption, first=22)
+
+
+def add_options(add):
+    add("--data", choices=datasets.NAMES[:3], default="digits")
+    add("--data-dir", type=Path, default=Path("data"))
+    add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    add("--batches", nargs="+", type=harness.whole, default=[32])
+    add("--shares", nargs="+", type=float, default=SHARES, help="of the first network")
+    add("--seeds", type=harness.whole, default=10)
+    add("--steps", nargs="+", type=harness.whole, default=[100, 800])
+    add("--train-size", type=harness.whole, default=6000, help="most images")
+    add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"scenarios": ["classes"], "shares": [0.25, 0.5, 0.75], "seeds": 2}
+    smoke |= {"steps": [4]}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

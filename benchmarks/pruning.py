@@ -1,0 +1,232 @@
+"""Question: which weights can go: those of little w^2 F, or simply the small ones?
+
+Optimal brain damage removes the weights of least saliency F w^2 / 2, which is what the
+loss would rise if its Hessian were the diagonal F. Compared, at one shot and after some
+training of what is left: the exact F, the empirical one, the mean square of batch
+gradients, the magnitude, and chance. None has anything to be tuned.
+
+    python benchmarks/pruning.py
+    python benchmarks/pruning.py --data fashion-mnist --data-dir data
+"""
+
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import datasets
+import diagonals
+import harness
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import perceptron
+import show
+
+
+HIDDEN = (64, 64)
+BATCH = 50
+RATE = 2e-3
+MAGNITUDE, BY_LAYER, RANDOM = "magnitude", "magnitude by layer", "random"
+SHARES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+SHOWN = (0.0, 0.5, 0.7, 0.8, 0.9)
+LOSS = perceptron.LOSS
+
+
+def train(params, mask, data, steps, rate, key):
+    """Returns parameters after Adam with cosine decay; what the mask drops stays 0."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def step(carry, rows):
+        params, state = carry
+        gradient = jax.grad(LOSS)(params, (data[0][rows], data[1][rows]))
+        gradient = jax.tree.map(jnp.multiply, gradient, mask)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    rows = jax.random.randint(key, (steps, BATCH), 0, len(data[1]))
+    return jax.lax.scan(step, (params, optimizer.init(params)), rows)[0][0]
+
+
+def fit(data, seeds, steps):
+    """Returns trained networks, one a seed."""
+
+    def one(seed):
+        key = jax.random.key(seed)
+        params = perceptron.initial(key, (data[0].shape[-1], *HIDDEN, 10))
+        whole = jax.tree.map(jnp.ones_like, params)
+        return train(params, whole, data, steps, RATE, jax.random.fold_in(key, 1))
+
+    return jax.jit(jax.vmap(one))(jnp.arange(seeds))
+
+
+def saliency(method, params, data, key):
+    """Returns what each weight is worth: the least go first."""
+    if method == RANDOM:
+        return optax.tree.random_like(key, params, jax.random.uniform)
+    if method == MAGNITUDE:
+        return jax.tree.map(jnp.abs, params)
+    if method == BY_LAYER:
+        # The share of the weights of its layer that are smaller.
+        return jax.tree.map(lambda w: rank(jnp.abs(w)) / w.size, params)
+    diagonal = diagonals.diagonal(method, LOSS, params, data)
+    return jax.tree.map(lambda f, w: f * w**2 / 2, diagonal, params)
+
+
+def rank(x):
+    """Returns for each entry how many are before it."""
+    return jnp.argsort(jnp.argsort(x.ravel())).reshape(x.shape)
+
+
+def masks(score, share):
+    """Returns 0 for a share of the weights, of least score; biases stay."""
+    kernels = [layer["kernel"] for layer in score]
+    flat, back = jax.flatten_util.ravel_pytree(kernels)
+    kept = back((rank(flat) >= share * flat.size).astype(flat.dtype))
+    return [
+        {"kernel": mask, "bias": jnp.ones_like(layer["bias"])}
+        for mask, layer in zip(kept, score, strict=True)
+    ]
+
+
+def prune(method, data, test, steps, params, seed, share):
+    """Returns what a network is worth without a share of its weights."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    score = saliency(method, params, data, key)
+    mask = masks(score, share)
+    left = jax.tree.map(jnp.multiply, params, mask)
+    loss, accuracy = perceptron.score(left, *test)
+    again = train(left, mask, data, steps, RATE / 2, jax.random.fold_in(key, 3))
+    gone = jax.tree.map(lambda s, m: jnp.sum(s * (1 - m)), score, mask)
+    return {
+        "accuracy": accuracy,
+        "loss": loss,
+        "rise": LOSS(left, data) - LOSS(params, data),
+        "foretold": optax.tree.sum(gone),
+        "trained again": perceptron.score(again, *test)[1],
+    }
+
+
+def sweep(method, params, data, test, options):
+    """Prunes every network by every share; returns arrays (share, seed)."""
+    shares, seeds = jnp.asarray(options.shares), jnp.arange(options.seeds)
+    one = partial(prune, method, data, test, options.steps // 4)
+    every = jax.vmap(jax.vmap(one, (0, 0, None)), (None, None, 0))
+    return jax.jit(every)(params, seeds, shares)
+
+
+def most(result, shares, within):
+    """Returns for each seed the most that can go for `within` of accuracy."""
+    accuracy = np.array(result)
+    lost = accuracy[0] - accuracy > within
+    first = np.where(lost.any(0), lost.argmax(0), len(shares))
+    return np.array(shares)[first - 1]
+
+
+def draw(found, options, path):
+    """Draws accuracy against what is removed, at one shot and trained again."""
+    title = f"What is left of {options.data} when weights go"
+    fig, axes = show.figure(1, 3, title, figsize=(12, 4.2))
+    shares = 100 * np.array(options.shares)
+    for method, result in found.items():
+        for axis, name in zip(axes[0], ("accuracy", "trained again"), strict=False):
+            values = 100 * np.array(result[name])
+            error = values.std(1, ddof=1) / values.shape[1] ** 0.5
+            style = show.look(method) | {"ms": 4, "label": method}
+            axis.errorbar(shares, values.mean(1), error, **style)
+            axis.set_xlabel("weights removed, %")
+        if method not in (MAGNITUDE, BY_LAYER, RANDOM):
+            rise, foretold = (
+                np.array(result[n])[1:].mean(1) for n in ("rise", "foretold")
+            )
+            axes[0][2].plot(foretold, rise, **(show.look(method) | {"ms": 4}))
+    ends = np.array(axes[0][2].get_xlim())
+    axes[0][0].set_title("Test accuracy at one shot, %")
+    axes[0][1].set_title("The same, what is left trained again")
+    axes[0][1].set_ylim(50, None)
+    axes[0][2].set_title("Rise of the training loss, against foretold")
+    axes[0][2].set_xlabel("sum of F w² / 2 over what went")
+    axes[0][2].plot(*2 * [np.geomspace(1e-7, ends[1], 2)], color=show.GREY, lw=1)
+    axes[0][2].set_xscale("log")
+    axes[0][2].set_yscale("log")
+    axes[0][0].legend(fontsize=7)
+    show.save(fig, path)
+
+
+def experiment(run: harness.Run) -> None:
+    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+    options = run.options
+    source = datasets.load(options.data, options.data_dir)
+    images = [source.train_images[: options.train_size], source.test_images]
+    images = [jnp.asarray(datasets.flat(part, options.pool)) for part in images]
+    data = images[0], jnp.asarray(source.train_labels[: options.train_size])
+    test = images[1], jnp.asarray(source.test_labels)
+    names = ("data", "seeds", "steps", "train_size", "pool", "shares")
+    settings = {name: getattr(options, name) for name in names}
+    networks = cache(partial(fit, data, options.seeds, options.steps))
+    methods = [diagonals.EXACT, diagonals.EMPIRICAL]
+    methods += [diagonals.squared(batch) for batch in options.batches]
+    found = {
+        method: run.cell(
+            lambda method=method: sweep(method, networks(), data, test, options),
+            method=method,
+            **settings,
+        )
+        for method in (*methods, MAGNITUDE, BY_LAYER, RANDOM)
+    }
+    report(found, options)
+    suffix = "" if options.data == "digits" else f"_{options.data}"
+    draw(found, options, run.picture(suffix.replace("-", "_")))
+
+
+def report(found, options):
+    """Prints accuracy by share, and how much can go."""
+    shown = [i for i, share in enumerate(options.shares) if share in SHOWN]
+    reference = found[MAGNITUDE]
+    for name, title in (
+        ("accuracy", "at one shot"),
+        ("trained again", "trained again"),
+    ):
+        rows = [
+            [method, *(show.cell(result[name][i], ".1f", 100) for i in shown)]
+            for method, result in found.items()
+        ]
+        heads = ["%", *(f"{100 * options.shares[i]:g} % gone" for i in shown)]
+        title = f"{options.data}: test {name}".replace("test t", "test accuracy, t")
+        show.table(title, heads, rows, first=22)
+    rows = []
+    for method, result in found.items():
+        cells = []
+        for name in ("accuracy", "trained again"):
+            values = most(result[name], options.shares, 0.02)
+            base = most(reference[name], options.shares, 0.02)
+            cells += [show.cell(values, ".1f", 100)]
+            cells += [show.cell(values - base, "+.1f", 100)]
+        rows.append([method, *cells])
+    heads = ["%", "at one shot", "over magnitude", "trained again", "over magnitude"]
+    title = f"{options.data}: weights that can go for two points of accuracy"
+    caption = "Mean ± standard error, paired over seeds."
+    show.table(title, heads, rows, caption, first=22)
+
+
+def add_options(add):
+    add("--data", choices=datasets.NAMES[:3], default="digits")
+    add("--data-dir", type=Path, default=Path("data"))
+    add("--batches", nargs="+", type=harness.whole, default=[32, 1000])
+    add("--shares", nargs="+", type=float, default=list(SHARES), help="to remove")
+    add("--seeds", type=harness.whole, default=10)
+    add("--steps", type=harness.whole, default=1200, help="a quarter after pruning")
+    add("--train-size", type=harness.whole, default=6000, help="most images")
+    add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    smoke = {"batches": [8], "shares": [0.0, 0.5, 0.9], "seeds": 2, "steps": 4}
+    return harness.main(
+        __doc__, experiment, arguments, options=add_options, smoke=smoke
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
