@@ -7,6 +7,7 @@ smallest step for it that one can write by hand, with no metrics and no safeguar
     python benchmarks/step_time.py                        # all models, SGD
     python benchmarks/step_time.py --models mlp --optimizer adamw
     python benchmarks/step_time.py --leaves               # compile time, many leaves
+    python benchmarks/step_time.py --rows MSAM LookSAM "LookSAM by hand"
 """
 
 import sys
@@ -29,21 +30,26 @@ LEAVES_ROWS = (
     "Fisher SAM, empirical, one pass",
 )
 # On a CPU, XLA is slow with the gradient of a convolution's kernel in a branch or loop.
-IN_CONTROL_FLOW = ("SAM, every=2", "SAM, every=5", "SAM, micro_batches=4")
+IN_CONTROL_FLOW = (
+    *("SAM, every=2", "SAM, every=5", "SAM, micro_batches=4"),
+    *("LookSAM by hand", "LookSAM"),
+)
 
 
-def rows_of(name, model):
-    """Returns the rows that are worth their time."""
+def rows_of(name, model, chosen):
+    """Returns the rows that are worth their time, or the base step and the chosen."""
     rows = [*make_steps(model, OPTIMIZERS["sgd"])]
+    if chosen:
+        return [row for row in rows if row == "base" or row in chosen]
     if jax.default_backend() == "cpu" and name in ("cnn", "resnet"):
         rows = [row for row in rows if row not in IN_CONTROL_FLOW]
     return rows
 
 
-def of_model(name, make, optimizer, repeats):
+def of_model(name, make, optimizer, repeats, chosen):
     """Returns the facts of a model."""
     model = make()
-    return measure(model, OPTIMIZERS[optimizer], repeats, rows_of(name, model))
+    return measure(model, OPTIMIZERS[optimizer], repeats, rows_of(name, model, chosen))
 
 
 def of_leaves(number: int, repeats: int):
@@ -78,10 +84,13 @@ def experiment(run: harness.Run) -> None:
         for name in options.models:
             make = (cost.SMOKE | cost.PROBLEMS)[name]
             results[name] = run.cell(
-                lambda a=(name, make): of_model(*a, options.optimizer, repeats),
+                lambda a=(name, make): of_model(
+                    *a, options.optimizer, repeats, options.rows
+                ),
                 model=name,
                 optimizer=options.optimizer,
                 repeats=repeats,
+                **({"rows": options.rows} if options.rows else {}),
             )
     cost.print_tables("Ratio to the base step", results)
 
@@ -91,6 +100,7 @@ def add_options(add):
     add("--models", nargs="+", choices=[*names, *cost.SMOKE], default=names)
     add("--optimizer", choices=OPTIMIZERS, default="sgd")
     add("--leaves", action="store_true", help="with many leaves")
+    add("--rows", nargs="+", help="only these, and the base step")
     add("--repeats", type=harness.whole, default=9)
 
 

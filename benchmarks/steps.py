@@ -25,6 +25,8 @@ CYCLIC = (
     "Fisher SAM, exact every 10th step",
     "SAM, every=2",
     "SAM, every=5",
+    "LookSAM by hand",
+    "LookSAM",
 )
 
 
@@ -91,6 +93,25 @@ def by_hand(optimizer, gradient) -> dict[str, tuple[Callable, Callable]]:
         eps = jax.tree.map(lambda m: scale * m, m)
         return jax.tree.map(jnp.add, w, eps), (m, eps, state)
 
+    def looksam(w, states, batch):
+        count, v, state = states
+        g = gradient(w, batch)
+
+        def perturbed():
+            h = gradient(ascend(w, g, 0.05), batch)
+            along = optax.tree.vdot(g, h) / optax.tree.norm(g, squared=True)
+            v = jax.tree.map(lambda g, h: h - along * g, g, h)
+            length = optax.tree.norm(v)
+            return h, jax.tree.map(lambda v: v / length, v)
+
+        def plain():
+            add = 0.7 * optax.tree.norm(g)
+            return jax.tree.map(lambda g, v: g + add * v, g, v), v
+
+        d, v = jax.lax.cond(count % 5 == 0, perturbed, plain)
+        w, state = descend(w, state, d)
+        return w, (count + 1, v, state)
+
     def zeros(w):
         return jax.tree.map(jnp.zeros_like, w)
 
@@ -103,6 +124,10 @@ def by_hand(optimizer, gradient) -> dict[str, tuple[Callable, Callable]]:
             friendly,
         ),
         "MSAM": (lambda w: (zeros(w), zeros(w), optimizer.init(w)), msam),
+        "LookSAM": (
+            lambda w: (jnp.array(0), zeros(w), optimizer.init(w)),
+            looksam,
+        ),
     }
 
 
@@ -168,6 +193,7 @@ def make_steps(model: Problem, optimizer) -> dict[str, tuple[Callable, Callable]
         "SAM, every=5": oracle(ball, every=5),
         "SAM, micro_batches=4": oracle(ball, micro_batches=4),
         **{n: named(n, 3.0 if n == "MSAM" else 0.05) for n in FAMILY},
+        "LookSAM": oracle(ball, every=5, descent=fsam.reuse(0.7)),
     }
 
 
