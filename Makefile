@@ -5,6 +5,8 @@
 #   make test-slow   notebooks and benchmarks in smoke mode, training, kills, processes
 #   make modes       the tests under jax_debug_nans, jax_enable_x64 and checking_leaks
 #   make versions    the tests with the oldest, Colab's and the newest versions
+#   make docs        build the site into docs/_build/html; a warning is an error
+#   make linkcheck   try the links that leave the site; needs a network
 #   make dist        build the sdist, and the wheel from it, into dist/
 #   make wheel-test  the tests against the wheel, in an empty environment
 #   make sdist-test  the tests of the unpacked sdist, in an empty environment
@@ -24,7 +26,7 @@ export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 endif
 
 .PHONY: train test test-slow check format notebooks bench gpu modes versions clean \
-  dist wheel-test sdist-test release-check
+  docs linkcheck dist wheel-test sdist-test release-check
 
 train: $(VENV)/train.stamp
 	$(PY) benchmarks/generalization.py $(ARGS)
@@ -56,6 +58,13 @@ bench: $(VENV)/train.stamp
 # installed. CIFAR-10 is looked for in data/cifar10.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+SPHINX := -m sphinx -W --keep-going -q -c docs
+docs: $(VENV)/docs.stamp
+	$(PY) $(SPHINX) -b html . docs/_build/html
+
+linkcheck: $(VENV)/docs.stamp
+	$(PY) $(SPHINX) -b linkcheck . docs/_build/linkcheck
 
 # The tests again, each time in another mode of jax.
 modes: $(VENV)/test.stamp
@@ -119,7 +128,7 @@ versions:
 	{ [ "$$oldest" = "$$newest" ] || run "$$newest" newest; }
 
 clean:
-	rm -rf .venv .venv-* dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* dist docs/_build docs/_pictures .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
