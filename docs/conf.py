@@ -89,6 +89,7 @@ html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
     "home_page_in_toc": True,
+    "navbar_persistent": [],
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": False,

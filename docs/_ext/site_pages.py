@@ -8,9 +8,11 @@
   notebook, and with the figures of the pages that have some.
 """
 
+import ast
 import base64
 import importlib
 import inspect
+import itertools
 import json
 import pathlib
 import re
@@ -55,12 +57,12 @@ class Names(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Returns the table and the descriptions."""
         module = self.arguments[0]
-        names = " ".join(self.content).split()
         lines = [f".. currentmodule:: {module}", "", ".. list-table::"]
         lines += ["   :widths: auto", ""]
+        names = " ".join(self.content).split()
         for name in names:
-            doc = inspect.getdoc(getattr(importlib.import_module(module), name))
-            first = rst(["", *(doc or "").split("\n\n")[0].splitlines()])
+            doc = docstring(name, getattr(importlib.import_module(module), name))
+            first = rst(["", *doc.split("\n\n")[0].splitlines()])
             lines += [f"   * - :py:obj:`{name} <{module}.{name}>`"]
             lines += [f"     - {' '.join(first).strip()}"]
         for name in names:
@@ -70,13 +72,36 @@ class Names(SphinxDirective):
         return parsed(self, ["```{eval-rst}", *lines, "```"])
 
 
+def is_data(value: object) -> bool:
+    """Tells a constant, whose docstring stands after it in the sources."""
+    return not (inspect.isclass(value) or inspect.isroutine(value))
+
+
+def docstring(name: str, value: object) -> str:
+    """Returns the docstring of a public name."""
+    if not is_data(value):
+        return inspect.getdoc(value) or ""
+    for path in sorted((ROOT / "fsam_optax").rglob("*.py")):
+        body = ast.parse(path.read_text()).body
+        for assigned, then in itertools.pairwise(body):
+            if (
+                isinstance(assigned, ast.Assign)
+                and ast.unparse(assigned.targets[0]) == name
+                and isinstance(then, ast.Expr)
+                and isinstance(then.value, ast.Constant)
+            ):
+                return inspect.cleandoc(str(then.value.value))
+    raise ExtensionError(f"{name} has no docstring after it.")
+
+
 def described(name: str, value: object) -> list[str]:
     """Returns the lines of reStructuredText that document one name."""
     if inspect.isclass(value):
         return [f".. autoclass:: {name}"]
-    if callable(value) and not hasattr(value, "log_prob"):
+    if not is_data(value):
         return [f".. autofunction:: {name}"]
-    return [f".. autodata:: {name}", "   :no-value:"]
+    lines = rst(docstring(name, value).splitlines())
+    return [f".. py:data:: {name}", "", *(f"   {line}" for line in lines)]
 
 
 def rst(lines: list[str]) -> list[str]:
