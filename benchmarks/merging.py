@@ -1,9 +1,10 @@
 """Question: does Fisher weighting merge two fine-tuned networks better than the mean?
 
-Two networks are fine-tuned from one start, on other classes or on images turned the
+Two networks are fine-tuned from one start, on other classes or on images moved the
 other way, and their weights are merged: w = sum_k l_k F_k w_k / sum_k l_k F_k. Compared
-are F = 1, the exact F, the empirical one and the mean square of batch gradients, each
-with the shares l = (l, 1 - l) of best accuracy on held-out images, and with l = 1/2.
+are F = 1, the exact F (also with its mean added, as a prior would do), the empirical
+one and the mean square of batch gradients, each with the shares (l, 1 - l) that are
+best on held-out images, and with l = 1/2.
 
     python benchmarks/merging.py
     python benchmarks/merging.py --data fashion-mnist --data-dir data --pool 2
@@ -29,10 +30,14 @@ HIDDEN = (64, 64)
 BATCH = 50
 RATE = 1e-3
 LOSS = perceptron.LOSS
-AVERAGE = "average"
+AVERAGE, DAMPED = "average", f"{diagonals.EXACT} + its mean"
 # One that no example needs of either network is averaged.
 FLOOR = 1e-6
-SCENARIOS = {"classes": "even | odd digits", "turned": "a quarter left | right"}
+SCENARIOS = {
+    "classes": "even | odd ones",
+    "shifted": "an eighth left | right",
+    "turned": "a quarter left | right",
+}
 SHARES = np.linspace(0.05, 0.95, 19).round(2).tolist()
 
 
@@ -53,6 +58,9 @@ def problem_of(scenario: str, options: Any) -> Problem:
         kept = np.arange(len(labels))
         if scenario == "classes" and task is not None:
             kept = np.flatnonzero(labels % 2 == task)
+        if scenario == "shifted" and task is not None:
+            step = images.shape[2] // 8
+            images = np.roll(images, (2 * task - 1) * step, 2)
         if scenario == "turned" and task is not None:
             images = np.rot90(images, 1 + 2 * task, (1, 2))
         images = datasets.flat(images[kept], options.pool)
@@ -112,8 +120,9 @@ def weight(method, params, data):
     """Returns what each weight counts, with a floor."""
     if method == AVERAGE:
         return jax.tree.map(jnp.ones_like, params)
-    found = diagonals.diagonal(method, LOSS, params, data)
-    floor = FLOOR * optax.tree.max(found)
+    found = diagonals.diagonal(method.split(" +")[0], LOSS, params, data)
+    mean = optax.tree.sum(found) / optax.tree.size(found)
+    floor = mean if method == DAMPED else FLOOR * mean
     return jax.tree.map(lambda f: f + floor, found)
 
 
@@ -152,10 +161,14 @@ def apart(networks, problem):
 
 def draw(found, options, path):
     """Draws accuracy against the share: one panel a scenario and length."""
-    title = f"Two networks merged into one ({options.data})"
-    fig, axes = show.figure(1, len(found), title, figsize=(12, 4), sharey=False)
+    fig, axes = show.figure(
+        *(len(options.steps), len(options.scenarios)),
+        f"Two networks merged into one ({options.data}); grey: trained on both",
+        figsize=(12, 3.4 * len(options.steps)),
+    )
+    cells = axes.T.ravel()
     for axis, ((scenario, steps), (alone, results)) in zip(
-        axes[0], found.items(), strict=True
+        cells, found.items(), strict=True
     ):
         for method, result in results.items():
             values = 100 * np.array(result["accuracy"])
@@ -163,9 +176,11 @@ def draw(found, options, path):
             style = show.look(method) | {"ms": 3, "label": method}
             axis.errorbar(options.shares, values.mean(1), error, **style)
         axis.axhline(100 * np.mean(alone["both at once"]), color=show.GREY, lw=1)
-        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}\n{steps} steps", fontsize=8)
-        axis.set_xlabel("share of the first")
-    axes[0][0].set_ylabel("accuracy over both tasks, %")
+        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}, {steps} steps")
+    for axis in axes[-1]:
+        axis.set_xlabel("share l of the first")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy over both tasks, %")
     axes[0][0].legend(fontsize=7)
     show.save(fig, path)
 
@@ -173,7 +188,7 @@ def draw(found, options, path):
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     options, found = run.options, {}
-    methods = [AVERAGE, diagonals.EXACT, diagonals.EMPIRICAL]
+    methods = [AVERAGE, diagonals.EXACT, DAMPED, diagonals.EMPIRICAL]
     methods += [diagonals.squared(batch) for batch in options.batches]
     names = ("data", "seeds", "train_size", "pool", "shares")
     settings = {name: getattr(options, name) for name in names}

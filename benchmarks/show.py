@@ -30,11 +30,14 @@ LOOKS = {
     "MSAM": (GREY, "-", "<"),
     # What the recipes compare.
     "exact F": (GREEN, "-", "^"),
+    "exact F + its mean": (SKY, "-.", "D"),
     "empirical F": (BLUE, "--", "s"),
     "squared gradient": (VERMILLION, ":", "v"),
     "squared gradient, 8": (ORANGE, ":", "P"),
     "squared gradient, 128": (PURPLE, ":", "X"),
+    "squared gradient, 1000": (PURPLE, ":", "X"),
     "magnitude": (BLACK, "-", "o"),
+    "magnitude by layer": (SKY, "-.", "D"),
     "random": (GREY, "-", "<"),
     "average": (BLACK, "-", "o"),
 }
