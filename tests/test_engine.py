@@ -351,6 +351,16 @@ def rounded_on_the_way(params, x):
     return jnp.sum(jnp.tanh(x @ lax.reduce_precision(params["w"], 8, 7)) ** 2)
 
 
+@program({"w": normal(0, 6, 6)}, normal(1, B, 6), PAIRS)
+def branches(params, x):
+    """Each example takes the branch that its first number says."""
+
+    def f(w):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    return lax.cond(x[0] > 0, f, lambda w: 2 * f(w.T), params["w"])
+
+
 @program({"v": normal(0, 6, 5), "g": normal(1, 5)}, normal(2, B, 6), "reduction", PAIRS)
 def weight_normalisation(params, x):
     """The gradient of a column is a projection: entries mix after the product."""
@@ -375,11 +385,9 @@ def falls_back(params, batch):
 
 
 @falls_back({"w": normal(0, 6, 6)}, normal(1, B, 6))
-def branches(params, x):
-    def f(w):
-        return jnp.sum(jnp.tanh(x @ w))
-
-    return lax.cond(x[0] > 0, f, lambda w: 2 * f(w.T), params["w"])
+def rounded(params, x):
+    w = params["w"]
+    return jnp.sum(jnp.tanh(x @ (lax.reduce_precision(w, 8, 7) + w.T)))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -408,7 +416,7 @@ def test_equals_gradients_formed_in_full(name):
 @pytest.mark.parametrize("chunk_bytes", [None, 1, 600])
 def test_equals_gradients_formed_in_full_where_it_falls_back(name, chunk_bytes):
     loss_fn, params, batch = FALLBACKS[name]
-    with pytest.warns(UserWarning, match=r"\['w'\].*`cond`, which no rule"):
+    with pytest.warns(UserWarning, match=r"\['w'\].*`reduce_precision`, which no rule"):
         sums = jax.jit(
             lambda *args: loss_power_sums(
                 loss_fn, *args, powers=POWERS, chunk_bytes=chunk_bytes

@@ -126,6 +126,42 @@ weight(
     )
 )
 
+LOWER = jnp.asarray(np.tril(RNG.normal(size=(D, D)) / 8) + np.eye(D), jnp.float32)
+SCALAR = normal()
+weight("triangular_solve", [OUTER], 1.7, w=FIXED)(
+    lambda p: jax.scipy.linalg.solve_triangular(LOWER, p["w"], lower=True)
+)
+weight("triangular_solve_of_rows", [OUTER], 1.7, w=FIXED)(
+    lambda p: jax.scipy.linalg.solve_triangular(LOWER, p["w"].T, trans=1, lower=True).T
+)
+weight("solve", [OUTER], w=FIXED)(lambda p: jnp.linalg.solve(LOWER, p["w"]))
+weight("solve_of_a_parameter", [OUTER], l=FIXED)(
+    lambda p: jax.scipy.linalg.solve_triangular(
+        jnp.tril(p["l"]) + 8 * jnp.eye(D), FIXED, lower=True
+    )
+)
+weight("cayley", [PAIRS], 3.5, w=FIXED)(
+    lambda p: jnp.linalg.solve(
+        jnp.eye(D) + p["w"] - p["w"].T, jnp.eye(D) - p["w"] + p["w"].T
+    )
+)
+weight("soft_threshold", [OUTER], w=FIXED)(
+    lambda p: jnp.sign(p["w"]) * jax.nn.relu(jnp.abs(p["w"]) - 0.1)
+)
+weight("choice_by_a_parameter", [OUTER, "constant"], w=FIXED, k=SCALAR)(
+    lambda p: jnp.where(p["k"] > 0, p["w"], 2 * p["w"])
+)
+weight("known_branch", [OUTER], w=FIXED)(
+    lambda p: lax.cond(
+        jnp.sum(jnp.arange(3)) > 2, lambda w: 2 * w, lambda w: w.T, p["w"]
+    )
+)
+weight("branch_by_a_parameter", [OUTER, "constant"], w=FIXED, k=SCALAR)(
+    lambda p: lax.switch(
+        (p["k"] > 0).astype(int), [lambda w: w, lambda w: 2 * w], p["w"]
+    )
+)
+
 _rows = np.maximum(np.arange(D)[:, None], np.arange(D)[None])
 _columns = np.minimum(np.arange(D)[:, None], np.arange(D)[None])
 SYMMETRIC = _rows * (_rows + 1) // 2 + _columns
@@ -227,6 +263,44 @@ def recursion(p, x):
 @pattern({"w": normal(D, D)}, SEQUENCES, ["shared dense"])
 def map_over_tokens(p, x):
     return jnp.sum(lax.map(lambda v: jnp.tanh(v @ p["w"]), x) ** 2)
+
+
+@pattern({"w": normal(D, D), "k": SCALAR}, X, [OUTER, "constant"])
+def model_with_a_branch(p, x):
+    """The branch is the same for all examples: it alone is evaluated."""
+
+    def deep(x):
+        return dense(jnp.tanh(x) * 2, p["w"])
+
+    return lax.cond(p["k"] > 0, deep, lambda x: dense(x, p["w"].T), x)
+
+
+@pattern({"w": normal(D, D), "k": SCALAR}, SEQUENCES, ["shared dense", "constant"])
+def branch_within_a_loop(p, xs):
+    def step(h, x):
+        h = lax.cond(p["k"] > 0, jnp.tanh, jnp.sin, h @ p["w"] + x)
+        return h, h
+
+    return jnp.sum(lax.scan(step, jnp.zeros(D), xs)[1] ** 2)
+
+
+@pattern({"w": normal(D, D), "v": normal(D, D)}, (X, tokens(2, B)), [OUTER])
+def branch_by_the_example(p, batch):
+    x, k = batch
+    return lax.cond(
+        k > 0, lambda x: dense(x, p["w"]), lambda x: dense(jnp.sin(x), p["v"]), x
+    )
+
+
+@pattern({"w": normal(4, D, D)}, (SEQUENCES, tokens(4, B)), ["shared dense"])
+def expert_by_the_example(p, batch):
+    x, k = batch
+    return lax.switch(k, [lambda x, w=w: dense(x, w) for w in p["w"]], x)
+
+
+@pattern({"e": normal(5, 40, 6)}, tokens(40, B, 5), ["embedding"], 2.2)
+def tables_looked_up_under_vmap(p, i):
+    return jnp.sum(jnp.tanh(jax.vmap(lambda e, i: e[i])(p["e"], i)) ** 2)
 
 
 @pattern(
@@ -338,6 +412,24 @@ def test_squares_are_not_negative_where_products_cancel():
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("chosen_by", ["example", "parameter"])
+def test_a_branch_that_is_not_taken_may_be_undefined(chosen_by):
+    def loss_fn(p, batch):
+        x, k = batch
+        k = k if chosen_by == "example" else p["k"] > 0
+
+        def undefined(x):
+            return jnp.sum(jnp.log(-jnp.abs(x @ p["w"])))
+
+        return lax.cond(k > 0, lambda x: dense(x, p["w"]), undefined, x)
+
+    params = {"w": FIXED, "k": jnp.ones(())}
+    batch = X, jnp.ones(B, int)
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(params, batch)
+    (expected,) = oracles.loss_power_sums(loss_fn, params, batch)
+    oracles.assert_close(sums, expected)
+
+
 # Random parametrisations, used at random.
 
 MAKES = {
@@ -353,6 +445,16 @@ MAKES = {
     ),
     "twice": lambda p: p["w"][np.array([0, 0, 1, 2, 2, 5]), :6],
     "stretched": lambda p: jnp.broadcast_to(p["v"][:, :1], (6, 6)) * p["w"][:, :6],
+    "triangular": lambda p: jax.scipy.linalg.solve_triangular(
+        jnp.tril(p["s"][:6, :6]) + 4 * jnp.eye(6), p["w"][:, 3:9] - 1.5 * p["v"][:, :6]
+    ),
+    "branches": lambda p: lax.cond(
+        p["s"][0, 0] > 0,
+        lambda w, v: w + v,
+        lambda w, v: (w - 2 * v).T,
+        p["w"][:, :6],
+        p["v"][:, 2:8],
+    ),
     "solved": lambda p: jnp.linalg.solve(jnp.eye(6) + p["w"][:, :6] / 9, p["v"][:, :6]),
 }
 USES = {
@@ -376,7 +478,7 @@ USES = {
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_parametrisations(seed):
     rng = np.random.default_rng(seed)
     make = MAKES[list(MAKES)[seed % len(MAKES)]]

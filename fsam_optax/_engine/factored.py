@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from fsam_optax._engine.folding import aligned, folded, variables
+from fsam_optax._engine.folding import aligned, combined, folded, variables
 from fsam_optax._engine.grouping import grouped
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
@@ -27,9 +27,15 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
             terms += [dataclasses.replace(t, axes=t.axes[::-1]) for t in terms]
         limit, examples = site.what.limit, site.what.examples
         found = [folded(expander, t, limit, examples) for t in aligned(expander, terms)]
+        found = combined(expander, found)
     except Mismatch:
         return None
-    reads = [v for t in found for f in (*t.varying, *t.masks) for v in variables(f)]
+    reads = [
+        v
+        for t in found
+        for f in (*t.varying, *t.masks, *t.numbers)
+        for v in variables(f)
+    ]
     operands = tuple(dict.fromkeys(v for v in reads if v in site.flow.uses))
     if not all(map(site.is_small, operands)):
         return None

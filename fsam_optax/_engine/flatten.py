@@ -18,13 +18,16 @@ from fsam_optax._engine.jaxpr import (
     loop_flow,
     read,
 )
+from fsam_optax._engine.normal import as_it_is, NORMAL, without_moves
 from fsam_optax._engine.primitives import (
+    BRANCHES,
     CALLS,
-    CONTRACTIONS,
     LINEAR_MOVES,
     LOOP,
     name_of,
     REMATERIALISED,
+    SOLVE,
+    SUMS,
 )
 
 
@@ -36,13 +39,15 @@ def flatten(closed: Any, varies: Sequence[bool]) -> Callable:
     Calls are inlined. Rematerialised calls are inlined behind a barrier, which is what
     keeps the compiler from merging them with the first evaluation. A loop that only
     adds up matrix products, convolutions or scattered rows is taken apart, see
-    `_scan`.
+    `_scan`. Of branches the one that is known to be taken is inlined; all are where
+    examples take different ones, see `_chosen`.
     """
     return lambda *args: _run(closed.jaxpr, closed.consts, args, varies)
 
 
 def _run(jaxpr, consts, args, varies):
-    flow = Dataflow(jaxpr, (v for v, b in zip(jaxpr.invars, varies, strict=True) if b))
+    given = (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
+    flow = Dataflow(jaxpr, given, dict(zip(jaxpr.constvars, consts, strict=True)))
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     for eqn in jaxpr.eqns:
         values = [read(env, v) for v in eqn.invars]
@@ -52,98 +57,16 @@ def _run(jaxpr, consts, args, varies):
         elif name in REMATERIALISED:
             values = _barrier(eqn, values)
             out = _run(*body_of(eqn), values, list(map(flow.varies, eqn.invars)))
+        elif name == SOLVE:
+            out = _solve(flow, eqn, values)
         elif name == LOOP:
             out = _scan(flow, eqn, values)
+        elif name == BRANCHES:
+            out = _branches(flow, eqn, values)
         else:
-            out = NORMAL.get(name, _as_it_is)(flow, eqn, values)
+            out = NORMAL.get(name, as_it_is)(flow, eqn, values)
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(env, v) for v in jaxpr.outvars]
-
-
-def _as_it_is(flow, eqn, values):
-    del flow
-    return bind(eqn, values)
-
-
-def _product(flow, eqn, values):
-    """Evaluates a matrix product without the axes of size one.
-
-    A model for batches meets one example as a batch of one. Mapped over examples, its
-    products would have an axis too many, which XLA:CPU pays for with copies.
-    """
-    del flow
-    a, g = values
-    (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
-
-    def thin(x, contract, batch):
-        drop = [d for d in range(x.ndim) if x.shape[d] == 1 and d not in batch]
-        kept = [d for d in range(x.ndim) if d not in drop]
-        contract = [kept.index(d) for d in contract if d in kept]
-        return lax.squeeze(x, drop), contract, [kept.index(d) for d in batch]
-
-    a, contract_a, batch_a = thin(a, contract_a, batch_a)
-    g, contract_g, batch_g = thin(g, contract_g, batch_g)
-    y = lax.dot_general(
-        a,
-        g,
-        ((contract_a, contract_g), (batch_a, batch_g)),
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-    )
-    return [y.reshape(eqn.outvars[0].aval.shape)]
-
-
-def _is_one_row(flow, eqn):
-    """Tells whether something is put at an index into zeros, as for one token.
-
-    At an index that all examples share it may be the gradient of one layer of several.
-    """
-    zeros, rows, *start = eqn.invars
-    whole = all(
-        n in (1, m) for n, m in zip(rows.aval.shape, zeros.aval.shape, strict=True)
-    )
-    below, _ = _without_moves(flow, rows)
-    return (
-        flow.is_zero(zeros)
-        and whole
-        and (any(map(flow.varies, start)) or name_of(below) not in CONTRACTIONS)
-    )
-
-
-def _row(flow, eqn, values):
-    """Evaluates such an update as what several tokens would give."""
-    if not _is_one_row(flow, eqn):
-        return bind(eqn, values)
-    zeros, rows, *start = values
-    indexed = tuple(d for d, n in enumerate(rows.shape) if n != zeros.shape[d])
-    window = tuple(range(1, 1 + rows.ndim - len(indexed)))
-    index = [start[d] for d in indexed]
-    y = lax.scatter_add(
-        zeros,
-        jnp.stack(index)[None] if index else jnp.zeros((1, 0), jnp.int32),
-        lax.squeeze(rows, indexed)[None],
-        lax.ScatterDimensionNumbers(window, indexed, indexed),
-        mode=lax.GatherScatterMode.CLIP,
-    )
-    return [y]
-
-
-# How a primitive is written to be recognised later: name -> function of the program,
-# the equation and the values of its operands.
-NORMAL: dict[str, Callable] = {
-    "dot_general": _product,
-    "dynamic_update_slice": _row,
-}
-
-
-def _without_moves(flow, v):
-    """Returns the equation below the moves on top of `v`, and what they produce."""
-    moved, eqn = [], flow.made_by(v)
-    while eqn and name_of(eqn) in LINEAR_MOVES:
-        moved.append(v)
-        (v, *_) = eqn.invars
-        eqn = flow.made_by(v)
-    return eqn, moved
 
 
 def _barrier(eqn, values):
@@ -155,6 +78,106 @@ def _barrier(eqn, values):
         lax.optimization_barrier([x for x, b in zip(values, chosen, strict=True) if b])
     )
     return [next(held) if b else x for x, b in zip(values, chosen, strict=True)]
+
+
+def _solve(flow, eqn, values):
+    """Inlines the solution of linear equations, whose derivatives are given apart."""
+    n = eqn.params["const_lengths"]
+    closed = eqn.params["jaxprs"].solve
+    start = n.matvec + n.vecmat
+    stop = start + n.solve
+    kept = [*range(start, stop), *range(stop + n.transpose_solve, len(values))]
+    varies = [flow.varies(eqn.invars[k]) for k in kept]
+    return _run(closed.jaxpr, closed.consts, [values[k] for k in kept], varies)
+
+
+def _branches(flow, eqn, values):
+    """Evaluates the branch that is taken, or all where that differs."""
+    branches = eqn.params["branches"]
+    varies = [flow.varies(v) for v in eqn.invars[1:]]
+    index, *operands = values
+    known = flow.known_value(eqn.invars[0])
+    if known is not None:
+        closed = branches[int(np.clip(known, 0, len(branches) - 1))]
+        return _run(closed.jaxpr, closed.consts, operands, varies)
+    if flow.varies(eqn.invars[0]) or all(_is_move(x, varies) for x in branches):
+        return _chosen(branches, varies, index, operands)
+    return lax.switch(index, [flatten(x, varies) for x in branches], *operands)
+
+
+def _is_move(closed, varies):
+    """Tells whether a branch does nothing but linear maps of single entries."""
+    jaxpr = closed.jaxpr
+    flow = Dataflow(jaxpr, (v for v, b in zip(jaxpr.invars, varies, strict=True) if b))
+    eqns = [eqn for eqn in jaxpr.eqns if any(map(flow.varies, eqn.invars))]
+    return all(name_of(e) in (*LINEAR_MOVES, *SUMS, "mul") for e in eqns)
+
+
+def _chosen(branches, varies, index, operands):
+    """Evaluates all branches, and chooses from what they return.
+
+    As `jax.vmap` does, except where all return sums of products: the factors of those
+    that are not taken become zeros, so that the gradient stays a sum of products.
+    """
+    index = jnp.clip(index, 0, len(branches) - 1)
+    found = []
+    for closed in branches:
+        flat = jax.make_jaxpr(flatten(closed, varies))(*closed.in_avals)
+        flow = Dataflow(flat.jaxpr, flat.jaxpr.invars)
+        env = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
+        env.update(zip(flat.jaxpr.invars, operands, strict=True))
+        found.append((flow, env, [_products(flow, v) for v in flat.jaxpr.outvars]))
+    out = []
+    for i, aval in enumerate(branches[0].out_avals):
+        products = [terms[i] for _, _, terms in found]
+        if all(x is not None for x in products) and any(products):
+            total = jnp.zeros(aval.shape, aval.dtype)
+            for k, (flow, env, terms) in enumerate(found):
+                for moved, e in terms[i]:
+                    y = _gated(flow, env, e, index == k)
+                    total = lax.add(total, _moved_back(flow, moved, y))
+            out.append(total)
+            continue
+        cases = []
+        for flow, env, _ in found:
+            v = flow.jaxpr.outvars[i]
+            evaluate(flow.jaxpr.eqns, env, flow.ancestors([v]))
+            cases.append(jnp.asarray(read(env, v)))
+        which = index == 1 if len(cases) == 2 else index
+        out.append(lax.select_n(which, *cases) if len(cases) > 1 else cases[0])
+    return out
+
+
+def _products(flow, v):
+    """Returns the contractions that `v` is the sum of, see `_accumulated`, or None."""
+    found = []
+    for x in flow.summands(v):
+        if flow.is_zero(x):
+            continue
+        eqn, moved = without_moves(flow, x)
+        if eqn is None or not _contracts(flow, eqn):
+            return None
+        found.append((moved, eqn))
+    return found
+
+
+def _gated(flow, env, eqn, taken):
+    """Evaluates a contraction of factors that are zero unless the branch is taken."""
+    evaluate(flow.jaxpr.eqns, env, flow.ancestors(eqn.invars))
+    values = [jnp.asarray(read(env, v)) for v in eqn.invars]
+    for k, x in enumerate(values):
+        if k >= len(values) - 2 and jnp.issubdtype(x.dtype, jnp.inexact):
+            values[k] = jnp.where(taken, x, jnp.zeros_like(x))
+    return bind(eqn, values)[0]
+
+
+def _moved_back(flow, moved, y):
+    """Applies the moves on top of a contraction, of which the outermost comes first."""
+    for v in reversed(moved):
+        move = flow.producer[v]
+        others = [read({}, x) for x in move.invars[1:]]
+        y = bind(move, [y, *others])[move.outvars.index(v)]
+    return y
 
 
 def _scan(before, eqn, values):
@@ -211,12 +234,7 @@ def _scan(before, eqn, values):
         for moved, e in terms:
             if id(e) not in contracted:
                 contracted[id(e)] = _contract_steps(e, *(rows[v] for v in _factors(e)))
-            term = contracted[id(e)]
-            for v in reversed(moved):
-                move = flow.producer[v]
-                others = [read({}, x) for x in move.invars[1:]]
-                term = bind(move, [term, *others])[move.outvars.index(v)]
-            out[k] = lax.add(out[k], term)
+            out[k] = lax.add(out[k], _moved_back(flow, moved, contracted[id(e)]))
     return out + ys[:n_ys]
 
 
@@ -235,7 +253,7 @@ def _accumulated(flow, before, after):
     for v in terms:
         if v is before:
             continue
-        eqn, moved = _without_moves(flow, v)
+        eqn, moved = without_moves(flow, v)
         if eqn is None or not _contracts(flow, eqn):
             return None
         found.append((moved, eqn))

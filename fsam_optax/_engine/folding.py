@@ -5,6 +5,7 @@ times constants that have no axis but those of the result. The order is the one 
 least work, and nothing larger than the activations is formed on the way.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,35 @@ class Contracted:
         return jnp.einsum(*operands, out, precision=self.precision)
 
 
-Expression = Factor | Contracted
+@dataclass(frozen=True)
+class Added:
+    """A sum of products of constants.
+
+    Attributes:
+        parts: A number and constants for each product.
+        labels: The labels of the sum.
+    """
+
+    parts: tuple[tuple[float, tuple["Expression", ...]], ...]
+    labels: tuple[int, ...]
+    varies: bool = False
+
+    def value(self, env: dict[Any, Any], dtype: Any) -> Any:
+        """Returns the array."""
+        total = jnp.zeros((), dtype)
+        for scale, factors in self.parts:
+            product = jnp.asarray(scale, dtype)
+            for f in factors:
+                order = [x for x in self.labels if x in f.labels]
+                y = f.value(env, dtype)
+                y = jnp.transpose(y, [f.labels.index(x) for x in order])
+                gone = [d for d, x in enumerate(self.labels) if x not in f.labels]
+                product = product * jnp.expand_dims(y, gone)
+            total = total + product
+        return total
+
+
+Expression = Factor | Contracted | Added
 
 
 @dataclass(frozen=True)
@@ -61,6 +90,7 @@ class Folded:
         axes: The labels of each axis of the result.
         precision: That of the product.
         work: Operations for one example before the product of the two.
+        numbers: Constants without axes.
     """
 
     scale: float
@@ -69,6 +99,7 @@ class Folded:
     axes: tuple[tuple[int, ...], ...]
     precision: Any
     work: float
+    numbers: tuple[Expression, ...] = ()
 
     @property
     def out(self) -> set[int]:
@@ -85,8 +116,45 @@ class Folded:
 def variables(x: Expression) -> list[Any]:
     """Returns the variables that an expression reads."""
     if isinstance(x, Factor):
-        return [x.v]
+        return x.reads()
+    if isinstance(x, Added):
+        return [v for _, factors in x.parts for f in factors for v in variables(f)]
     return [v for part in x.parts for v in variables(part)]
+
+
+def combined(expander: Expander, terms: Sequence[Folded]) -> list[Folded]:
+    """Joins terms of the same factors that vary: their constants are added first."""
+    found: dict[Any, list[Folded]] = {}
+    for t in terms:
+        names: dict[int, int] = {}
+        varying = tuple(_renamed(expander, f, t.out, names) for f in t.varying)
+        key = varying, t.axes, t.precision
+        found.setdefault(key, []).append(dataclasses.replace(t, varying=varying))
+    return [_added(same) if len(same) > 1 else same[0] for same in found.values()]
+
+
+def _renamed(expander, x, out, names):
+    """Names the labels that are summed over by their order."""
+
+    def name(label):
+        if label in out:
+            return label
+        if label not in names:
+            names[label] = expander.standard(len(names), expander.sizes[label])
+        return names[label]
+
+    if isinstance(x, Contracted):
+        parts = tuple(_renamed(expander, y, out, names) for y in x.parts)
+        x = dataclasses.replace(x, parts=parts)
+    return dataclasses.replace(x, labels=tuple(map(name, x.labels)))
+
+
+def _added(terms):
+    labels = {x: 0 for t in terms for mask in t.masks for x in mask.labels}
+    parts = tuple((t.scale, (*t.masks, *t.numbers)) for t in terms)
+    mask = Added(parts, tuple(labels))
+    masks, numbers = ((mask,), ()) if labels else ((), (mask,))
+    return dataclasses.replace(terms[0], scale=1.0, masks=masks, numbers=numbers)
 
 
 def aligned(expander: Expander, terms: Sequence[Term]) -> list[Term]:
@@ -154,7 +222,8 @@ def folded(expander: Expander, term: Term, limit: int, examples: int) -> Folded:
         return math.prod(sizes[x] for x in labels)
 
     varying = tuple(f for f in term.factors if f.varies)
-    constants = tuple(f for f in term.factors if not f.varies)
+    numbers = tuple(f for f in term.factors if not f.varies and not f.labels)
+    constants = tuple(f for f in term.factors if not f.varies and f.labels)
     if not 1 <= len(varying) <= 2 or len(constants) > MOST_CONSTANTS:
         raise Mismatch("too many factors")
     bound = max([limit, *(volume(f.labels) for f in varying)])
@@ -229,5 +298,11 @@ def folded(expander: Expander, term: Term, limit: int, examples: int) -> Folded:
         one, more = contracted(varying, constants)
         varying, work = (one,), work + more
     return Folded(
-        term.scale, tuple(varying), tuple(constants), term.axes, term.precision, work
+        term.scale,
+        tuple(varying),
+        tuple(constants),
+        term.axes,
+        term.precision,
+        work,
+        numbers,
     )

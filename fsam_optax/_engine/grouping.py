@@ -68,6 +68,8 @@ class Group:
             for k, (f, rest) in enumerate(zip(t.varying, self.sides, strict=True)):
                 x = f.value(env, self.dtype)
                 x = x * t.scale if k == 0 and t.scale != 1 else x
+                for number in t.numbers if k == 0 else ():
+                    x = x * number.value(env, self.dtype)
                 order = (*self.batch, *t.summed, *rest)
                 x = jnp.transpose(x, [f.labels.index(label) for label in order])
                 shape = (*x.shape[:n_batch], self.volume(t.summed), self.volume(rest))

@@ -24,6 +24,11 @@ class Loop:
     plan: Any
     outputs: tuple[int, ...]
 
+    @property
+    def plans(self) -> tuple[Any, ...]:
+        """Returns the one plan, as a choice has several."""
+        return (self.plan,)
+
 
 def is_stacked(eqn: Any, v: Any) -> bool:
     """Tells whether a loop stacks up the variable over its steps."""

@@ -9,6 +9,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from jax import lax
+from jax.extend.core import Literal
+
 from fsam_optax._engine.products import Expander, Factor, Mismatch, Term
 from fsam_optax._engine.sums import precision_of
 
@@ -223,16 +226,72 @@ def _concatenated(self, eqn):
 def _selected(self, eqn):
     which, *cases = eqn.invars
     live = [k for k, x in enumerate(cases) if not self.flow.is_zero(x)]
-    if self.flow.varies(which) or len(live) != 1:
-        raise Mismatch("a choice between several values")
-    (case,) = live
-    n = len(cases[case].aval.shape)
-    axes = tuple((self.label(m),) for m in which.aval.shape)
-    mask = Factor(which, tuple(x for (x,) in axes), False, (("chosen", case),))
+    if self.flow.varies(which):
+        raise Mismatch("a choice that differs between examples")
     terms = []
-    for t in self.expand(cases[case]):
-        term = Term(t.scale, (*t.factors, mask), t.axes + axes, t.precision)
-        terms.append(self.joined(term, n))
+    for case in live:
+        n = len(cases[case].aval.shape)
+        axes = tuple((self.label(m),) for m in which.aval.shape)
+        mask = Factor(which, tuple(x for (x,) in axes), False, (("chosen", case),))
+        for t in self.expand(cases[case]):
+            term = Term(t.scale, (*t.factors, mask), t.axes + axes, t.precision)
+            terms.append(self.joined(term, n) if axes else term)
+    return terms
+
+
+def _taken(self, eqn):
+    """Rows at places that are the same for all examples."""
+    x, index = eqn.invars
+    numbers, shape = eqn.params["dimension_numbers"], x.aval.shape
+    axes = numbers.collapsed_slice_dims
+    sizes = tuple(1 if d in axes else n for d, n in enumerate(shape))
+    if (
+        len(axes) != 1
+        or tuple(numbers.start_index_map) != tuple(axes)
+        or numbers.operand_batching_dims
+        or tuple(eqn.params["slice_sizes"]) != sizes
+        or len(index.aval.shape) != 2
+        or isinstance(index, Literal)
+    ):
+        raise Mismatch("a gather that is not of whole rows")
+    (d,) = axes
+    (after,) = set(range(len(shape))) - set(numbers.offset_dims)
+    mode = eqn.params["mode"]
+    fills = mode == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and eqn.params["fill_value"] not in (0, None):
+        raise Mismatch("rows filled with something else than zeros")
+    if fills and eqn.params["fill_value"] is None:
+        raise Mismatch("rows filled with what is no number")
+    terms = []
+    for t in self.expand(x):
+        n = index.aval.shape[0]
+        t = self.along(t, d, n, True, lambda k: ("taken", index, k, fills))
+        rest = [axis for k, axis in enumerate(t.axes) if k != d]
+        rest.insert(after, t.axes[d])
+        terms.append(dataclasses.replace(t, axes=tuple(rest)))
+    return terms
+
+
+def _solved(self, eqn):
+    """Triangular systems whose matrix is the same for all examples."""
+    a, b = eqn.invars
+    if self.flow.varies(a) or len(a.aval.shape) != 2 or isinstance(a, Literal):
+        raise Mismatch("a system that differs between examples")
+    params = eqn.params
+    n = a.aval.shape[0]
+    row, column = self.label(n), self.label(n)
+    step = "inverse", params["lower"], params["transpose_a"], params["unit_diagonal"]
+    inverse = Factor(a, (row, column), False, (step,))
+    d, k = (0, 3) if params["left_side"] else (1, 2)
+    terms = []
+    for t in self.expand(b):
+        axes = (*t.axes, (row,), (column,))
+        t = Term(t.scale, (*t.factors, inverse), axes, t.precision)
+        t = self.summed(self.identify(t, d, k), (d, k))
+        # The labels of the inverse that are left come last.
+        rest = [t.axes[0], t.axes[0]]
+        rest[d], rest[1 - d] = t.axes[1], t.axes[0]
+        terms.append(dataclasses.replace(t, axes=tuple(rest)))
     return terms
 
 
@@ -264,5 +323,7 @@ LINEAR: dict[str, Callable[[Expander, Any], list[Term]]] = {
     "pad": _padded,
     "concatenate": _concatenated,
     "select_n": _selected,
+    "gather": _taken,
+    "triangular_solve": _solved,
     "cumsum": _cumulated,
 }

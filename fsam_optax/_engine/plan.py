@@ -13,6 +13,12 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
+from fsam_optax._engine.branches import (
+    Branching,
+    is_common_choice,
+    plan_branches,
+    run_branches,
+)
 from fsam_optax._engine.jaxpr import (
     Dataflow,
     evaluate,
@@ -39,7 +45,7 @@ class Plan:
         needed: The variables to evaluate for each example.
         sources: The rule for each source of the wanted values, by its key, and what the
             gradient itself costs there.
-        loops: The loops that some sources come out of.
+        inner: The loops and choices that some sources come out of.
     """
 
     flow: Dataflow
@@ -47,7 +53,7 @@ class Plan:
     wanted: tuple[Moved, ...]
     needed: set[Any]
     sources: dict[tuple[int, ...], tuple[Source, float]]
-    loops: tuple[Loop, ...]
+    inner: tuple[Loop | Branching, ...]
 
     def rules(self, k: int) -> list[Used]:
         """Returns the rules of the k-th wanted value."""
@@ -58,9 +64,14 @@ class Plan:
                 found.append(Used(source.rule, source.work, own, source.note))
                 continue
             (v,) = base.terms
-            loop = next(x for x in self.loops if v in x.eqn.outvars)
-            inner = loop.plan.rules(loop.outputs.index(loop.eqn.outvars.index(v)))
-            steps = loop.eqn.params["length"]
+            part = next(x for x in self.inner if v in x.eqn.outvars)
+            i = part.outputs.index(part.eqn.outvars.index(v))
+            # Of several branches the one of the most work.
+            inner = max(
+                (plan.rules(i) for plan in part.plans),
+                key=lambda rules: sum(x.work for x in rules),
+            )
+            steps = part.eqn.params.get("length", 1)
             found += [x._replace(work=x.work * steps, own=x.own * steps) for x in inner]
         return found
 
@@ -92,12 +103,13 @@ def make_plan(
     sites = {
         key: Site(flow, base.terms, what, inside, before) for key, base in bases.items()
     }
-    loops, others = {}, []
+    parts, others = {}, []
     for key, site in sites.items():
         v, *more = site.terms
         eqn = flow.made_by(v)
-        if not more and flow.varies(v) and is_stacked(eqn, v):
-            loops.setdefault(id(eqn), (eqn, []))[1].append(eqn.outvars.index(v))
+        formed_inside = is_stacked(eqn, v) or is_common_choice(flow, eqn)
+        if not more and flow.varies(v) and formed_inside:
+            parts.setdefault(id(eqn), (eqn, []))[1].append(eqn.outvars.index(v))
         elif (source := chosen(site)) is not None:
             sources[key] = source
         else:
@@ -105,7 +117,7 @@ def make_plan(
 
     operands = [x for origin in origins for x in origin.all_reads()]
     operands += [x for source in sources.values() for x in source.operands]
-    operands += [x for eqn, _ in loops.values() for x in eqn.invars]
+    operands += [x for eqn, _ in parts.values() for x in eqn.invars]
     held = flow.ancestors([*values, *operands])
     for key, site in sites.items():
         if key not in sources and key not in others:
@@ -127,7 +139,12 @@ def make_plan(
         tuple(origins),
         needed,
         {key: (source, sites[key].own_work()) for key, source in sources.items()},
-        tuple(plan_loop(flow, eqn, out, needed, plan) for eqn, out in loops.values()),
+        tuple(
+            (plan_branches if is_common_choice(flow, eqn) else plan_loop)(
+                flow, eqn, out, needed, plan
+            )
+            for eqn, out in parts.values()
+        ),
     )
 
 
@@ -137,11 +154,15 @@ def run(
     """Returns, per wanted variable, its sums of powers; adds values to `env`."""
     env.update(zip(plan.flow.jaxpr.constvars, plan.consts, strict=True))
     sums: dict[tuple[int, ...], list[jax.Array]] = {}
-    loops = {id(loop.eqn): loop for loop in plan.loops}
+    parts = {id(part.eqn): part for part in plan.inner}
     for eqn in plan.flow.jaxpr.eqns:
-        if id(eqn) in loops:
+        if (part := parts.get(id(eqn))) is not None:
             inner = functools.partial(run, weight=weight, what=what)
-            values, found = run_loop(loops[id(eqn)], plan.needed, env, inner)
+            values, found = (
+                run_branches(part, plan.needed, env, inner)
+                if isinstance(part, Branching)
+                else run_loop(part, plan.needed, env, inner)
+            )
             env.update(values)
             sums.update({(id(v),): s for v, s in found.items()})
         else:
@@ -163,4 +184,5 @@ def run(
 def most_held(plan: Plan) -> int:
     """Returns the most bytes that a rule holds for one example and cotangent."""
     here = [source.held for source, _ in plan.sources.values()]
-    return max([*here, *(most_held(loop.plan) for loop in plan.loops)], default=0)
+    inside = [most_held(inner) for part in plan.inner for inner in part.plans]
+    return max([*here, *inside], default=0)

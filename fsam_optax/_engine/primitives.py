@@ -2,7 +2,7 @@
 
 The tables, one for each thing that can be done with a primitive, are `moves.MOVES` and
 `moves.BOXES` (powers pass), `linear.LINEAR` (products stay products), `rules.RULES`
-(how sums of powers are formed), `tails.EVALUATED`, `flatten.NORMAL` and
+(how sums of powers are formed), `tails.EVALUATED`, `normal.NORMAL` and
 `flatten.STACKED` (how programs are written) and `work.COUNTS` (operations). A primitive
 is named there or here.
 """
@@ -14,6 +14,8 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "xla_call")
 REMATERIALISED = ("checkpoint", "remat", "remat2")
 BARRIER = "optimization_barrier"
 LOOP = "scan"
+BRANCHES = "cond"
+SOLVE = "custom_linear_solve"
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 SUMS = ("add_any", "add")
 KEEPS_ZEROS = ("broadcast_in_dim", "convert_element_type", "copy")

@@ -35,7 +35,8 @@ class Factor:
         v: The variable.
         labels: A label for each axis.
         varies: Whether it differs between examples.
-        steps: What is done to the variable first: names and arguments of `STEPS`.
+        steps: What is done to the variable first: names and arguments of `STEPS`, where
+            a variable stands for its value.
     """
 
     v: Any
@@ -47,8 +48,14 @@ class Factor:
         """Returns the array."""
         x = jnp.asarray(read(env, self.v)).astype(dtype)
         for name, *arguments in self.steps:
-            x = STEPS[name](x, *arguments)
+            x = STEPS[name](
+                x, *(read(env, a) if _is_variable(a) else a for a in arguments)
+            )
         return x
+
+    def reads(self) -> list[Any]:
+        """Returns the variables that it is made from."""
+        return [self.v, *(a for s in self.steps for a in s if _is_variable(a))]
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class Term:
     factors: tuple[Factor, ...]
     axes: tuple[tuple[int, ...], ...]
     precision: Any = None
+
+
+def _is_variable(x):
+    return hasattr(x, "aval")
 
 
 def _flip(x, axis):
@@ -103,6 +114,28 @@ def _cumsum(x, axis, reverse):
     return lax.cumsum(x, axis, reverse)
 
 
+def _taken(x, index, axis, fills):
+    index = index[..., 0]
+    last = x.shape[axis] - 1
+    y = jnp.take(x, jnp.clip(index, 0, last), axis, mode="clip")
+    if fills:
+        inside = (index >= 0) & (index <= last)
+        y = y * inside.reshape([-1 if d == axis else 1 for d in range(x.ndim)])
+    return y
+
+
+def _inverse(x, lower, transposed, unit):
+    identity = jnp.eye(len(x), dtype=x.dtype)
+    return lax.linalg.triangular_solve(
+        x,
+        identity,
+        left_side=True,
+        lower=lower,
+        transpose_a=transposed,
+        unit_diagonal=unit,
+    )
+
+
 STEPS: dict[str, Callable] = {
     "flip": _flip,
     "reshape": _reshape,
@@ -112,6 +145,8 @@ STEPS: dict[str, Callable] = {
     "ones": _ones,
     "chosen": _chosen,
     "cumsum": _cumsum,
+    "taken": _taken,
+    "inverse": _inverse,
 }
 
 
@@ -135,12 +170,19 @@ class Expander:
         self.inside = set(inside)
         self.sizes: dict[int, int] = {}
         self._labels = itertools.count()
+        self._standard: dict[tuple[int, int], int] = {}
 
     def label(self, n: int) -> int:
         """Returns a new label."""
         label = next(self._labels)
         self.sizes[label] = n
         return label
+
+    def standard(self, i: int, n: int) -> int:
+        """Returns the i-th label of size n of those that have the same name always."""
+        if (i, n) not in self._standard:
+            self._standard[i, n] = self.label(n)
+        return self._standard[i, n]
 
     def expand(self, v: Any) -> list[Term]:
         """Returns the terms of a variable; raises Mismatch if there are none."""

@@ -167,6 +167,7 @@ LINEAR_MAPS: dict[str, Callable[[list[bool]], bool]] = (
     | {
         "select_n": lambda varies: not varies[0],
         "scatter-add": _last,
+        "triangular_solve": _last,
         "reduce_window_sum": _first,
         "dynamic_update_slice": lambda varies: not any(varies[2:]),
     }
