@@ -12,12 +12,6 @@ Approximation for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.125
 
     python benchmarks/empirical_fisher.py               # about ten minutes of one core
 
-It cannot. At the minimum it is the Fisher only where the model is right, and more data
-do not help where it is not. On the way there its direction may be opposite to the
-natural one, and its step of any length: on most data it still arrives, with a step
-size and a damping found by search, and later than the Fisher; on Power plant it does
-not.
-
 The grid search is in NumPy, all settings in lockstep, and leaves out what cannot win:
 runs that diverged (loss above a hundred times the first, or not finite), and runs too
 slow to reach the best loss found so far in the steps that are left. The chosen runs,
@@ -31,7 +25,6 @@ scikit-learn has removed them for that; they serve here to compare with the pape
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,12 +35,15 @@ import numpy as np
 import optax
 import show
 
-import fsam_optax
+import fsam_optax as fsam
 
 
 METHODS = ("GD", "NGD", "EFGD")
-COLOURS = {"GD": show.BLACK, "NGD": show.BLUE, "EFGD": show.VERMILLION}
-STYLES = {"GD": ":", "NGD": "-", "EFGD": "--"}
+LOOKS = {
+    "GD": {"color": show.BLACK, "ls": ":", "lw": 2},
+    "NGD": {"color": show.BLUE, "ls": "-", "lw": 2},
+    "EFGD": {"color": show.VERMILLION, "ls": "--", "lw": 2},
+}
 STEP_SIZES = np.logspace(-20, 10, 241)
 DAMPINGS = np.logspace(-10, 10, 41)
 
@@ -66,9 +62,10 @@ class Regression(NamedTuple):
     y: Any
 
     @property
-    def likelihood(self) -> fsam_optax.Likelihood:
-        """The library's name for the same model."""
-        return fsam_optax.gaussian() if self.kind == "linear" else fsam_optax.bernoulli
+    def nll(self) -> Any:
+        """The same model for the library."""
+        likelihood = fsam.gaussian() if self.kind == "linear" else fsam.bernoulli
+        return fsam.negative_log_likelihood(lambda w, x: (x @ w)[:, None], likelihood)
 
     @property
     def batch(self) -> tuple[jax.Array, jax.Array]:
@@ -76,12 +73,7 @@ class Regression(NamedTuple):
         return jnp.asarray(self.x), jnp.asarray(self.y)[:, None]
 
 
-def model(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns the natural parameter of each example."""
-    return (x @ w)[:, None]
-
-
-def mean_loss(problem: Regression) -> Callable[[jax.Array], jax.Array]:
+def mean_loss(problem: Regression):
     """Returns the mean negative log-likelihood, without the constant of a Gaussian."""
     x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
 
@@ -94,27 +86,19 @@ def mean_loss(problem: Regression) -> Callable[[jax.Array], jax.Array]:
     return loss
 
 
-def matrix_fn(problem: Regression, method: str) -> Callable[[Any, Any], jax.Array]:
+def matrix_fn(problem: Regression, method: str):
     """Returns the matrix of a method as a function of (w, batch)."""
-    dense = {
-        "NGD": fsam_optax.dense_fisher,
-        "EFGD": fsam_optax.dense_empirical_fisher,
-    }[method]
-    return functools.partial(
-        dense, fsam_optax.negative_log_likelihood(model, problem.likelihood)
-    )
+    dense = fsam.dense_fisher if method == "NGD" else fsam.dense_empirical_fisher
+    return functools.partial(dense, problem.nll)
 
 
-def direction_fn(
-    problem: Regression, method: str, damping: float
-) -> Callable[[jax.Array], Any]:
+def direction_fn(problem: Regression, method: str, damping: float):
     """Returns (M + damping)^-1 g as a function of w; g itself for GD."""
     gradient = jax.grad(mean_loss(problem))
     if method == "GD":
         return gradient
-    precondition = fsam_optax.scale_by_inverse_dense(
-        matrix_fn(problem, method), damping=damping
-    )
+    matrix = matrix_fn(problem, method)
+    precondition = fsam.scale_by_inverse_dense(matrix, damping=damping)
 
     def direction(w):
         state = precondition.init(w)
@@ -125,6 +109,11 @@ def direction_fn(
 
 # 1. Vector fields.
 
+STARTS = np.array([[2, 4.5], [1, 0], [4.5, 3], [-0.5, 3]])
+# Lengths of the arrows, and so of the steps, in the released code.
+LENGTHS = {"GD": 1 / 3, "NGD": 1.0, "EFGD": 3.0}
+ACROSS = np.linspace(-1, 5, 15)
+
 
 def fields_problem(size: int = 1000) -> Regression:
     """Returns the linear regression of the paper's figure 1: intercept and slope 2."""
@@ -134,16 +123,10 @@ def fields_problem(size: int = 1000) -> Regression:
     return Regression("linear", np.stack([np.ones(size), x], 1), y)
 
 
-STARTS = np.array([[2, 4.5], [1, 0], [4.5, 3], [-0.5, 3]])
-# Lengths of the arrows, and so of the steps, in the released code.
-LENGTHS = {"GD": 1 / 3, "NGD": 1.0, "EFGD": 3.0}
-
-
 def field(method: str, steps: int) -> dict[str, Any]:
     """Computes the vector field of a method and a trajectory from each start."""
     problem = fields_problem()
-    across = np.linspace(-1, 5, 15)
-    grid = jnp.asarray(np.stack(np.meshgrid(across, across), -1).reshape(-1, 2))
+    grid = jnp.asarray(np.stack(np.meshgrid(ACROSS, ACROSS), -1).reshape(-1, 2))
     minimum = np.linalg.lstsq(problem.x, problem.y)[0]
     direction = direction_fn(problem, method, 1e-8)
 
@@ -168,71 +151,51 @@ def field(method: str, steps: int) -> dict[str, Any]:
 
 # 2. Misspecified models.
 
-
-def logistic_problem(case: str, size: int, seed: int) -> Regression:
-    """Returns two Gaussian clouds, of which a logistic model fits only "correct".
-
-    The matrices multiply standard normals, as in the released code: they are square
-    roots of the covariances, not the covariances.
-    """
-    mean, first, second = {
-        "correct": (1.0, 2 * np.eye(2), 2 * np.eye(2)),
-        "wrong A": (1.5, 3 * np.eye(2), np.eye(2)),
-        "wrong B": (
-            1.0,
-            np.array([[1.5, -0.9], [-0.9, 1.5]]),
-            np.array([[1.5, 0.9], [0.9, 1.5]]),
-        ),
-    }[case]
-    noise = np.random.default_rng(seed).normal(size=(2, size // 2, 2))
-    x = np.concatenate([mean + noise[0] @ first, -mean + noise[1] @ second])
-    return Regression("logistic", x, np.repeat([0.0, 1.0], size // 2))
-
-
-def linear_problem(case: str, size: int, seed: int) -> Regression:
-    """Returns y = 1 + x + noise, with the noise or the curve wrong unless "correct"."""
-    random = np.random.default_rng(seed)
-    x, noise = random.normal(size=(2, size))
-    y = (
-        1
-        + x
-        + {"correct": noise, "wrong A": 2 * noise, "wrong B": noise + x**2 / 2}[case]
-    )
-    return Regression("linear", np.stack([x, np.ones(size)], 1), y)
-
-
 CASES = ("correct", "wrong A", "wrong B")
-MAKERS = {"logistic": logistic_problem, "linear": linear_problem}
 
 
-def minimize(problem: Regression) -> jax.Array:
-    """Returns the maximum-likelihood weights, by Newton's method."""
-    loss = mean_loss(problem)
+def wrong_problem(kind: str, case: str, size: int, seed: int) -> Regression:
+    """Returns data that a regression of a kind fits only where they are "correct".
 
-    def newton(w, _):
-        return w - jnp.linalg.solve(jax.hessian(loss)(w), jax.grad(loss)(w)), None
-
-    start = jnp.zeros(problem.x.shape[1])
-    return jax.lax.scan(newton, start, None, length=20)[0]
+    "logistic" separates two Gaussian clouds, whose noise two matrices multiply: square
+    roots of the covariances, as in the released code. "linear" fits y = 1 + x + noise,
+    with the noise or the curve wrong.
+    """
+    random = np.random.default_rng(seed)
+    if kind == "linear":
+        x, noise = random.normal(size=(2, size))
+        extra = {"correct": noise, "wrong A": 2 * noise, "wrong B": noise + x**2 / 2}
+        return Regression(kind, np.stack([x, np.ones(size)], 1), 1 + x + extra[case])
+    mean, first, second = {
+        "correct": (1.0, [[2, 0], [0, 2]], [[2, 0], [0, 2]]),
+        "wrong A": (1.5, [[3, 0], [0, 3]], [[1, 0], [0, 1]]),
+        "wrong B": (1.0, [[1.5, -0.9], [-0.9, 1.5]], [[1.5, 0.9], [0.9, 1.5]]),
+    }[case]
+    noise = random.normal(size=(2, size // 2, 2))
+    x = np.concatenate([mean + noise[0] @ first, -mean + noise[1] @ second])
+    return Regression(kind, x, np.repeat([0.0, 1.0], size // 2))
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def matrices_at_minimum(kind: str, x: jax.Array, y: jax.Array):
     """Returns the minimum, and the Fisher, the empirical Fisher and the Hessian."""
     problem = Regression(kind, x, y)
-    w = minimize(problem)
+    loss = mean_loss(problem)
+
+    def newton(w, _):
+        return w - jnp.linalg.solve(jax.hessian(loss)(w), jax.grad(loss)(w)), None
+
+    w, _ = jax.lax.scan(newton, jnp.zeros(x.shape[1]), None, length=20)
     fisher, empirical = (
         matrix_fn(problem, m)(w, problem.batch) for m in ("NGD", "EFGD")
     )
-    return w, fisher, empirical, jax.hessian(mean_loss(problem))(w)
+    return w, fisher, empirical, jax.hessian(loss)(w)
 
 
 def misspecified(kind: str, case: str, size: int, seeds: int) -> dict[str, Any]:
     """Compares the matrices at the minimum; keeps those of the first seed."""
-    found = []
-    for seed in range(seeds):
-        problem = MAKERS[kind](case, size, seed)
-        found.append(jax.device_get(matrices_at_minimum(kind, problem.x, problem.y)))
+    problems = (wrong_problem(kind, case, size, seed) for seed in range(seeds))
+    found = [jax.device_get(matrices_at_minimum(*problem)) for problem in problems]
 
     def errors(index):
         pairs = ((every[index], every[1]) for every in found)
@@ -246,109 +209,62 @@ def misspecified(kind: str, case: str, size: int, seeds: int) -> dict[str, Any]:
 # 3. Optimisation on real data.
 
 
-def read_table(file: Path, target: int) -> tuple[np.ndarray, np.ndarray]:
-    table = np.loadtxt(file)
-    return np.delete(table, target, axis=1), table[:, target]
-
-
-def from_uci(name: str) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
-    """Returns a reader of `<name>.txt`, with the target column in `<name>.target`."""
-
-    def read(folder):
-        target = int((folder / "uci" / f"{name}.target").read_text())
-        return read_table(folder / "uci" / f"{name}.txt", target)
-
-    return read
-
-
-def from_breast_cancer_csv(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    file = folder / "uci" / "breast-cancer-wisconsin-original.csv"
-    table = np.loadtxt(file, delimiter=",", skiprows=1)
-    return table[:, :-1], table[:, -1]
-
-
-def from_a1a(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    import sklearn.datasets
-
-    file = folder / "a1a.svmlight"
-    x, y, *_ = sklearn.datasets.load_svmlight_file(str(file), n_features=123)
-    return x.toarray(), (y + 1) / 2
-
-
-def from_sklearn(name: str) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
-    def read(folder):
-        del folder
-        import sklearn.datasets
-
-        x, y = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
-        return x, y.astype(float)
-
-    return read
-
-
 class Source(NamedTuple):
     """A data set of the paper.
 
     Attributes:
         title: Name in tables and figures.
         kind: As in `Regression`.
-        read: Maps --data-dir to features and targets.
-        paper: Selected log10 step size and log10 damping of each method, as printed in
-            the paper; NaN where there is none.
+        gd: Selected log10 step size of GD, as printed in the paper.
+        ngd: Selected log10 step size and log10 damping of NGD.
+        efgd: Those of EFGD.
     """
 
     title: str
     kind: str
-    read: Callable[[Path], tuple[np.ndarray, np.ndarray]]
-    paper: dict[str, tuple[float, float]]
+    gd: float
+    ngd: tuple[float, float]
+    efgd: tuple[float, float]
+
+    def paper(self, method: str) -> tuple[float, float]:
+        """Returns what is printed for a method; NaN where there is none."""
+        return (self.gd, np.nan) if method == "GD" else getattr(self, method.lower())
 
 
-def printed(gd, ngd, efgd):
-    return {"GD": (gd, np.nan), "NGD": ngd, "EFGD": efgd}
-
-
-BREAST_CANCER = printed(-5.125, (0.125, -10), (-1.25, -10))
+BREAST_CANCER = "logistic", -5.125, (0.125, -10), (-1.25, -10)
 SOURCES = {
-    "breast-cancer-original": Source(
-        "Breast c. original", "logistic", from_breast_cancer_csv, BREAST_CANCER
-    ),
-    "breast-cancer-diagnostic": Source(
-        "Breast c. diagnostic",
-        "logistic",
-        from_sklearn("breast_cancer"),
-        BREAST_CANCER,
-    ),
-    "boston": Source(
-        "Boston",
-        "linear",
-        from_uci("bostonHousing"),
-        printed(-5.25, (0.125, -10), (-1.25, -8)),
-    ),
-    "a1a": Source(
-        "a1a", "logistic", from_a1a, printed(0.25, (0.25, -10), (-0.375, -8))
-    ),
-    "wine": Source(
-        "Wine",
-        "linear",
-        from_sklearn("wine"),
-        printed(-5.625, (0, -8.5), (-1.375, -6)),
-    ),
-    "energy": Source(
-        "Energy", "linear", from_uci("energy"), printed(-5.5, (0, -7.5), (0.875, -3))
-    ),
-    "power-plant": Source(
-        "Power plant",
-        "linear",
-        from_uci("power-plant"),
-        printed(-5.75, (-0.625, -8), (3.375, -1)),
-    ),
-    "yacht": Source(
-        "Yacht",
-        "linear",
-        from_uci("yacht"),
-        printed(-1.5, (-0.75, -7.5), (1.625, -6.5)),
-    ),
+    "breast-cancer-original": Source("Breast c. original", *BREAST_CANCER),
+    "breast-cancer-diagnostic": Source("Breast c. diagnostic", *BREAST_CANCER),
+    "boston": Source("Boston", "linear", -5.25, (0.125, -10), (-1.25, -8)),
+    "a1a": Source("a1a", "logistic", 0.25, (0.25, -10), (-0.375, -8)),
+    "wine": Source("Wine", "linear", -5.625, (0, -8.5), (-1.375, -6)),
+    "energy": Source("Energy", "linear", -5.5, (0, -7.5), (0.875, -3)),
+    "power-plant": Source("Power plant", "linear", -5.75, (-0.625, -8), (3.375, -1)),
+    "yacht": Source("Yacht", "linear", -1.5, (-0.75, -7.5), (1.625, -6.5)),
 }
+
+
+def read(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features and targets of a data set."""
+    import sklearn.datasets
+
+    if name == "a1a":
+        file = str(folder / "a1a.svmlight")
+        x, y, *_ = sklearn.datasets.load_svmlight_file(file, n_features=123)
+        return x.toarray(), (y + 1) / 2
+    if name in ("breast-cancer-diagnostic", "wine"):
+        of = {"wine": sklearn.datasets.load_wine}
+        x, y = of.get(name, sklearn.datasets.load_breast_cancer)(return_X_y=True)
+        return x, y.astype(float)
+    uci = folder / "uci"
+    if name == "breast-cancer-original":
+        file = uci / "breast-cancer-wisconsin-original.csv"
+        table, target = np.loadtxt(file, delimiter=",", skiprows=1), -1
+    else:
+        name = {"boston": "bostonHousing"}.get(name, name)
+        target = int((uci / f"{name}.target").read_text())
+        table = np.loadtxt(uci / f"{name}.txt")
+    return np.delete(table, target, axis=1), table[:, target]
 
 
 def load(name: str, folder: Path) -> Regression:
@@ -358,12 +274,11 @@ def load(name: str, folder: Path) -> Regression:
     directions. It spares them the directions in which there are no data, where
     gradients are 0, and much of the rounding.
     """
-    source = SOURCES[name]
-    x, y = source.read(folder)
+    x, y = read(name, folder)
     x = np.append(x, np.ones((len(x), 1)), axis=1)
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     keep = s > 1e-12 * s[0]
-    return Regression(source.kind, u[:, keep] * s[keep], y)
+    return Regression(SOURCES[name].kind, u[:, keep] * s[keep], y)
 
 
 def losses_of(problem: Regression, h: np.ndarray) -> np.ndarray:
@@ -414,6 +329,7 @@ def final_losses(
     size, dimension = problem.x.shape
     rows, columns = np.triu_indices(dimension)
     products = problem.x[:, rows] * problem.x[:, columns] / size
+    diagonal = np.arange(dimension)
     final = np.full(len(step_sizes), np.inf)
     live = np.arange(len(step_sizes))
     w = np.zeros((len(live), dimension))
@@ -423,14 +339,12 @@ def final_losses(
     first = losses[0]
     for iteration in range(iterations):
         gradients, weights = gradients_and_weights(problem, method, h)
-        if method == "GD":
-            directions = gradients
-        else:
+        directions = gradients
+        if method != "GD":
             matrices = np.empty((len(live), dimension, dimension))
             entries = weights @ products
             matrices[:, rows, columns] = entries
             matrices[:, columns, rows] = entries
-            diagonal = np.arange(dimension)
             matrices[:, diagonal, diagonal] += dampings[live, None]
             directions = np.linalg.solve(matrices, gradients[..., None])[..., 0]
         with np.errstate(all="ignore"):
@@ -451,24 +365,15 @@ def final_losses(
     return final
 
 
-def search(
-    problem: Regression, method: str, step_sizes, dampings, iterations: int
-) -> dict[str, Any]:
+def search(problem: Regression, method: str, step_sizes, dampings, iterations: int):
     """Tries every setting of the grid and returns the one with the least final loss."""
     dampings = dampings[:1] if method == "GD" else dampings
     table, best = [], np.inf
     for damping in dampings:
-        losses = final_losses(
-            problem,
-            method,
-            step_sizes,
-            np.full(len(step_sizes), damping),
-            iterations,
-            # All that come within a per cent are counted.
-            1.01 * best,
-        )
-        best = min(best, losses.min())
-        table.append(losses)
+        settings = step_sizes, np.full(len(step_sizes), damping), iterations
+        # All that come within a per cent are counted.
+        table.append(final_losses(problem, method, *settings, 1.01 * best))
+        best = min(best, table[-1].min())
     table = np.array(table)
     row, column = np.unravel_index(np.argmin(table), table.shape)
     return {
@@ -480,20 +385,15 @@ def search(
     }
 
 
-def follow(
-    problem: Regression, method: str, record: dict[str, Any], iterations: int
-) -> dict[str, Any]:
+def follow(problem: Regression, method: str, chosen: dict[str, Any], iterations: int):
     """Runs the chosen setting with the library.
 
-    Returns:
-        The loss before every step and after the last; for EFGD the cosine between its
-        direction and the natural one, both undamped, at the same points.
+    Returns the loss before every step and after the last; for EFGD also the cosine
+    between its direction and the natural one, both undamped, at the same points.
     """
-    step_size, damping = 10 ** record["log10_step_size"], 0.0
-    if method != "GD":
-        damping = 10 ** record["log10_damping"]
+    damping = 0.0 if method == "GD" else 10 ** chosen["log10_damping"]
     direction = direction_fn(problem, method, damping)
-    optimizer = optax.sgd(step_size)
+    optimizer = optax.sgd(10 ** chosen["log10_step_size"])
     undamped = [direction_fn(problem, m, 0.0) for m in ("NGD", "EFGD")]
     loss = mean_loss(problem)
 
@@ -513,23 +413,19 @@ def follow(
         return jax.lax.scan(step, carry, None, length=iterations + 1)[1]
 
     losses, cosines = run(jnp.zeros(problem.x.shape[1]))
-    path = {"losses": losses}
-    if method == "EFGD":
-        path["cosines"] = cosines
-    return path
+    return {"losses": losses} | ({"cosines": cosines} if method == "EFGD" else {})
 
 
 def optimise(problem, source, method, step_sizes, dampings, iterations) -> Any:
     """Searches the grid for a method on one data set and follows the best run."""
     chosen = search(problem, method, step_sizes, dampings, iterations)
-    step_size, damping = 10 ** np.array(source.paper[method])
+    step_size, damping = 10 ** np.array(source.paper(method))
     printed = np.array([step_size]), np.nan_to_num(np.array([damping]))
     (at_paper,) = final_losses(problem, method, *printed, iterations)
-    followed = follow(problem, method, chosen, iterations)
     return {
         **{"examples": len(problem.y), "rank": problem.x.shape[1]},
         **chosen,
-        **followed,
+        **follow(problem, method, chosen, iterations),
         "loss_at_the_settings_of_the_paper": at_paper,
         "least_loss": least_loss(problem),
     }
@@ -540,12 +436,10 @@ def least_loss(problem: Regression) -> float:
 
     Classes that a plane can separate have none: then it is what 200 steps reach.
     """
-    scale = np.linalg.norm(problem.x, axis=0)
-    problem = problem._replace(x=problem.x / scale)
+    problem = problem._replace(x=problem.x / np.linalg.norm(problem.x, axis=0))
     w = np.zeros((1, problem.x.shape[1]))
     for _ in range(200):
-        h = w @ problem.x.T
-        gradient, weights = gradients_and_weights(problem, "NGD", h)
+        gradient, weights = gradients_and_weights(problem, "NGD", w @ problem.x.T)
         matrix = (problem.x.T * weights) @ problem.x / len(problem.y)
         step = np.linalg.lstsq(matrix, gradient[0])[0]
         lengths = 2.0 ** -np.arange(20)[:, None]
@@ -563,36 +457,33 @@ def number(value: Any, form: str) -> str:
 
 
 def print_tables(errors: dict[Any, Any], runs: dict[str, Any]) -> None:
-    """Prints both tables."""
-    sizes = list(dict.fromkeys(size for _, _, size in errors))
+    """Prints the distances at the minimum, and the settings that were chosen."""
+    sizes = list(dict.fromkeys(size for *_, size in errors))
     rows = []
-    for kind in MAKERS:
-        for case in CASES:
-            found = [errors[kind, case, size]["error"] for size in sizes]
-            cells = (show.cell(e["empirical"], ".3f") for e in found)
-            most = max(max(e["hessian"]) for e in found)
-            rows.append([f"{kind}, {case}", *cells, f"{most:.0e}"])
+    for kind, case in dict.fromkeys(key[:2] for key in errors):
+        found = [errors[kind, case, size]["error"] for size in sizes]
+        cells = (show.cell(e["empirical"], ".3f") for e in found)
+        most = max(max(e["hessian"]) for e in found)
+        rows.append([f"{kind}, {case}", *cells, f"{most:.0e}"])
     headings = ["model", *(f"emp. Fisher,\nN = {n}" for n in sizes), "Hessian"]
-    caption = (
-        "Frobenius norm of the difference over that of the Fisher; mean ± standard "
-    )
+    caption = "Frobenius norm of the difference over that of the Fisher; mean ± "
     title = "Distance of a matrix from the Fisher at the minimum"
-    show.table(title, headings, rows, caption + "error over data seeds.")
+    show.table(title, headings, rows, caption + "standard error over data seeds.")
     rows = []
     for name, by_method in runs.items():
-        for method, record in by_method.items():
-            paper = SOURCES[name].paper[method]
+        for method, found in by_method.items():
+            paper = SOURCES[name].paper(method)
+            chosen = found["log10_step_size"], found["log10_damping"]
             rows.append(
                 [
                     SOURCES[name].title if method == "GD" else "",
                     method,
-                    f"{number(record['log10_step_size'], 'g')}, "
-                    f"{number(record['log10_damping'], 'g')}",
-                    number(record["losses"][-1], ".4g"),
-                    f"{number(paper[0], 'g')}, {number(paper[1], 'g')}",
-                    number(record["loss_at_the_settings_of_the_paper"], ".4g"),
-                    number(np.round(record["least_loss"], 9), ".4g"),
-                    str(record["settings_within_1_percent"]),
+                    ", ".join(number(value, "g") for value in chosen),
+                    number(found["losses"][-1], ".4g"),
+                    ", ".join(number(value, "g") for value in paper),
+                    number(found["loss_at_the_settings_of_the_paper"], ".4g"),
+                    number(np.round(found["least_loss"], 9), ".4g"),
+                    found["settings_within_1_percent"],
                 ]
             )
     headings = ["data", "method", "step, damp.", "final\nloss", "paper's\nstep, damp."]
@@ -603,52 +494,32 @@ def print_tables(errors: dict[Any, Any], runs: dict[str, Any]) -> None:
     show.table(title, headings, rows, caption, first=20)
 
 
-def plot_fields(record: dict[str, Any], file: Path) -> None:
-    """Draws the data and the three vector fields with their trajectories."""
-    headline = "On its way the empirical Fisher may point elsewhere"
-    figure, axes = show.figure(1, 4, headline, figsize=(11, 3.5))
-    axes = axes[0]
-    problem = fields_problem()
-    x, y = problem.x[:, 1], problem.y
-    intercept, slope = record["GD"]["minimum"]
-    axes[0].plot(x, y, ".", color=show.GREY, markersize=3, alpha=0.35, mew=0)
-    line = np.array([0, 9])
-    axes[0].plot(line, intercept + slope * line, color="black", lw=1.5)
-    axes[0].set(title="data", xlabel="x", ylabel="y", xlim=(0, 9), ylim=(-1, 21))
-    across = np.linspace(-1, 5, 15)
-    lengths = np.linspace(-1, 5, 60)
-    loss = loss_over_square(problem, np.array([2.0, 2.0]), 3.0)
-    for axis, method in zip(axes[1:], METHODS, strict=True):
-        data = record[method]
-        arrows = np.array(data["arrows"]).reshape(15, 15, 2)
-        axis.contour(lengths, lengths, loss, 7, colors="#c9cdd2", linewidths=0.8)
-        axis.quiver(
-            across,
-            across,
-            arrows[..., 0],
-            arrows[..., 1],
-            angles="xy",
-            scale=30,
-            width=0.006,
-            color="#8a9097",
-        )
-        for path in np.array(data["paths"]):
-            axis.plot(*path.T, color=COLOURS[method], lw=2)
-            axis.plot(*path[0], "o", color="black", markersize=4)
-        axis.plot(intercept, slope, "*", color="black", markersize=9, zorder=5)
-        axis.set(title=method, xlabel="intercept", xlim=(-1, 5), ylim=(-1, 5))
-        axis.set_aspect("equal")
-    axes[1].set_ylabel("slope")
-    show.save(figure, file)
-
-
-def loss_over_square(problem: Regression, centre: np.ndarray, reach: float):
-    """Returns the loss on 60 x 60 points around `centre`, for `contour`."""
+def contour(axis: Any, problem: Regression, centre: Any, reach: float) -> None:
+    """Draws levels of the loss around a point."""
     lengths = np.linspace(-reach, reach, 60)
-    across, up = jnp.eye(2)
-    return fsam_optax.loss_over_plane(
-        mean_loss(problem), jnp.asarray(centre), across, up, lengths, lengths
-    ).T
+    loss, centre = mean_loss(problem), jnp.asarray(centre)
+    levels = fsam.loss_over_plane(loss, centre, *jnp.eye(2), lengths, lengths).T
+    places = centre[0] + lengths, centre[1] + lengths
+    axis.contour(*places, levels, 8, colors="#c9cdd2", linewidths=0.8)
+    axis.set_aspect("equal")
+
+
+def draw_fields(found: dict[str, Any], file: Path) -> None:
+    """Draws the three vector fields with their trajectories."""
+    headline = "On its way the empirical Fisher may point elsewhere"
+    figure, axes = show.figure(1, 3, headline, figsize=(9, 3.6), sharey=True)
+    for axis, (method, data) in zip(axes[0], found.items(), strict=True):
+        contour(axis, fields_problem(), (2.0, 2.0), 3.0)
+        arrows = np.array(data["arrows"]).reshape(15, 15, 2)
+        style = {"angles": "xy", "scale": 30, "width": 0.006, "color": show.GREY}
+        axis.quiver(ACROSS, ACROSS, arrows[..., 0], arrows[..., 1], **style)
+        for path in np.array(data["paths"]):
+            axis.plot(*path.T, **LOOKS[method] | {"ls": "-"})
+            axis.plot(*path[0], "o", color=show.BLACK, ms=4)
+        axis.plot(*data["minimum"], "*", color=show.BLACK, ms=9, zorder=5)
+        axis.set(title=method, xlabel="intercept", xlim=(-1, 5), ylim=(-1, 5))
+    axes[0, 0].set_ylabel("slope")
+    show.save(figure, file)
 
 
 def ellipse(matrix: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -659,103 +530,68 @@ def ellipse(matrix: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return centre[:, None] + 3 * vectors @ (circle / np.sqrt(values)[:, None])
 
 
-def plot_misspecified(errors: dict[Any, Any], size: int, file: Path) -> None:
-    """Draws data and ellipses of both matrices."""
+def draw_misspecified(errors: dict[Any, Any], size: int, file: Path) -> None:
+    """Draws data, and below them the ellipses of both matrices."""
     headline = "At the minimum it is the Fisher only where the model is right"
     figure, axes = show.figure(4, 3, headline, figsize=(8.4, 10.6))
-    for row, kind in ((0, "logistic"), (2, "linear")):
-        for column, case in enumerate(CASES):
-            data = errors[kind, case, size]
-            data = {k: np.array(v) for k, v in data.items() if k != "error"}
-            problem, w = MAKERS[kind](case, size, 0), data["minimum"]
-            x, y = problem.x, problem.y
-            top, bottom = axes[row, column], axes[row + 1, column]
-            top.set_title(f"{kind}: {case}")
-            if kind == "logistic":
-                for label, marker, colour in ((0, "^", "#009e73"), (1, "x", "#cc79a7")):
-                    chosen = x[y == label].T
-                    top.plot(*chosen, marker, color=colour, ms=3, alpha=0.5, ls="")
-                top.set(xlim=(-9, 9), ylim=(-9, 9))
-                top.set_aspect("equal")
-                names = r"$x_1$", r"$x_2$", r"$\theta_1$", r"$\theta_2$"
-            else:
-                top.plot(x[:, 0], y, "x", color="#009e73", ms=3, alpha=0.5)
-                line = np.array([-3.5, 3.5])
-                top.plot(line, w[0] * line + w[1], color="black", lw=1.5)
-                top.set(xlim=(-3.7, 3.7), ylim=(-6, 10))
-                names = "x", "y", "slope", "intercept"
-            # Wide enough for the ellipses.
-            reach = 3.4 / np.sqrt(size * np.linalg.eigvalsh(data["fisher"])[0])
-            lengths = np.linspace(-reach, reach, 60)
-            bottom.contour(
-                w[0] + lengths,
-                w[1] + lengths,
-                loss_over_square(problem, w, reach),
-                8,
-                colors="#c9cdd2",
-                linewidths=0.8,
-            )
-            for name, method in (("fisher", "NGD"), ("empirical", "EFGD")):
-                bottom.plot(
-                    *ellipse(size * data[name], w),
-                    color=COLOURS[method],
-                    linestyle=STYLES[method],
-                    lw=2,
-                    label={"fisher": "Fisher = Hessian"}.get(name, "empirical Fisher"),
-                )
-            bottom.plot(*w, "*", color="black", markersize=8, label="minimum")
-            bottom.set_aspect("equal")
-            bottom.locator_params(nbins=4)
-            for axis, (a, b) in ((top, names[:2]), (bottom, names[2:])):
-                axis.set_xlabel(a)
-                if not column:
-                    axis.set_ylabel(b)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    shown = [key for key in errors if key[2] == size]
+    panels = zip(np.concatenate(axes[::2]), np.concatenate(axes[1::2]), strict=True)
+    for (kind, case, _), (top, bottom) in zip(shown, panels, strict=True):
+        problem, data = wrong_problem(kind, case, size, 0), errors[kind, case, size]
+        x, y, w = problem.x, problem.y, np.array(data["minimum"])
+        if kind == "logistic":
+            for label, marker, color in ((0, "^", show.GREEN), (1, "x", show.PURPLE)):
+                top.plot(*x[y == label].T, marker, color=color, ms=3, alpha=0.5)
+            top.set(xlim=(-9, 9), ylim=(-9, 9), aspect="equal")
+        else:
+            top.plot(x[:, 0], y, "x", color=show.GREEN, ms=3, alpha=0.5)
+            top.axline((0, w[1]), slope=w[0], color=show.BLACK, lw=1.5)
+            top.set(xlim=(-3.7, 3.7), ylim=(-6, 10))
+        top.set_title(f"{kind}: {case}")
+        # Wide enough for the ellipses.
+        least = np.linalg.eigvalsh(data["fisher"])[0]
+        contour(bottom, problem, w, 3.4 / np.sqrt(size * least))
+        pairs = (("fisher", "NGD", "Fisher = Hessian"),)
+        pairs += (("empirical", "EFGD", "empirical Fisher"),)
+        for name, method, label in pairs:
+            edge = ellipse(size * np.array(data[name]), w)
+            bottom.plot(*edge, **LOOKS[method], label=label)
+        bottom.plot(*w, "*", color=show.BLACK, ms=8, label="minimum")
+        bottom.locator_params(nbins=4)
+        names = (r"$\theta_1$", r"$\theta_2$"), ("slope", "intercept")
+        names = names[kind == "linear"]
+        bottom.set(xlabel=names[0], ylabel=names[1])
+    show.legend(figure, axes[1, 0], 3)
     show.save(figure, file)
 
 
-def plot_optimisation(record: dict[str, Any], file: Path) -> None:
+def draw_optimisation(runs: dict[str, Any], file: Path) -> None:
     """Draws the loss of the chosen runs and the cosine between both directions."""
-    columns = min(4, len(record))
-    blocks = -(-len(record) // columns)
+    headline = "With a search for step and damping it mostly arrives, later than the "
+    columns = min(4, len(runs))
+    blocks = -(-len(runs) // columns)
     figure, axes = show.figure(
-        2 * blocks,
-        columns,
-        "With a search for step and damping it mostly arrives, later than the Fisher",
+        *(2 * blocks, columns, f"{headline}Fisher"),
         figsize=(2.75 * columns, 3.6 * blocks + 0.5),
         height_ratios=[2.2, 1] * blocks,
         sharex=True,
     )
-    for axis in axes.ravel():
-        axis.set_visible(False)
-    for index, (name, data) in enumerate(record.items()):
-        row, column = 2 * (index // columns), index % columns
-        top, bottom = axes[row, column], axes[row + 1, column]
-        for method, run in data.items():
-            losses = np.array(run["losses"], float)
-            top.plot(
-                losses,
-                color=COLOURS[method],
-                linestyle=STYLES[method],
-                lw=2,
-                label=method,
-            )
-        cosines = np.array(data["EFGD"]["cosines"], float)
-        bottom.plot(cosines, ".", color=COLOURS["EFGD"], markersize=3)
-        bottom.axhline(0, color=show.GREY, lw=0.8)
-        bottom.set(ylim=(-1.08, 1.08), yticks=[-1, 0, 1], xlabel="iteration")
+    panels = zip(np.concatenate(axes[::2]), np.concatenate(axes[1::2]), strict=True)
+    for (name, data), (top, bottom) in zip(runs.items(), panels, strict=False):
+        for method, found in data.items():
+            top.plot(np.array(found["losses"], float), **LOOKS[method], label=method)
         top.set_yscale("log")
         top.set_title(SOURCES[name].title)
-        top.set_visible(True)
-        bottom.set_visible(True)
-        top.tick_params(labelbottom=False)
-        bottom.tick_params(labelbottom=True)
-        if not column:
-            top.set_ylabel("training loss")
-            bottom.set_ylabel("cosine")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        cosines = np.array(data["EFGD"]["cosines"], float)
+        bottom.plot(cosines, ".", color=LOOKS["EFGD"]["color"], ms=3)
+        bottom.axhline(0, color=show.GREY, lw=0.8)
+        bottom.set(ylim=(-1.08, 1.08), yticks=[-1, 0, 1])
+    for axis in axes[-1]:
+        axis.set_xlabel("iteration")
+    for top, bottom in zip(axes[::2, 0], axes[1::2, 0], strict=True):
+        top.set_ylabel("training loss")
+        bottom.set_ylabel("cosine")
+    show.legend(figure, axes[0, 0], 3)
     show.save(figure, file)
 
 
@@ -764,29 +600,22 @@ def experiment(run: harness.Run) -> None:
     options = run.options
     jax.config.update("jax_enable_x64", True)
     steps = 60 if options.smoke else 50_000
-    found = {
-        method: run.cell(
-            functools.partial(field, method, steps),
-            **{"part": "field", "method": method, "steps": steps},
-        )
-        for method in METHODS
+    fields = {
+        m: run.cell(field, m, steps, part="field", method=m, steps=steps)
+        for m in METHODS
     }
     sizes = (100,) if options.smoke else (1000, 100_000)
     errors = {}
-    for kind in MAKERS:
+    for kind in ("logistic", "linear"):
         for case in CASES:
             for size in sizes:
-                compute = functools.partial(
-                    *(misspecified, kind, case, size, options.seeds)
-                )
+                settings = {"case": case, "size": size, "seeds": options.seeds}
                 errors[kind, case, size] = run.cell(
-                    compute,
-                    **{"part": "misspecified", "model": kind, "case": case},
-                    **{"size": size, "seeds": options.seeds},
+                    *(misspecified, kind, *settings.values()),
+                    **{"part": "misspecified", "model": kind, **settings},
                 )
-    step_sizes, dampings = STEP_SIZES, DAMPINGS
-    if options.smoke:
-        step_sizes, dampings = STEP_SIZES[::20], DAMPINGS[::10]
+    every = (20, 10) if options.smoke else (1, 1)
+    grid = STEP_SIZES[:: every[0]], DAMPINGS[:: every[1]], options.iterations
     runs = {}
     for name in options.datasets:
         try:
@@ -794,35 +623,29 @@ def experiment(run: harness.Run) -> None:
         except FileNotFoundError as error:
             harness.say(f"{name} is left out: no file {error.filename}")
             continue
-        grid = step_sizes, dampings, options.iterations
         runs[name] = {
             method: run.cell(
-                functools.partial(optimise, problem, SOURCES[name], method, *grid),
+                *(optimise, problem, SOURCES[name], method, *grid),
                 **{"part": "optimisation", "data": name, "method": method},
-                **{"iterations": options.iterations, "dampings": len(dampings)},
+                **{"iterations": options.iterations, "dampings": len(grid[1])},
             )
             for method in METHODS
         }
     print_tables(errors, runs)
-    plot_fields(found, run.picture("_fields"))
-    plot_misspecified(errors, sizes[0], run.picture("_misspecified"))
+    draw_fields(fields, run.picture("_fields"))
+    draw_misspecified(errors, sizes[0], run.picture("_misspecified"))
     if runs:
-        plot_optimisation(runs, run.picture())
+        draw_optimisation(runs, run.picture())
 
 
-def add_options(add):
-    data = harness.HERE.parents[1] / "shared" / "data"
-    add("--data-dir", type=Path, default=data)
-    add("--datasets", nargs="+", choices=SOURCES, default=list(SOURCES))
-    add("--seeds", type=harness.whole, default=20, help="of the data of part 2")
-    add("--iterations", type=harness.whole, default=100)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"iterations": 5, "seeds": 2, "datasets": ["wine"]}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"iterations": 5, "seeds": 2, "datasets": ["wine"]},
+    data_dir=harness.HERE.parents[1] / "shared" / "data",
+    datasets={"default": list(SOURCES), "choices": SOURCES},
+    seeds={"default": 20, "help": "of the data of part 2"},
+    iterations=100,
+)
 
 
 if __name__ == "__main__":

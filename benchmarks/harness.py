@@ -3,11 +3,11 @@
 An experiment asks a question, names its cells, and makes tables and pictures of them:
 
     def experiment(run):
-        facts = {m: run.cell(partial(train, m), method=m) for m in METHODS}
+        steps = run.options.steps
+        facts = {m: run.cell(train, m, steps, method=m, steps=steps) for m in METHODS}
         show.table("Accuracy", ["method", "%"], ...)
 
-    def main(arguments=None):
-        return harness.main(__doc__, experiment, arguments, smoke={"steps": 3})
+    main = harness.script(__doc__, experiment, smoke={"steps": 3}, steps=800)
 
 A cell is the unit of resume: its settings are its key, and what made it (command,
 versions, device, seconds) is kept beside its result. It is written as it ends, all or
@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,8 +48,8 @@ class Run(NamedTuple):
     cells: dict[str, dict[str, Any]]
     used: list[str]
 
-    def cell(self, compute: Callable[[], Any], **settings: Any) -> Any:
-        """Returns the result that is kept for these settings, or computes and keeps it.
+    def cell(self, compute: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        """Returns the result kept for these settings, or keeps that of compute(*args).
 
         The settings must hold everything that the result depends on.
         """
@@ -56,7 +57,7 @@ class Run(NamedTuple):
         if key not in self.cells:
             say(f"{self.file.stem}: {describe(settings)}")
             start = time.perf_counter()
-            result = plain(compute())
+            result = plain(compute(*args))
             made = provenance.of(self.options.command)
             made["seconds"] = round(time.perf_counter() - start, 1)
             cell = {"settings": settings, "result": result, "made": made}
@@ -69,6 +70,10 @@ class Run(NamedTuple):
         smoke = {"smoke": True} if self.options.smoke else {}
         found = plain({**settings, **smoke})
         return found, key_of(found)
+
+    def take(self, names: str) -> dict[str, Any]:
+        """Returns the options of these names, to be settings of a cell."""
+        return {name: getattr(self.options, name) for name in names.split()}
 
     def holds(self, **settings: Any) -> bool:
         """Says whether a cell is finished."""
@@ -243,6 +248,38 @@ def main(
         say(f"{made.count(what)} of {len(made)} cells: {what}")
     say(f"{file}")
     return 0
+
+
+def script(
+    doc: str | None,
+    experiment: Callable[[Run], None],
+    *,
+    smoke: Mapping[str, Any] | None = None,
+    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda found: {},
+    **options: Any,
+) -> Callable[..., int]:
+    """Returns `main(arguments=None)` of an experiment; see `main`.
+
+    An option is a default, which tells its type (whole numbers are positive, a list
+    takes several), or a dict of what `add_argument` takes beside or in its place.
+    """
+    types = {int: whole, float: float, str: str}
+
+    def add_options(add):
+        for name, given in options.items():
+            settings = given if isinstance(given, dict) else {"default": given}
+            default = settings.get("default")
+            if isinstance(default, bool):
+                settings = {"action": "store_true", **settings}
+            elif isinstance(default, list):
+                settings = {"nargs": "+", "type": types[type(default[0])], **settings}
+            elif default is not None:
+                kind = types.get(type(default), pathlib.Path)
+                settings = {"type": kind, **settings}
+            add(f"--{name.replace('_', '-')}", **settings)
+
+    keywords = {"options": add_options, "defaults": defaults, "smoke": smoke}
+    return partial(main, doc, experiment, **keywords)
 
 
 def usable(folder: pathlib.Path) -> None:

@@ -136,6 +136,29 @@ def dots(axis: Any, x: float, values: Any, method: str, **settings: Any) -> None
     axis.hlines(values.mean(), x - 0.3, x + 0.3, color=style["color"], lw=2)
 
 
+def errors(axis: Any, x: Any, values: Any, factor: float = 1.0, **style: Any) -> None:
+    """Draws means over seeds, the last axis, with their standard errors."""
+    pairs = [mean_and_error(of_seeds, factor) for of_seeds in values]
+    means, spread = np.array(pairs).T
+    axis.errorbar(x, means, spread, **style)
+
+
+def later(axis: Any, curves: Sequence[Any]) -> None:
+    """Sets limits to what follows the first quarter, which would flatten the rest."""
+    curves = [np.array(curve, float) for curve in curves]
+    late = np.concatenate([c[..., c.shape[-1] // 4 :].ravel() for c in curves])
+    low, high = np.nanmin(late), np.nanmax(late)
+    margin = 0.05 * (high - low) or 0.1
+    axis.set_ylim(low - margin, high + margin)
+
+
+def legend(picture: Any, axis: Any, columns: int, **settings: Any) -> None:
+    """Puts the legend of a panel below all of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": columns}
+    picture.legend(handles, labels, **place, **settings)
+
+
 def save(picture: Any, file: pathlib.Path) -> None:
     """Writes a picture, all or nothing."""
     import matplotlib.pyplot as plt
