@@ -25,7 +25,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -42,19 +42,15 @@ from sacrebleu.metrics.bleu import BLEU
 PARTS = {"train": 29_000, "val": 1014, "test_2016_flickr": 1000}
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 PAD, EOS, UNKNOWN = range(3)  # EOS also begins the input of the decoder.
-SPECIAL = ("<pad>", "</s>", "<unk>")
-MIN_COUNT = 3
-ROW = 64  # tokens
-LONGEST = 32  # tokens of a translation
+MIN_COUNT = 3  # of a word that is known
+ROW, LONGEST = 64, 32  # tokens of a row, and of a translation
 HEADS = 4
-DROPOUT = 0.1
-SMOOTHING = 0.1
-WARM_UP = 0.1
+DROPOUT, SMOOTHING, WARM_UP = 0.1, 0.1, 0.1
 RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
 # In the middle the choices of Kwon et al., and one of Fisher SAM that raises the loss
 # as much as that of ASAM.
 RADII = {"ASAM": (0.06, 0.2, 0.6), "relative": (0.06, 0.2, 0.6)}
-RADII["absolute"] = (0.005, 0.015, 0.05)
+RADII |= {"absolute": (0.005, 0.015, 0.05), "MSAM": (0.2, 0.6, 1.8)}
 # The loss is no likelihood: its labels are smoothed, without an array of words a token.
 NAMES = [name for name in methods.METHODS if "empirical" not in name]
 
@@ -89,22 +85,21 @@ class Corpus(NamedTuple):
 
 def read(folder: pathlib.Path) -> dict[str, list[tuple[str, str]]]:
     """Returns the pairs of lines of each part."""
-    found = {}
-    for part, size in PARTS.items():
-        sides = []
-        for language in ("de", "en"):
-            path = folder / f"{part}.{language}.gz"
-            if not path.exists():
-                raise SystemExit(
-                    f"There is no {path}; --data-dir must name a folder with the files "
-                    "of data/task1/raw in the repository multi30k/dataset on GitHub"
-                )
-            with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-                sides.append([line.strip() for line in file])
-            if len(sides[-1]) != size:
-                raise SystemExit(f"{path} has {len(sides[-1])} lines, expected {size}")
-        found[part] = list(zip(*sides, strict=True))
-    return found
+
+    def lines(part, language):
+        path = folder / f"{part}.{language}.gz"
+        if not path.exists():
+            raise SystemExit(
+                f"There is no {path}; --data-dir must name a folder with the files of "
+                "data/task1/raw in the repository multi30k/dataset on GitHub"
+            )
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+            found = [line.strip() for line in file]
+        if len(found) != PARTS[part]:
+            raise SystemExit(f"{path} has {len(found)} lines, expected {PARTS[part]}")
+        return found
+
+    return {p: [*zip(lines(p, "de"), lines(p, "en"), strict=True)] for p in PARTS}
 
 
 def made_up() -> dict[str, list[tuple[str, str]]]:
@@ -115,10 +110,8 @@ def made_up() -> dict[str, list[tuple[str, str]]]:
 
     def pair():
         digits = random.integers(0, 10, random.integers(4, 9)).tolist()
-        return (
-            " ".join(german[d] for d in digits) + ".",
-            " ".join(english[d] for d in reversed(digits)) + ".",
-        )
+        source = " ".join(german[d] for d in digits)
+        return f"{source}.", " ".join(english[d] for d in reversed(digits)) + "."
 
     sizes = zip(PARTS, (200, 20, 20), strict=True)
     return {part: [pair() for _ in range(size)] for part, size in sizes}
@@ -132,7 +125,8 @@ def tokens(text: str) -> list[str]:
 def vocabulary(texts: Sequence[str]) -> list[str]:
     """Returns the special tokens and the words that are not too rare."""
     counts = collections.Counter(word for text in texts for word in tokens(text))
-    return [*SPECIAL, *(w for w, count in counts.most_common() if count >= MIN_COUNT)]
+    known = (word for word, count in counts.most_common() if count >= MIN_COUNT)
+    return ["<pad>", "</s>", "<unk>", *known]
 
 
 def pack(pairs: Sequence[tuple[list[int], list[int]]]) -> Pairs:
@@ -171,21 +165,18 @@ def prepare(text: dict[str, list[tuple[str, str]]]) -> Corpus:
         known = numbers[side]
         return [known.get(word, UNKNOWN) for word in tokens(text)][: ROW - 1]
 
-    def encoded(pairs):
-        return [(encode(source, 0), encode(target, 1)) for source, target in pairs]
+    def packed(pairs):
+        return pack(
+            [(encode(source, 0), encode(target, 1)) for source, target in pairs]
+        )
 
     sources = [encode(source, 0) for source, _ in test]
     padded = np.full((len(test), max(map(len, sources))), PAD, np.int32)
     for row, source in zip(padded, sources, strict=True):
         row[: len(source)] = source
-    return Corpus(
-        train=pack(encoded(train)),
-        val=pack(encoded(val)),
-        test=padded,
-        references=[target for _, target in test],
-        words=words[1],
-        source_size=len(words[0]),
-    )
+    references = [target for _, target in test]
+    made = packed(train), packed(val)
+    return Corpus(*made, padded, references, words[1], len(words[0]))
 
 
 def in_words(numbers: np.ndarray, words: list[str]) -> str:
@@ -268,44 +259,45 @@ def sinusoids(places, width):
 
 
 class Model(NamedTuple):
-    """Sizes of a transformer; its output layer is the embedding of the target."""
+    """Sizes of a transformer; its output layer is the embedding of the target.
+
+    A key, where there is one, switches dropout on.
+    """
 
     source_size: int
     target_size: int
     width: int
     depth: int
 
+    def stacks(self, train=False):
+        """Returns encoder and decoder."""
+        sizes = self.source_size, self.target_size
+        return [Stack(size, self.width, self.depth, train) for size in sizes]
+
     def init(self, key, pairs):
         """Returns parameters."""
-        keys = jax.random.split(key)
-        encoder = Stack(self.source_size, self.width, self.depth)
-        decoder = Stack(self.target_size, self.width, self.depth)
-        source = pairs.source, pairs.source_part
-        memory, encoder_variables = encoder.init_with_output(keys[0], *source)
-        decoder_variables = decoder.init(
-            keys[1], pairs.inputs, pairs.part, memory, pairs.source_part
-        )
-        return {
-            "encoder": encoder_variables["params"],
-            "decoder": decoder_variables["params"],
-        }
+        keys, (encoder, decoder) = jax.random.split(key), self.stacks()
+        source, target = pairs[:2], (pairs.inputs, pairs.part)
+        memory, variables = encoder.init_with_output(keys[0], *source)
+        decoded = decoder.init(keys[1], *target, memory, pairs.source_part)
+        return {"encoder": variables["params"], "decoder": decoded["params"]}
 
     def encode(self, params, source, part, key=None):
-        """Returns the memory of source sentences; a key switches dropout on."""
-        encoder = Stack(self.source_size, self.width, self.depth, key is not None)
+        """Returns the memory of source sentences."""
+        encoder, _ = self.stacks(key is not None)
         variables = {"params": params["encoder"]}
         return encoder.apply(variables, source, part, rngs=dropout(key, 0))
 
     def decode(self, params, inputs, part, memory, memory_part, key=None):
         """Returns features of each token, to be multiplied with the output layer."""
-        decoder = Stack(self.target_size, self.width, self.depth, key is not None)
+        _, decoder = self.stacks(key is not None)
         args = inputs, part, memory, memory_part
         variables = {"params": params["decoder"]}
         return decoder.apply(variables, *args, rngs=dropout(key, 1))
 
     def features(self, params, pairs, key=None):
         """Returns those of all tokens of sentence pairs."""
-        memory = self.encode(params, pairs.source, pairs.source_part, key)
+        memory = self.encode(params, *pairs[:2], key)
         target = pairs.inputs, pairs.part
         return self.decode(params, *target, memory, pairs.source_part, key)
 
@@ -447,39 +439,35 @@ def trained(compiled, shared, corpus, rounds, rho, rate, seed):
 
 def tries(method, attempt):
     """Makes five tries with the first seed; returns the best, and all of them."""
-    slower, middle, faster = RATES[1:4]
+
+    def accuracies(points):
+        return [attempt(**point)["validation accuracy"][-1] for point in points]
+
     if method == "base":
         points = [{"rho": 0.0, "rate": rate} for rate in RATES]
+        found = accuracies(points)
     else:
         radii = RADII.get(method.split(", ")[-1], (0.03, 0.1, 0.3))
-        points = [{"rho": rho, "rate": middle} for rho in radii]
-    found = [attempt(**point) for point in points]
-    best = methods.choose(points, found)
-    if method != "base":
-        more = [{"rho": best["rho"], "rate": rate} for rate in (slower, faster)]
-        found += [attempt(**point) for point in more]
-        points += more
-        best = methods.choose(points, found)
-    return best, list(zip(points, found, strict=True))
+        points = [{"rho": rho, "rate": RATES[2]} for rho in radii]
+        found = accuracies(points)
+        rho = methods.choose(points, found)["rho"]
+        more = [{"rho": rho, "rate": rate} for rate in (RATES[1], RATES[3])]
+        points, found = points + more, found + accuracies(more)
+    return methods.choose(points, found), list(zip(points, found, strict=True))
 
 
 def print_tables(results, options):
     """Prints BLEU, and what the tries found."""
     rows, every = [], []
-    for method, (best, tried, runs) in results.items():
-        accuracy = [run["validation accuracy"][-1] for run in runs]
-        rows.append(
-            [
-                title_of(method),
-                *(f"{best['rho']:g}", f"{best['rate']:g}"),
-                show.cell([run["validation loss"][-1] for run in runs], ".3f"),
-                show.cell(accuracy, ".1f", 100),
-                show.cell([run["test BLEU"] for run in runs], ".1f"),
-            ]
-        )
+    for title, (best, tried, runs) in results.items():
+        last = [(r["validation loss"][-1], r["validation accuracy"][-1]) for r in runs]
+        losses, accuracies = zip(*last, strict=True)
+        cells = show.cell(losses, ".3f"), show.cell(accuracies, ".1f", 100)
+        cells += (show.cell([run["test BLEU"] for run in runs]),)
+        rows.append([title, f"{best['rho']:g}", f"{best['rate']:g}", *cells])
         for point, found in tried:
             cells = f"{point['rho']:g}", f"{point['rate']:g}", f"{found:.1%}"
-            every.append([title_of(method), *cells])
+            every.append([title, *cells])
     headings = ["method", "rho", "learning\nrate", "validation\nloss"]
     headings += ["token\naccuracy, %", "test\nBLEU"]
     title = f"{options.gradients} gradients a run, {options.seeds} seeds"
@@ -488,33 +476,24 @@ def print_tables(results, options):
     show.table("Tries: validation accuracy of the first seed", headings, every)
 
 
-def title_of(method):
-    """Returns the name of a method in tables."""
-    return "Adam" if method == "base" else method
-
-
 def draw(results, options, path):
     """Draws the validation loss along training, and the BLEU of every run."""
-    headline = (
-        "Captions, German to English: a second gradient is better spent on a step"
-    )
-    fig, axes = show.figure(1, 2, headline, figsize=(10, 4.4), width_ratios=(1.5, 1))
+    headline = "Captions, German to English: a second gradient is better spent on a "
+    fig, axes = show.figure(1, 2, f"{headline}step", figsize=(10, 4.4))
     left, right = axes[0]
     x = options.gradients / options.rounds * np.arange(1, options.rounds + 1)
-    lasts = []
-    for at, (method, (_, _, runs)) in enumerate(results.items()):
-        losses = np.array([run["validation loss"] for run in runs])
-        left.plot(x, losses.mean(0), label=title_of(method), **show.look(method), ms=3)
-        lasts.append(losses[:, options.rounds // 4 :])
-        show.dots(right, at, [run["test BLEU"] for run in runs], method)
-    # The first quarter, alike for all methods, would flatten the rest.
-    low, high = np.nanmin(lasts), np.nanmax(lasts)
-    margin = 0.05 * (high - low) or 0.1
-    left.set_ylim(low - margin, high + margin)
+    losses = []
+    for at, (title, (_, _, runs)) in enumerate(results.items()):
+        losses.append(np.array([run["validation loss"] for run in runs]))
+        look = show.look("base" if title == "Adam" else title)
+        left.plot(x, losses[-1].mean(0), label=title, **look, ms=3)
+        bleu = [run["test BLEU"] for run in runs]
+        show.dots(right, at, bleu, "base" if title == "Adam" else title)
+    show.later(left, losses)
     left.set_xlabel("gradients")
     left.set_title("Validation loss, nats per token, mean of the seeds")
     left.legend(fontsize=8)
-    names = [title_of(m).replace("Fisher SAM, ", "F-SAM\n") for m in results]
+    names = [title.replace("Fisher SAM, ", "F-SAM\n") for title in results]
     right.set_xticks(range(len(results)), names)
     right.set_title("Test BLEU")
     show.save(fig, path)
@@ -525,52 +504,54 @@ def experiment(run: harness.Run) -> None:
     options, results = run.options, {}
     if options.gradients % (2 * options.rounds):
         raise SystemExit(f"--gradients must be a multiple of {2 * options.rounds}")
-    corpus = prepare(made_up() if options.smoke else read(options.data_dir))
-    words = len(corpus.words)
-    model = Model(corpus.source_size, words, options.width, options.depth)
-    shared = common(model, corpus)
-    names = "gradients", "rounds", "batch", "width", "depth"
-    settings = {name: getattr(options, name) for name in names}
+
+    @cache
+    def shared():
+        corpus = prepare(made_up() if options.smoke else read(options.data_dir))
+        sizes = corpus.source_size, len(corpus.words), options.width, options.depth
+        return corpus, Model(*sizes), common(Model(*sizes), corpus)
+
+    @cache
+    def compiled(method):
+        corpus, model, _ = shared()
+        return training(method, model, corpus, options)
+
+    def attempt(method, **point):
+        def compute():
+            corpus, _, functions = shared()
+            made = compiled(method), functions, corpus, options.rounds
+            return trained(*made, **point)
+
+        settings = run.take("gradients rounds batch width depth")
+        return run.cell(compute, method=method, **point, **settings)
+
     for method in options.methods:
-        compiled = training(method, model, corpus, options)
-
-        def attempt(method=method, compiled=compiled, **point):
-            compute = partial(
-                *(trained, compiled, shared, corpus, options.rounds), **point
-            )
-            return run.cell(compute, method=method, **point, **settings)
-
-        best, tried = tries(
-            method, lambda **point: attempt(seed=0, **point)["validation accuracy"][-1]
-        )
+        best, tried = tries(method, partial(attempt, method, seed=0))
         point = {"rho": best["rho"], "rate": best["rate"]}
-        runs = [attempt(seed=seed, **point) for seed in range(options.seeds)]
-        results[method] = best, tried, runs
+        runs = [attempt(method, seed=s, **point) for s in range(options.seeds)]
+        results["Adam" if method == "base" else method] = best, tried, runs
     print_tables(results, options)
     draw(results, options, run.picture())
 
 
-def add_options(add):
-    add("--data-dir", type=pathlib.Path, default=pathlib.Path("data/multi30k"))
-    add("--methods", nargs="+", choices=NAMES, default=NAMES)
-    add("--gradients", type=harness.whole, default=1800, help="of one run")
-    add("--seeds", type=harness.whole, default=3)
-    add("--rounds", type=harness.whole, default=10, help="looks at validation")
-    add("--batch", type=harness.whole, default=16, help=f"rows of {ROW} tokens")
-    add("--width", type=harness.whole, default=64)
-    add("--depth", type=harness.whole, default=2)
-
-
-SMOKE = {
-    **{"gradients": 4, "rounds": 2, "seeds": 2, "batch": 2, "width": 8, "depth": 1},
-    "methods": ["base", "Fisher SAM, squared, relative"],
-}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=SMOKE
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"gradients": 4, "rounds": 2, "seeds": 2, "batch": 2, "width": 8, "depth": 1},
+        "methods": ["base", "Fisher SAM, squared, relative"],
+    },
+    data_dir=pathlib.Path("data/multi30k"),
+    methods={
+        "default": ["base", "SAM", "ASAM", "Fisher SAM, squared, relative"],
+        "choices": NAMES,
+    },
+    gradients={"default": 1800, "help": "of one run"},
+    seeds=3,
+    rounds={"default": 10, "help": "looks at validation"},
+    batch={"default": 16, "help": f"rows of {ROW} tokens"},
+    width=64,
+    depth=2,
+)
 
 
 if __name__ == "__main__":
