@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import datasets
 import jax
 import jax.numpy as jnp
 import methods
@@ -77,6 +78,16 @@ def score(
     """Returns loss and accuracy."""
     right = jnp.argmax(apply(params, images), -1) == labels
     return LOSS(params, (images, labels)), jnp.mean(right)
+
+
+def rows(data: datasets.Dataset) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Returns training and test set: images as rows of pixels in 0..1, and labels."""
+
+    def flat(images):
+        return jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
+
+    test = flat(data.test_images), jnp.asarray(data.test_labels)
+    return (flat(data.train_images), data.train_labels), test
 
 
 def noisy_labels(labels: np.ndarray, noise: float, seed: int) -> np.ndarray:

@@ -26,15 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import perceptron
 import show
-from perceptron import initial
+from perceptron import apply, LOSS
 
 import fsam_optax as fsam
 
 
 SIZES = (64, 48, 48, 10)
 IMAGES = 300
-BATCH_SIZES = (15, 45, 135)
 RATES = (0.006, 0.02, 0.06)
 DECAYS = (0.0, 5e-4, 2e-3)
 DROPOUTS = (0.0, 0.2, 0.4)
@@ -45,40 +45,28 @@ MIDDLE = 1
 AGAINST = f"{STEPS[-1]} steps, rise {RISES[MIDDLE]:g}"
 RULES = ("same loss", "same steps")
 FIGURES = ("train loss", "test loss", "train error", "test error")
+ADAPTIVE = partial(fsam.adaptive_ellipsoid, eta=0.0, normalize=True)
+FISHER = partial(fsam.fisher_ellipsoid, estimator=fsam.given())
 BALLS = {
     "plain, p = 2": fsam.euclidean_ball,
     "plain, p = inf": partial(fsam.euclidean_ball, ord=jnp.inf),
-    "adaptive, p = 2": partial(fsam.adaptive_ellipsoid, eta=0.0, normalize=True),
-    "adaptive, p = inf": partial(
-        fsam.adaptive_ellipsoid, eta=0.0, normalize=True, ord=jnp.inf
-    ),
-    "adaptive by filter, p = 2": partial(
-        fsam.adaptive_ellipsoid, eta=0.0, normalize=True, scope="filter"
-    ),
-    "Fisher, eta = 1": partial(fsam.fisher_ellipsoid, estimator=fsam.given()),
-    "Fisher, damping 1e-4": partial(
-        fsam.fisher_ellipsoid, estimator=fsam.given(), damping=1e-4, relative=False
-    ),
-    "Fisher, undamped": partial(
-        fsam.fisher_ellipsoid, estimator=fsam.given(), damping=0.0, relative=False
-    ),
+    "adaptive, p = 2": ADAPTIVE,
+    "adaptive, p = inf": partial(ADAPTIVE, ord=jnp.inf),
+    "adaptive by filter, p = 2": partial(ADAPTIVE, scope="filter"),
+    "Fisher, eta = 1": FISHER,
+    "Fisher, damping 1e-4": partial(FISHER, damping=1e-4, relative=False),
+    "Fisher, undamped": partial(FISHER, damping=0.0, relative=False),
 }
 KINDS = [f"{ball}, {steps} steps" for ball in BALLS for steps in STEPS]
 
 
-def apply(params, x, dropout=0.0, key=None):
-    """Maps images (batch, 64) to logits (batch, 10)."""
+def dropped(params, x, dropout, key):
+    """Maps images (batch, 64) to logits (batch, 10) of a network with dropout."""
     for i, layer in enumerate(params[:-1]):
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
-        if key is not None:
-            keep = jax.random.bernoulli(
-                jax.random.fold_in(key, i), 1 - dropout, x.shape
-            )
-            x = jnp.where(keep, x / (1 - dropout), 0)
-    return x @ params[-1]["kernel"] + params[-1]["bias"][None]
-
-
-LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
+        keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, x.shape)
+        x = jnp.where(keep, x / (1 - dropout), 0)
+    return perceptron.apply(params[-1:], x)
 
 
 def train(setting, key, batch_size, train_set, target, rounds, every=10):
@@ -90,7 +78,7 @@ def train(setting, key, batch_size, train_set, target, rounds, every=10):
     rate, decay, dropout = setting
     images, labels = train_set
     init_key, train_key = jax.random.split(key)
-    params = initial(init_key, SIZES)
+    params = perceptron.initial(init_key, SIZES)
     optimizer = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, 0.9))
 
     def step(carry, key):
@@ -99,7 +87,7 @@ def train(setting, key, batch_size, train_set, target, rounds, every=10):
         rows = jax.random.randint(rows_key, (batch_size,), 0, len(labels))
 
         def loss(params):
-            h = apply(params, images[rows], dropout, dropout_key)
+            h = dropped(params, images[rows], dropout, dropout_key)
             return -jnp.mean(fsam.categorical.log_prob(h, labels[rows]))
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
@@ -120,18 +108,12 @@ def train(setting, key, batch_size, train_set, target, rounds, every=10):
     return stopped, reached, params
 
 
-def score(params, data):
-    """Returns loss and error."""
-    images, labels = data
-    return LOSS(params, data), jnp.mean(jnp.argmax(apply(params, images), -1) != labels)
-
-
 @jax.jit
 def rises(networks, train_set, radii):
     """Returns the rise of the loss of networks: (networks, KINDS, radii of a ball)."""
 
     def of_one(params):
-        estimator = fsam.fisher_exact(apply, fsam.categorical)
+        estimator = fsam.fisher_exact(LOSS)
         fisher = fsam.diagonal(estimator, params, train_set)
 
         def rise(rho, ball, steps):
@@ -139,13 +121,9 @@ def rises(networks, train_set, radii):
                 LOSS, params, train_set, BALLS[ball](rho), steps, fisher=fisher
             )
 
-        return jnp.stack(
-            [
-                jax.vmap(partial(rise, ball=ball, steps=steps))(radii[i])
-                for i, ball in enumerate(BALLS)
-                for steps in STEPS
-            ]
-        )
+        pairs = [(*pair, n) for pair in zip(BALLS, radii, strict=True) for n in STEPS]
+        every = [jax.vmap(partial(rise, ball=b, steps=n))(rho) for b, rho, n in pairs]
+        return jnp.stack(every)
 
     return jax.vmap(of_one)(networks)
 
@@ -187,12 +165,6 @@ def invariance(params, train_set, radii, networks):
     }
 
 
-def settings(smoke):
-    """Returns combinations of learning rate, weight decay and dropout, one a row."""
-    grid = np.array(list(itertools.product(RATES, DECAYS, DROPOUTS)), np.float32)
-    return grid[[0, 5, 13, 18, 26]] if smoke else grid
-
-
 def columns():
     """Returns the names of the numbers that are kept of each network."""
     of_rule = [*FIGURES, *(f"{kind}, rise {r:g}" for kind in KINDS for r in RISES)]
@@ -205,11 +177,8 @@ def columns():
 @partial(jax.jit, static_argnames=("batch_size", "rounds"))
 def sweep(grid, keys, train_set, target, batch_size, rounds):
     """Trains the networks of one batch size and seed; see `train` for what returns."""
-
-    def one(setting, key):
-        return train(setting, key, batch_size, train_set, target, rounds)
-
-    return jax.vmap(one)(grid, keys)
+    fixed = batch_size, train_set, target, rounds
+    return jax.vmap(lambda setting, key: train(setting, key, *fixed))(grid, keys)
 
 
 @jax.jit
@@ -217,8 +186,9 @@ def figures(networks, data):
     """Returns losses and errors of networks, in the order of FIGURES."""
 
     def one(params):
-        (loss, error), (test_loss, test_error) = (score(params, part) for part in data)
-        return jnp.stack([loss, test_loss, error, test_error])
+        pairs = [perceptron.score(params, *part) for part in data]
+        losses, accuracies = zip(*pairs, strict=True)
+        return jnp.stack([*losses, *(1 - right for right in accuracies)])
 
     return jax.vmap(one)(networks)
 
@@ -237,7 +207,7 @@ def kendall(x, y, pairs, weights=None):
     return total(x * y) / np.sqrt(np.maximum(total(x**2) * total(y**2), 1e-300))
 
 
-def correlations(table, options):
+def correlations(table, resamples):
     """Returns tau and its interval, by rule, gap, kind of pair and predictor."""
     random = np.random.default_rng(0)
     names = columns()
@@ -258,7 +228,7 @@ def correlations(table, options):
         # Networks of one setting are drawn together: they are not independent.
         _, group = np.unique(chosen, axis=1, return_inverse=True)
         size = group.max() + 1
-        draws = random.multinomial(size, np.full(size, 1 / size), options.resamples)
+        draws = random.multinomial(size, np.full(size, 1 / size), resamples)
         weights = draws[:, group.ravel()].astype(float)
         predictors = {name: of[name] for name in names[:4]} | {
             name.removeprefix(f"{rule}: "): values
@@ -286,7 +256,7 @@ def correlations(table, options):
     return found
 
 
-def print_tables(found, radii, tau, resamples):
+def print_tables(found, radii, tau):
     """Prints the invariance, and tau at the middle rise."""
     headings = ["sharpness", *(f"a = {a:g}" for a in found["scales"])]
     rows = [
@@ -315,100 +285,48 @@ def print_tables(found, radii, tau, resamples):
         show.table(title, every, rows, caption)
 
 
-def draw(found, tau_of, table, path):
-    """Draws the invariance, two of the measures against the gap, and tau."""
-    plain, adaptive, fisher = show.BLUE, show.VERMILLION, show.GREEN
+def draw(found, tau_of, path):
+    """Draws what a rescaling does to the measures, and tau of each."""
+    colors = {"p": show.BLUE, "a": show.VERMILLION, "F": show.GREEN}
     headline = "Adaptive sharpness orders the gap better than plain, and neither well"
-    fig, every = show.figure(2, 3, headline, figsize=(13, 9.6), height_ratios=(1, 1.2))
-    axes = every[0]
-    lines = {
-        "plain, p = 2": (plain, "-", "o"),
-        "plain, p = inf": (plain, "--", "s"),
-        "adaptive, p = 2": (adaptive, "-", "o"),
-        "adaptive, p = inf": (adaptive, "--", "s"),
-        "Fisher, eta = 1": (fisher, "-", "o"),
-        "Fisher, undamped": (fisher, ":", "^"),
-    }
-    for ball, (color, style, marker) in lines.items():
-        if ball not in BALLS:
-            continue
-        values = np.array(found["rise"][f"{ball}, 10 steps"])
-        axes[0].plot(
-            *(found["scales"], values / values[2]),
-            color=color,
-            ls=style,
-            marker=marker,
-            ms=4,
-            label=ball,
-        )
-    axes[0].set_xscale("log", base=2)
-    axes[0].set_yscale("log")
-    axes[0].set_xlabel("a: first layer times a, second over a")
-    axes[0].set_ylabel("rise of the loss, over that at a = 1")
-    axes[0].set_title("One function, rescaled", fontsize=10)
-    axes[0].legend(fontsize=8, frameon=False)
-    of = dict(zip(columns(), table[table[:, 5] == 1].T, strict=True))
-    gap = of["same loss: test loss"] - of["same loss: train loss"]
-    for ax, ball in zip(axes[1:], ("plain, p = 2", "adaptive, p = 2"), strict=True):
-        values = of[f"same loss: {ball}, 10 steps, rise {RISES[MIDDLE]:g}"]
-        for rate, color, marker in zip(
-            RATES, ("#56B4E9", "#E69F00", "#000000"), "o^s", strict=True
-        ):
-            rows = np.isclose(of["learning rate"], rate)
-            ax.scatter(
-                *(values[rows], gap[rows]),
-                s=16,
-                color=color,
-                marker=marker,
-                alpha=0.8,
-                lw=0,
-                label=f"learning rate {rate:g}",
-            )
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter("")
-        ax.set_xlabel("rise of the training loss, ascent of 10 steps")
-        ax.set_ylabel("test loss - training loss")
-        ax.set_title(f"{ball}: networks of one training loss", fontsize=10)
-    axes[1].legend(fontsize=8, frameon=False)
+    fig, axes = show.figure(
+        1, 3, headline, figsize=(13, 5.4), width_ratios=(1, 1.2, 1.2)
+    )
+    left, *others = axes[0]
+    styles = "-o", "--s", "-o", "--s", "", "-o", "", ":^"
+    for ball, style in zip(BALLS, styles, strict=True):
+        if style:
+            values = np.array(found["rise"][f"{ball}, 10 steps"])
+            look = {"color": colors[ball[0]], "ms": 4, "label": ball}
+            left.plot(found["scales"], values / values[2], style, **look)
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_xlabel("a: first layer times a, second over a")
+    left.set_title("Rise of one function's loss, rescaled by a")
+    left.legend(fontsize=8)
     names = [*(f"{ball}, 10 steps" for ball in BALLS), "learning rate", "batch size"]
     names += ["weight decay", "dropout"]
-    axes = every[1]
-    titles = {
-        "all": "all pairs of networks",
-        "equal learning rate": "pairs of equal learning rate",
-        "seeds only": "pairs that differ in the seed only",
-    }
-    for ax, (kind, title) in zip(axes, titles.items(), strict=True):
-        for rule, offset, fill in (("same loss", -0.14, True), ("same steps", 0.14, 0)):
+    for ax, kind in zip(others, ("all", "equal learning rate"), strict=True):
+        for rule, offset in (("same loss", -0.14), ("same steps", 0.14)):
             for i, name in enumerate(names):
                 key = f"{name}, rise {RISES[MIDDLE]:g}" if "steps" in name else name
                 tau, low, high = tau_of[rule]["loss"][key][kind]
                 if low == high:  # Equal in all of these pairs.
                     continue
-                color = {"p": plain, "a": adaptive, "F": fisher}.get(name[0], "#666666")
-                ax.errorbar(
-                    *(tau, i + offset),
-                    xerr=[[max(tau - low, 0)], [max(high - tau, 0)]],
-                    fmt="o",
-                    ms=5,
-                    color=color,
-                    mfc=color if fill else "white",
-                )
-        ax.axvline(0, color="black", lw=0.8)
-        ax.axhline(len(BALLS) - 0.5, color="black", lw=0.5, ls=":")
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("Kendall's tau with the gap in loss")
-        ax.grid(axis="x", alpha=0.3)
-    for ax in axes:
-        ticks = [n.removesuffix(", 10 steps") if ax is axes[0] else "" for n in names]
+                color = colors.get(name[0], show.GREY)
+                fill = {"mfc": color if rule == "same loss" else "white"}
+                spread = np.maximum([[tau - low], [high - tau]], 0)
+                bar = {"xerr": spread, "fmt": "o", "ms": 5, "color": color}
+                label = rule if name == "learning rate" else None
+                ax.errorbar(tau, i + offset, **bar, **fill, label=label)
+        ax.axvline(0, color=show.BLACK, lw=0.8)
+        ax.axhline(len(BALLS) - 0.5, color=show.BLACK, lw=0.5, ls=":")
+        ticks = [n.removesuffix(", 10 steps") if ax is others[0] else "" for n in names]
         ax.set_yticks(range(len(names)), ticks)
         ax.set_xlim(-0.8, 0.8)
         ax.invert_yaxis()
-    for fill, rule in ((True, "at the same training loss"), (False, "same steps")):
-        axes[2].errorbar(
-            [], [], fmt="o", color="#666666", mfc=None if fill else "white", label=rule
-        )
-    axes[2].legend(fontsize=8, frameon=False, loc="lower left")
+        ax.set_title(f"Tau with the gap in loss, pairs: {kind}")
+    others[0].legend(fontsize=8, loc="lower right")
     show.save(fig, path)
 
 
@@ -433,63 +351,52 @@ def measured(grid, networks, data, radii, batch_size, seed):
 
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options = run.options
-    digits = datasets.load("digits")
-    data = [
-        (jnp.asarray(x.reshape(len(x), -1) / 255, jnp.float32), jnp.asarray(y))
-        for x, y in (
-            (digits.train_images[:IMAGES], digits.train_labels[:IMAGES]),
-            (digits.test_images, digits.test_labels),
-        )
-    ]
-    grid = jnp.asarray(settings(options.smoke))
+    options, digits = run.options, datasets.load("digits")
+    (x, y), test = perceptron.rows(digits)
+    data = (x[:IMAGES], jnp.asarray(y[:IMAGES])), test
+    grid = jnp.array(list(itertools.product(RATES, DECAYS, DROPOUTS)))
+    grid = grid[jnp.array([0, 5, 13, 18, 26])] if options.smoke else grid
 
     def trained(batch_size, seed):
         key = jax.random.fold_in(jax.random.key(seed), batch_size)
         keys = jax.random.split(key, len(grid))
         return sweep(grid, keys, data[0], options.target, batch_size, options.rounds)
 
-    about = {"rounds": options.rounds, "target": options.target}
+    about = run.take("rounds target")
     pilot = options.batch_sizes[len(options.batch_sizes) // 2]
     found = run.cell(
         lambda: matched(data[0], trained(pilot, 1000), options.halvings),
-        **{"part": "radii", "halvings": options.halvings},
-        **about,
+        **{"part": "radii", **run.take("halvings"), **about},
     )
     radii, rows = jnp.array(list(found["radii"].values())), []
-    for part in itertools.product(options.batch_sizes, range(options.seeds)):
+    for size, seed in itertools.product(options.batch_sizes, range(options.seeds)):
         rows += run.cell(
-            lambda part=part: measured(grid, trained(*part), data, radii, *part),
-            **dict(zip(("batch_size", "seed"), part, strict=True)),
-            **about,
+            lambda *pair: measured(grid, trained(*pair), data, radii, *pair),
+            *(size, seed),
+            **{"batch_size": size, "seed": seed, **about},
         )
     table = np.array([[float(v) for v in row.split()] for row in rows])
     tau = run.cell(
-        lambda: correlations(table, options),
-        **{"part": "tau", "resamples": options.resamples, "seeds": options.seeds},
-        **about,
+        *(correlations, table, options.resamples),
+        **{"part": "tau", **run.take("resamples seeds"), **about},
     )
-    print_tables(found["invariance"], found["radii"], tau, options.resamples)
-    draw(found["invariance"], tau, table, run.picture())
+    print_tables(found["invariance"], found["radii"], tau)
+    draw(found["invariance"], tau, run.picture())
 
 
-def add_options(add):
-    add("--batch-sizes", type=harness.whole, nargs="+", default=list(BATCH_SIZES))
-    add("--rounds", type=harness.whole, default=150, help="of 10 steps")
-    add("--target", type=harness.positive, default=0.03, help="the same loss")
-    add("--seeds", type=harness.whole, default=3)
-    add("--halvings", type=harness.whole, default=10, help="to match radii")
-    add("--resamples", type=harness.whole, default=2000)
-
-
-SMOKE = {"seeds": 2, "target": 10.0, "rounds": 10, "halvings": 2, "resamples": 20}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {**SMOKE, "batch_sizes": [45]}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"seeds": 2, "target": 10.0, "rounds": 10, "halvings": 2, "resamples": 20},
+        "batch_sizes": [45],
+    },
+    batch_sizes=[15, 45, 135],
+    rounds={"default": 150, "help": "of 10 steps"},
+    target={"default": 0.03, "type": harness.positive, "help": "the same loss"},
+    seeds=3,
+    halvings={"default": 10, "help": "to match radii"},
+    resamples=2000,
+)
 
 
 if __name__ == "__main__":
