@@ -80,14 +80,11 @@ def score(
     return LOSS(params, (images, labels)), jnp.mean(right)
 
 
-def rows(data: datasets.Dataset) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def split(data: datasets.Dataset, pool: int = 1) -> list[tuple[jax.Array, Any]]:
     """Returns training and test set: images as rows of pixels in 0..1, and labels."""
-
-    def flat(images):
-        return jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
-
-    test = flat(data.test_images), jnp.asarray(data.test_labels)
-    return (flat(data.train_images), data.train_labels), test
+    test = data.test_images, jnp.asarray(data.test_labels)
+    pairs = (data.train_images, data.train_labels), test
+    return [(jnp.asarray(datasets.flat(x, pool)), y) for x, y in pairs]
 
 
 def noisy_labels(labels: np.ndarray, noise: float, seed: int) -> np.ndarray:

@@ -351,8 +351,8 @@ def measured(grid, networks, data, radii, batch_size, seed):
 
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options, digits = run.options, datasets.load("digits")
-    (x, y), test = perceptron.rows(digits)
+    options = run.options
+    (x, y), test = perceptron.split(datasets.load("digits"))
     data = (x[:IMAGES], jnp.asarray(y[:IMAGES])), test
     grid = jnp.array(list(itertools.product(RATES, DECAYS, DROPOUTS)))
     grid = grid[jnp.array([0, 5, 13, 18, 26])] if options.smoke else grid
