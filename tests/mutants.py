@@ -90,7 +90,6 @@ MUTANTS = [
         ("powers >= info.tiny / info.eps**2", "powers >= 0"),
         ("jnp.where(squares < 1, 1 / near, near)", "near"),
         ("jax.lax.psum(part, axes) if axes else part", "part", "devices"),
-        ("return x_norm, jnp.where(finite, cosine, jnp.nan)", "return x_norm, cosine"),
         (
             "return unit * root(jnp.sum((x / unit) ** 2",
             "return root(jnp.sum((x / unit) ** 2",
@@ -100,13 +99,24 @@ MUTANTS = [
             "d = direction(x, Reciprocal.of(length), 1)",
         ),
     ),
+    *_mutants(
+        "_common/pairs.py",
+        "faults precision sharpness_aware",
+        ("return x_norm, jnp.where(finite, cosine, jnp.nan)", "return x_norm, cosine"),
+        ("x.astype(dtype) - y.astype(dtype)", "x.astype(dtype)"),
+        ("[unit * root(x) for x in squares]", "[root(x) for x in squares]"),
+    ),
+    *_mutants(
+        "_common/displacement.py",
+        "step sharpness_aware value_and_grad faults",
+        ("(w.astype(widen(w, e)) + e)", "(w.astype(widen(w, e)) - e)"),
+        ("(w.astype(widen(w, e)) + e)", "(w + e.astype(w.dtype))"),
+    ),
     # The step.
     *_mutants(
         "_step/step.py",
         "step sharpness_aware value_and_grad faults",
         ("value, h = gradient(point)", "value, h = gradient(params)"),
-        ("(w.astype(widen(w, e)) + e)", "(w.astype(widen(w, e)) - e)"),
-        ("(w.astype(widen(w, e)) + e)", "(w + e.astype(w.dtype))"),
         ("descent = keep_unless(found, descent, memory.descent)", ""),
         ("step % every == 0", "step % every == 1"),
         (
@@ -153,18 +163,13 @@ MUTANTS = [
         "_step/lagged.py",
         "displaced family",
         (
-            "point = displace(params, state.displacement, oracle.perturb_dtype)",
+            "point = displaced(state.displacement)",
             "point = params",
         ),
         (
             "merge((ascent.eps, ascent.state), oracle.axis_name)",
             "ascent.eps, ascent.state",
         ),
-    ),
-    *_mutants(
-        "_step/metrics.py",
-        "sharpness_aware step",
-        ("jnp.asarray(v, wide) - jnp.asarray(w, wide)", "jnp.asarray(v, wide)"),
     ),
     *_mutants(
         "_common/mapped_axes.py",
@@ -203,7 +208,7 @@ MUTANTS = [
         "_ball/multi_step.py",
         "golden_family perturbation",
         ("jax.tree.map(_add, eps, next_.eps)", "next_.eps"),
-        ("grads = grad_fn(_move(params, eps))", "grads = grad_fn(params)"),
+        ("grads = grad_fn(displaced(eps))", "grads = grad_fn(params)"),
         ('last, first.state, "count"', 'last, last, "count"'),
     ),
     *_mutants(

@@ -11,6 +11,7 @@ import pytest
 
 from fsam_optax import (
     adaptive_ellipsoid,
+    averaged,
     categorical,
     diagonal,
     euclidean_ball,
@@ -21,6 +22,7 @@ from fsam_optax import (
     fisher_hutchinson,
     fisher_i1,
     fisher_i2,
+    multi_step,
     negative_log_likelihood,
     scale_by_inverse_fisher,
     sharpness_aware,
@@ -65,6 +67,46 @@ DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16", MIXED], ids=st
 
 
 # What the loss sees.
+
+
+@pytest.mark.parametrize("front_end", ["sharpness_aware", "value_and_grad", "lagged"])
+def test_the_inner_points_of_several_ascents_are_those_that_the_loss_sees(front_end):
+    params, ones = cast(PARAMS, "bfloat16"), jax.tree.map(jnp.ones_like, PARAMS)
+    slopes = jax.tree.map(lambda w: w.astype(jnp.float32), ones)
+    dtypes = []
+
+    def loss(p, batch):
+        del batch
+        dtypes.append(p["k1"].dtype)
+        return sum(jnp.sum(slopes[n] * p[n]) for n in p)
+
+    # One ascent moves each weight by less than bfloat16 resolves.
+    ascent = multi_step(4, optax.chain(averaged(0.5), euclidean_ball(1e-3)))
+    options = {"perturb_dtype": jnp.float32}
+    if front_end == "sharpness_aware":
+        tx = sharpness_aware(optax.identity(), ascent, **options)
+        grad_fn = jax.grad(functools.partial(loss, batch=None))
+        tx.update(cast(ones, "bfloat16"), tx.init(params), params, grad_fn=grad_fn)
+        inner = dtypes
+    else:
+        options["lagged"] = front_end == "lagged"
+        f = value_and_grad(loss, ascent, **options)
+        f(params, f.init(params), None)
+        inner = dtypes[1:]
+    assert len(inner) >= 2
+    assert set(inner) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("rho", [1e-25, 1e25])
+def test_the_length_of_a_tiny_or_huge_perturbation_is_measured(rho):
+    params = jax.tree.map(jnp.zeros_like, PARAMS)
+    moved = seen(euclidean_ball(rho), params, GRADS, None)
+    tx = sharpness_aware(optax.identity(), euclidean_ball(rho))
+    state = tx.init(params)
+    _, state = tx.update(GRADS, state, params, grad_fn=lambda p: GRADS)
+    for name, x in moved.items():
+        length = state.metrics.leaf_perturbation_norms[name]
+        np.testing.assert_allclose(length, np.linalg.norm(x), rtol=1e-5)
 
 
 def seen(tx, params, grads, perturb_dtype):

@@ -380,6 +380,7 @@ def test_extra_arguments_reach_perturbation_and_base():
 
     tx = sharpness_aware(recorder("base"), recorder("perturbation"))
     step(tx, value=1.0, batch="batch")
+    assert callable(seen["perturbation"].pop("displaced"))
     assert seen["base"] == {"value": 1.0, "batch": "batch"}
     assert seen["perturbation"] == {
         "value": 1.0,

@@ -17,10 +17,9 @@ from fsam_optax._common.checks import (
     check_like,
     check_params,
     check_transformation,
-    is_real,
 )
+from fsam_optax._common.displacement import displace
 from fsam_optax._common.mapped_axes import vary_like
-from fsam_optax._common.norms import widen
 
 
 class MultiStepState(NamedTuple):
@@ -59,8 +58,10 @@ def multi_step(
 
     Returns:
         A perturbation whose `update` needs `params` and the extra argument `grad_fn`,
-        which both front ends pass on. A first gradient that is not finite gives eps = 0
-        and is not remembered; a later one ends the ascent where it was.
+        which both front ends pass on; as they do `displaced(eps)`, the point w + eps in
+        the dtype in which the loss is to see it (that of w, if it is missing). A first
+        gradient that is not finite gives eps = 0 and is not remembered; a later one
+        ends the ascent where it was.
 
     Raises:
         ValueError: If steps < 1; in `update`, without `params`.
@@ -101,7 +102,9 @@ def multi_step(
     def init_fn(params):
         return MultiStepState(inner.init(params))
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, grad_fn=None, displaced=None, **extra_args
+    ):
         check_params("multi_step", params)
         if not callable(grad_fn):
             raise TypeError(
@@ -109,7 +112,9 @@ def multi_step(
                 "`update(grads, state, params, grad_fn=lambda p: jax.grad(loss)(p, "
                 f"batch))`, as both front ends pass it; got `grad_fn={grad_fn!r}`."
             )
-        extra = {**extra_args, "grad_fn": grad_fn}
+        if displaced is None:
+            displaced = functools.partial(displace, params)
+        extra = {**extra_args, "grad_fn": grad_fn, "displaced": displaced}
         before = state.perturbation
         first = ascend(inner, updates, before, params, extra)
         check_like("the perturbation's output", first.eps, "params", params)
@@ -117,14 +122,19 @@ def multi_step(
 
         def ascend_again(_, carry):
             eps, memory, going = carry
-            grads = grad_fn(_move(params, eps))
+            grads = grad_fn(displaced(eps))
             check_like("grad_fn(params)", grads, "params", params)
             ball_at_start = _with_balls(memory, before, "count", "skipped")
             next_ = ascend(inner, grads, ball_at_start, params, extra)
+            # After a first gradient that is not finite, nothing moves at all.
             going = going & next_.finite
             moved = _projected(project, jax.tree.map(_add, eps, next_.eps))
-            # After a first gradient that is not finite, nothing moves at all.
-            keep = functools.partial(jnp.where, going)
+
+            def keep(new, old):
+                # Gradients at points in a wider dtype are wider than the first one.
+                new = new if new.dtype == old.dtype else new.astype(old.dtype)
+                return jnp.where(going, new, old)
+
             eps, memory = jax.tree.map(keep, (moved, next_.state), (eps, ball_at_start))
             return eps, memory, going
 
@@ -144,18 +154,6 @@ def _projected(project: Callable[[Any], Any] | None, eps: Any) -> Any:
     projected = project(eps)
     check_like("project(eps)", projected, "eps", eps)
     return jax.tree.map(lambda x, e: jnp.asarray(x, e.dtype), projected, eps)
-
-
-def _move(params: Any, eps: Any) -> Any:
-    """Returns w + eps in the dtypes of w."""
-
-    def leaf(w, e):
-        if not is_real(w):
-            return w
-        w = jnp.asarray(w)
-        return (w.astype(widen(w, e)) + e).astype(w.dtype)
-
-    return jax.tree.map(leaf, params, eps)
 
 
 def _add(x: jax.Array, y: jax.Array) -> jax.Array:

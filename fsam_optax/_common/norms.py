@@ -35,7 +35,7 @@ def _is(ord: Any, number: int) -> bool:
     return isinstance(ord, int | float) and ord == number
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def unit_of(x: jax.Array) -> jax.Array:
     """Returns `x >= 0`, or the nearest number whose reciprocal is in range too."""
     info = jnp.finfo(x.dtype)
     return jnp.clip(x, info.tiny, 1 / info.tiny)
@@ -52,7 +52,7 @@ class Reciprocal(NamedTuple):
         """Takes the reciprocal; of 0 and what is not finite it is arbitrary."""
         # A constant. The derivative of 1 / x leaves its range long before 1 / x does;
         # that of 1 / (x first) is about -first, whatever first is.
-        first = jax.lax.stop_gradient(1 / _unit(x))
+        first = jax.lax.stop_gradient(1 / unit_of(x))
         return cls(first, 1 / divisor(x * first))
 
 
@@ -89,7 +89,7 @@ def scaled_norm(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     The largest magnitude is divided out before squaring.
     """
     magnitudes = jnp.abs(jax.lax.stop_gradient(x))
-    unit = _unit(jnp.max(magnitudes, axis=axis, keepdims=True, initial=0))
+    unit = unit_of(jnp.max(magnitudes, axis=axis, keepdims=True, initial=0))
     return unit * root(jnp.sum((x / unit) ** 2, axis=axis, keepdims=True))
 
 
@@ -113,7 +113,7 @@ def total(terms: Iterable[jax.Array], shard_axes: AxisName = None) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _totals(terms: list[jax.Array], shard_axes: AxisName) -> list[jax.Array]:
+def totals(terms: list[jax.Array], shard_axes: AxisName) -> list[jax.Array]:
     """Returns scalars, each sharded one summed over the devices of `shard_axes`."""
     sums = {
         axes: iter(list(jax.lax.psum(jnp.stack(members), axes)) if axes else members)
@@ -191,16 +191,16 @@ def _norm(
         ]
         if not apart:
             return [total(terms, shard_axes)]
-        terms = _totals(terms, shard_axes)
+        terms = totals(terms, shard_axes)
         return [*terms, jnp.sum(jnp.stack(terms) / (2 * number))]
 
     if isinstance(ord, int | float) and ord <= 2:
         more = int(apart)
-        found, units = _in_range_sums(powers, number, more, shard_axes, leaves)
+        found, units = in_range_sums(powers, number, more, shard_axes, leaves)
     else:
         # Higher powers may leave their range in any unit but this.
-        largest = _largest(jax.lax.stop_gradient(leaves), shard_axes, apart)
-        units = [_unit(x) for x in largest]
+        units = largest(leaves, shard_axes)
+        units = [unit_of(x) for x in (units if apart else [jnp.max(units)])]
         found = powers(_opaque(leaves), units)
     pairs = zip(units, found[:number], strict=True)
     return [u * root(x, ord) for u, x in pairs], found[-1]
@@ -218,8 +218,16 @@ def _opaque(leaves: Any) -> Any:
     Where these know what the leaves are (one number, for instance) they may multiply
     it by itself before it meets the unit, and that product may leave its range.
     """
-    # One barrier each: what comes out of one is typed as varying over the axes of all.
-    return jax.tree.map(jax.lax.optimization_barrier, leaves)
+    flat, structure = jax.tree.flatten(leaves)
+    # What comes out of one barrier is typed as varying over the axes of all in it.
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(flat):
+        groups.setdefault(axes_of_shards(x), []).append(i)
+    for places in groups.values():
+        opaque = jax.lax.optimization_barrier([flat[i] for i in places])
+        for i, x in zip(places, opaque, strict=True):
+            flat[i] = x
+    return structure.unflatten(flat)
 
 
 def _yardstick(squares: jax.Array) -> jax.Array:
@@ -241,7 +249,7 @@ Sums = Callable[[Any, list[jax.Array]], list[jax.Array]]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _in_range_sums(
+def in_range_sums(
     sums: Sums, number: int, more: int, shard_axes: AxisName, leaves: Any
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns `sums(leaves, units)` and the units of length: 1 if all are in range.
@@ -255,9 +263,9 @@ def _in_range_sums(
         number: How many of these, each with a unit of its own.
         more: How many sums there are beside.
         shard_axes: The axes that the sums are taken over.
-        leaves: Arrays of one dtype.
+        leaves: Arrays; the sums are in float32 or the widest of their dtypes.
     """
-    dtype = jax.tree.leaves(leaves)[0].dtype
+    dtype = widen(*jax.tree.leaves(leaves))
     one = vary(jnp.ones([], dtype), axes_of_shards(leaves, shard_axes))
     start = jnp.zeros([], jnp.int32), [one] * number, [one] * (number + more)
     leaves = _opaque(leaves)
@@ -277,30 +285,27 @@ def _in_range_sums(
     return found, units
 
 
-@functools.partial(_in_range_sums.defjvp, symbolic_zeros=True)
+@functools.partial(in_range_sums.defjvp, symbolic_zeros=True)
 def _in_range_sums_jvp(sums, number, more, shard_axes, primals, tangents):
     def change_of(x, dx):
         # Zeros that jax 0.7 makes by itself are not typed as varying where x is.
         zero = isinstance(dx, jax.custom_derivatives.SymbolicZero)
         return vary_like(jnp.zeros_like(x), x) if zero else dx
 
-    found, units = _in_range_sums(sums, number, more, shard_axes, *primals)
+    found, units = in_range_sums(sums, number, more, shard_axes, *primals)
     tangents = jax.tree.map(change_of, primals, tangents)
     _, change = jax.jvp(lambda leaves: sums(leaves, units), primals, tangents)
     return (found, units), (change, [jnp.zeros_like(u) for u in units])
 
 
-def _largest(
-    leaves: list[jax.Array], shard_axes: AxisName, apart: bool
-) -> list[jax.Array]:
-    """Returns the largest magnitude of all leaves, or with `apart` of each."""
-    each = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
-    stacked = jnp.stack(each)
+def largest(leaves: list[jax.Array], shard_axes: AxisName) -> jax.Array:
+    """Returns the largest magnitude of each leaf, a constant, in one vector."""
+    each = [jnp.abs(jax.lax.stop_gradient(x)) for x in leaves]
+    stacked = jnp.stack(
+        [jnp.max(x) if x.size else jnp.zeros([], x.dtype) for x in each]
+    )
     axes = axes_over_which_differs(stacked, shard_axes)
-    if not apart:
-        largest = jnp.max(stacked)
-        return [jax.lax.pmax(largest, axes) if axes else largest]
-    return list(jax.lax.pmax(stacked, axes)) if axes else each
+    return jax.lax.pmax(stacked, axes) if axes else stacked
 
 
 def with_derivative(
@@ -352,99 +357,7 @@ def with_derivative(
 
         lengths = values if apart else values * len(leaves)
         terms = [change(*each) for each in zip(leaves, changes, lengths, strict=True)]
-        changed = _totals(terms, shard_axes) if apart else [total(terms, shard_axes)]
+        changed = totals(terms, shard_axes) if apart else [total(terms, shard_axes)]
         return values, [vary_like(x, y) for x, y in zip(changed, values, strict=True)]
 
     return norm(values, leaves, None if known else ord) if leaves else values
-
-
-def norm_and_cosine(
-    xs: list[jax.Array],
-    ys: list[jax.Array],
-    y_norm: jax.Array,
-    shard_axes: AxisName = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the Euclidean norm of xs, and the cosine of its angle with ys.
-
-    The cosine is 0 where a vector is 0, and NaN where a norm is not finite.
-
-    Args:
-        xs: Real arrays.
-        ys: Arrays of the same shapes.
-        y_norm: The norm of ys.
-        shard_axes: As in `norm`.
-    """
-    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x.size]
-    if not pairs:
-        return jnp.zeros([], widen()), jnp.zeros([], widen())
-    return _norm_and_cosine(pairs, y_norm, shard_axes)
-
-
-@functools.partial(jax.jit, static_argnames="shard_axes", inline=True)
-def _norm_and_cosine(
-    pairs: list[tuple[jax.Array, jax.Array]], y_norm: jax.Array, shard_axes: AxisName
-) -> tuple[jax.Array, jax.Array]:
-    dtype = widen(*jax.tree.leaves(pairs))
-    pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
-    y_norm = y_norm.astype(dtype)
-    y_unit = _unit(jax.lax.stop_gradient(divisor(y_norm)))
-
-    def factor(x_unit, y_unit):
-        return _unit((1 / x_unit) * (1 / y_unit))
-
-    # x as it is in the products: were it scaled there too, XLA on a CPU would set
-    # memory aside for what both sums have in common.
-    def sums(operands, units):
-        (pairs, y_unit), (x_unit,) = operands, units
-        squares = [jnp.sum(_power(x * (1 / x_unit), 2)) for x, _ in pairs]
-        products = [jnp.sum(x * (y * factor(x_unit, y_unit))) for x, y in pairs]
-        return [total(squares, shard_axes), total(products, shard_axes)]
-
-    (squares, products), (x_unit,) = _in_range_sums(
-        sums, 1, 1, shard_axes, (pairs, y_unit)
-    )
-    x_norm = x_unit * root(squares)
-    cosine = products / divisor(x_norm * (y_norm * factor(x_unit, y_unit)))
-    # Not so either where both are near the end of the range.
-    finite = jnp.isfinite(x_norm) & jnp.isfinite(y_norm) & jnp.isfinite(products)
-    return x_norm, jnp.where(finite, cosine, jnp.nan)
-
-
-def component(
-    xs: list[jax.Array], ys: list[jax.Array], shard_axes: AxisName = None
-) -> jax.Array:
-    """Returns the number c for which c ys is the component of xs along ys.
-
-        c = <xs, ys> / <ys, ys>
-
-    Both sums are taken in one way, so that c is exactly 1 where xs is ys. It is 0 where
-    ys is 0.
-
-    Args:
-        xs: Real arrays.
-        ys: Arrays of the same shapes.
-        shard_axes: As in `norm`.
-    """
-    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if x.size]
-    if not pairs:
-        return jnp.zeros([], widen())
-    return _component(pairs, shard_axes)
-
-
-@functools.partial(jax.jit, static_argnames="shard_axes", inline=True)
-def _component(
-    pairs: list[tuple[jax.Array, jax.Array]], shard_axes: AxisName
-) -> jax.Array:
-    dtype = widen(*jax.tree.leaves(pairs))
-    pairs = [(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
-
-    def sums(pairs, units):
-        def product(x, y):
-            return jnp.sum((x * (1 / units[0])) * (y * (1 / units[0])))
-
-        squares = [product(y, y) for _, y in pairs]
-        products = [product(x, y) for x, y in pairs]
-        return [total(squares, shard_axes), total(products, shard_axes)]
-
-    (squares, products), _ = _in_range_sums(sums, 1, 1, shard_axes, pairs)
-    return jnp.where(squares > 0, products / divisor(squares), 0)

@@ -17,7 +17,8 @@ import optax
 
 from fsam_optax._common.checks import check_like, check_number, is_real
 from fsam_optax._common.mapped_axes import AxisName
-from fsam_optax._common.norms import component, direction, norm, Reciprocal, widen
+from fsam_optax._common.norms import direction, norm, Reciprocal, widen
+from fsam_optax._common.pairs import component
 
 
 def surrogate_gap(

@@ -18,13 +18,14 @@ from fsam_optax._common.checks import (
     check_params,
     check_state,
 )
+from fsam_optax._common.displacement import displace
 from fsam_optax._common.mapped_axes import AxisName, merge, replica_index, vary
 from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.displaced import no_displacement
 from fsam_optax._step.explain import explain_step, StepExplanation
 from fsam_optax._step.parts import Data, mean_over_parts, names, Part
 from fsam_optax._step.passes import clean_pass, weight_of
-from fsam_optax._step.step import cast_like, displace, Rule
+from fsam_optax._step.step import cast_like, Rule
 
 
 class LaggedState(NamedTuple):
@@ -112,10 +113,14 @@ def apply(
         )
         return (value, aux), grads
 
-    point = displace(params, state.displacement, oracle.perturb_dtype)
+    def displaced(eps):
+        return displace(params, eps, oracle.perturb_dtype)
+
+    point = displaced(state.displacement)
     (value, aux), grads = gradient(point)
     extra = {
         **names(lambda point: gradient(point)[1], data),
+        "displaced": displaced,
         **replica_index(oracle.axis_name),
         **(extra_args or {}),
     }

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fsam_optax._common.checks import is_real
 from fsam_optax._common.mapped_axes import axes_of_shards
-from fsam_optax._common.norms import norm, norm_and_cosine, root, total, widen
+from fsam_optax._common.norms import norm, widen
+from fsam_optax._common.pairs import distances, norm_and_cosine
 
 
 class Metrics(NamedTuple):
@@ -48,19 +49,28 @@ def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metric
     def real_leaves(tree):
         return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_real(x)]
 
-    def squared_step(w, v):
-        if not is_real(w):
-            return jnp.zeros([], widen())
-        wide = widen(w, v)
-        return jnp.sum(jnp.square(jnp.asarray(v, wide) - jnp.asarray(w, wide)))
-
     g, h = real_leaves(grads), real_leaves(perturbed_grads)
     axes = axes_of_shards(real_leaves(params))
     g_norm = norm(g, 2, axes)
     h_norm, h_cosine = norm_and_cosine(h, g, g_norm, axes)
-    squares = jax.tree.map(squared_step, params, point)
-    leaf_norms = jax.tree.map(lambda x: root(total([x], axes)), squares)
-    terms = jax.tree.leaves(squares)
-    step_norm = root(total(terms, axes)) if terms else jnp.zeros([], widen())
+    step_norm, leaf_norms = step_norms(params, point)
     values = Metrics(g_norm, h_norm, step_norm, h_cosine, leaf_norms)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+
+
+def step_norms(params: Any, point: Any) -> tuple[jax.Array, Any]:
+    """Returns the norm of `point` - params, and that of each array of it."""
+    leaves, structure = jax.tree.flatten(params)
+    pairs = [
+        (jnp.asarray(w), jnp.asarray(v))
+        for w, v in zip(leaves, jax.tree.leaves(point), strict=True)
+        if is_real(w)
+    ]
+    whole, each = distances(
+        [v for _, v in pairs],
+        [w for w, _ in pairs],
+        axes_of_shards([w for w, _ in pairs]),
+    )
+    rest = iter(each)
+    norms = [next(rest) if is_real(w) else jnp.zeros([], widen()) for w in leaves]
+    return whole, structure.unflatten(norms)

@@ -17,8 +17,8 @@ import optax
 
 from fsam_optax._ball.guard import ascend, keep_unless
 from fsam_optax._common.checks import check_like, is_real
+from fsam_optax._common.displacement import displace
 from fsam_optax._common.mapped_axes import AxisName, vary
-from fsam_optax._common.norms import widen
 from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.metrics import measure, Metrics, no_metrics
 
@@ -107,11 +107,19 @@ def perturbed_step(
         gradient: `gradient(point) -> (loss or None, gradient)` on the same batch.
         extra: What the perturbation and the descent are given by name.
     """
+
+    def displaced(eps):
+        return vary(displace(params, eps, rule.perturb_dtype), rule.axis_name)
+
     eps, ascent, _, found = ascend(
-        rule.perturbation, grads, memory.perturbation, params, extra
+        rule.perturbation,
+        grads,
+        memory.perturbation,
+        params,
+        {"displaced": displaced, **extra},
     )
     check_like("the perturbation's output", eps, "params", params)
-    point = vary(displace(params, eps, rule.perturb_dtype), rule.axis_name)
+    point = displaced(eps)
     value, h = gradient(point)
     metrics = measure(grads, h, params, point) if rule.metrics else None
     d, descent = _descend(rule, memory.descent, params, h, grads, eps, extra)
@@ -144,22 +152,6 @@ def _descend(rule, before, params, h, grads, eps, extra):
     )
     check_like("the descent's output", d, "params", params)
     return cast_like(d, grads), after
-
-
-def displace(params: Any, eps: Any, dtype: Any | None) -> Any:
-    """Returns w + eps, added in float32 or wider; `params` itself is not touched.
-
-    The sum is rounded to `dtype`, or to the dtype of each leaf if that is None.
-    Leaves that hold no real numbers are returned as they are.
-    """
-
-    def move(w, e):
-        if not is_real(w):
-            return w
-        w = jnp.asarray(w)
-        return (w.astype(widen(w, e)) + e).astype(dtype or w.dtype)
-
-    return jax.tree.map(move, params, eps)
 
 
 def cast_like(tree: Any, like: Any) -> Any:

@@ -110,7 +110,8 @@ def value_and_grad(
             its state tells it, as Adam's does; plain `optax.sgd` is not seen, and would
             move the parameters downhill. It receives as extra arguments `batch`,
             `grad_fn`, what the loss was called with beside the batch as `loss_args`
-            and `loss_kwargs`, and the entries of `extra_args`.
+            and `loss_kwargs`, `displaced(eps)`, which forms w + eps as the step does,
+            and the entries of `extra_args`.
         descent: Makes the direction of the step from both gradients, such as
             `surrogate_gap`, `extrapolate` or `reuse`. None is SAM: the second one.
         has_aux: Whether `loss_fn` returns `(scalar, aux)`.

@@ -20,6 +20,7 @@ from fsam_optax._common.checks import (
     check_transformation,
     leaf_shape,
 )
+from fsam_optax._common.displacement import displace
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher.labels import Labels, weigh
 from fsam_optax._fisher.likelihoods import factor_product, Likelihood
@@ -30,7 +31,6 @@ from fsam_optax._fisher.negative_log_likelihood import (
     takes_model,
 )
 from fsam_optax._fisher.outputs import check_outputs, of_batch
-from fsam_optax._step.step import displace
 
 
 def _scalar(loss: Any) -> jax.Array:
