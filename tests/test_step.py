@@ -85,7 +85,7 @@ def test_front_ends_agree_bit_for_bit():
     def as_it_is(step):  # Compiled, the rule may be fused with either gradient.
         return step
 
-    for options in ({}, {"every": 2}, {"descent": mixing(), "jit": as_it_is}):
+    for options in ({}, {"descent": mixing(), "jit": as_it_is}):
         one, two = (
             run(front_end, euclidean_ball(0.3), **options)
             for front_end in FRONT_ENDS.values()
