@@ -98,6 +98,10 @@ def picture() -> str:
     """Returns the picture as SVG. Arrows that follow from others are left out."""
     files, found = rooms(), arrows()
     floors = storeys(found)
+    straight = {
+        room: targets - {to for via in targets for to in below(via, found)}
+        for room, targets in found.items()
+    }
     width = max(len(floor) for floor in floors) * (WIDTH + GAP) + GAP
     boxes, out, y = {}, [], 30
     for floor in floors:
@@ -113,6 +117,9 @@ def picture() -> str:
         lines = [LINE * (len(a) + len(b)) + 8 * bool(b) for a, b in texts.values()]
         height = 44 + max(lines)
         left = (width - len(floor) * (WIDTH + GAP) + GAP) / 2
+        over = [boxes[user][0] for user in boxes if floor[0] in straight[user]]
+        if len(floor) == 1 and over:
+            left = sum(over) / len(over)
         for i, room in enumerate(floor):
             x = left + i * (WIDTH + GAP)
             boxes[room] = (x, y, height)
@@ -132,9 +139,8 @@ def picture() -> str:
                     line += LINE
                 line += 8
         y += height + 46
-    for room, targets in sorted(found.items()):
-        direct = targets - {to for via in targets for to in below(via, found)}
-        for to in sorted(direct):
+    for room, targets in sorted(straight.items()):
+        for to in sorted(targets):
             x, top, height = boxes[room]
             u, v, _ = boxes[to]
             out.append(
