@@ -45,6 +45,7 @@ check: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(PY) docs/house.py
 
 notebooks: $(VENV)/dev.stamp
 	$(PY) -m jupyter execute --inplace notebooks/*.ipynb
