@@ -14,7 +14,7 @@ import jax
 import optax
 from flax import nnx
 
-from fsam_optax._common.mapped_axes import AxisName, merge, merge_stacked
+from fsam_optax._common.mapped_axes import AxisName
 from fsam_optax._engine import Explanation
 from fsam_optax._fisher import (
     dataset as _dataset,
@@ -27,8 +27,13 @@ from fsam_optax._fisher import (
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._nnx import modules
 from fsam_optax._nnx.likelihood import ModuleLoss, of_module, pure_loss
+from fsam_optax._nnx.statistics import merged_changes
 from fsam_optax._step import value_and_grad as _plain
-from fsam_optax._step.value_and_grad import ValueAndGrad, ValueAndGradState
+from fsam_optax._step.value_and_grad import (
+    LaggedState,
+    ValueAndGrad,
+    ValueAndGradState,
+)
 
 
 __all__ = [
@@ -84,7 +89,9 @@ def value_and_grad(
         micro_batches: See `fsam_optax.value_and_grad`. Every micro-batch starts from
             the same state, but for PRNG keys, into which its number is folded.
             Afterwards floating-point variables are averaged over the micro-batches,
-            and keys are what they were before: only their counts advance.
+            weighted by their labels where the loss is a `negative_log_likelihood` (a
+            batch of weight 0 changes none), and keys are what they were before: only
+            their counts advance.
         merge_aux: See `fsam_optax.value_and_grad`.
         every: See `fsam_optax.value_and_grad`.
         empirical_fisher: See `fsam_optax.value_and_grad`.
@@ -163,7 +170,6 @@ def value_and_grad(
         descent=descent,
         has_aux=True,
         micro_batches=micro_batches,
-        merge_aux=_merge_parts(merge_aux, micro_batches),
         every=every,
         empirical_fisher=empirical_fisher,
         lagged=lagged,
@@ -173,7 +179,7 @@ def value_and_grad(
         metrics=metrics,
     )
 
-    def init_fn(model: Any) -> ValueAndGradState:
+    def init_fn(model: Any) -> ValueAndGradState | LaggedState:
         return oracle.init(modules.params_of(model, wrt))
 
     def apply_fn(model, state, batch, *args, extra_args=None, **kwargs):
@@ -186,7 +192,12 @@ def value_and_grad(
         (value, (aux, changes)), grads, state = oracle(
             call.params, state, batch, *call.args, extra_args=extra_args, **call.kwargs
         )
-        modules.write(call, merge(changes, axis_name))
+        modules.write(
+            call,
+            merged_changes(pure, call, batch, changes, micro_batches, axis_name),
+        )
+        if merge_aux is not None:
+            aux = merge_aux(aux)
         return ((value, aux) if has_aux else value), grads, state
 
     def explain_fn(model, batch, *args, extra_args=None, **kwargs):
@@ -196,18 +207,6 @@ def value_and_grad(
         )
 
     return ValueAndGrad(init_fn, apply_fn, explain_fn)
-
-
-def _merge_parts(merge_aux, micro_batches):
-    """Returns what merges aux and changes of micro-batches; None if there is one."""
-    if micro_batches is None:
-        return None
-
-    def merged(stacked):
-        aux, changes = stacked
-        return (merge_aux(aux) if merge_aux else aux), merge_stacked(changes)
-
-    return merged
 
 
 def negative_log_likelihood(

@@ -275,6 +275,50 @@ def test_devices_average_what_the_clean_pass_left():
         )
 
 
+@pytest.mark.parametrize("parts", ["micro_batches", "devices", "one"])
+def test_statistics_are_weighted_as_the_parts_of_the_batch_are(parts):
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(2, momentum=0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    nll = fsam_nnx.negative_log_likelihood(lambda m, x: m(x), fsam_optax.gaussian())
+    x = jnp.arange(16.0).reshape(8, 2)
+    options = {"micro_batches": 2} if parts == "micro_batches" else {}
+    rows = [jnp.arange(0, 8, 2), jnp.arange(1, 8, 2)]
+    if parts == "devices":
+        options, rows = {"axis_name": "i"}, [jnp.arange(4), jnp.arange(4, 8)]
+    f = fsam_nnx.value_and_grad(nll, fsam_optax.euclidean_ball(0.1), **options)
+
+    def mean_after(weights):
+        model = Normed(nnx.Rngs(0))
+        state = f.init(model)
+        graph, variables = nnx.split(model)
+
+        def step(batch):
+            model = nnx.merge(graph, variables, copy=True)
+            f(model, state, batch)
+            return model.norm.mean[...]
+
+        batch = x, x, weights
+        if parts == "devices":
+            batch = jax.tree.map(lambda a: a.reshape(2, 4, *a.shape[1:]), batch)
+            return jax.jit(jax.vmap(step, axis_name="i"))(batch)[0]
+        return jax.jit(step)(batch)
+
+    none = mean_after(jnp.zeros(8))
+    np.testing.assert_array_equal(none, jnp.zeros(2))
+    if parts == "one":
+        return
+    a, b = (0.5 * x[r].mean(0) for r in rows)  # What each part leaves of a mean of 0.
+    for u, v in ((1, 0), (1, 3)):
+        weights = jnp.zeros(8).at[rows[0]].set(u).at[rows[1]].set(v)
+        expected = (u * a + v * b) / (u + v)
+        np.testing.assert_allclose(mean_after(weights), expected, rtol=1e-6)
+
+
 def test_aux_comes_from_the_clean_pass_and_is_merged():
     batch = make_batch()
 

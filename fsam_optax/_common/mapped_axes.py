@@ -199,15 +199,21 @@ def mean_of_parts(merged: Any, total: jax.Array, before: Any) -> Any:
     return jax.tree.map(leaf, merged, before)
 
 
-def merge_stacked(tree: Any) -> Any:
+def merge_stacked(tree: Any, weights: jax.Array, before: Any) -> Any:
     """Merges states that are stacked along the leading axis of every leaf.
 
-    The same rules as `merge`.
+    The same rules as `merge`; `weights` are those of the entries, of shape (m,).
     """
+    total = jnp.sum(weights)
 
-    def leaf(x):
+    def leaf(x, old):
         if _is_random(x):
             return x[-1]
-        return jnp.mean(x, 0) if is_mean(x) else jnp.max(x, 0)
+        if not is_mean(x):
+            return jnp.max(x, 0)
+        w = weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        sums = jnp.sum(jnp.where(w == 0, 0, w * x), 0)
+        mean = sums / jnp.where(total == 0, 1, total).astype(x.dtype)
+        return jnp.where(total == 0, old, mean)
 
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(leaf, tree, before)

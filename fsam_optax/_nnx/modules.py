@@ -95,6 +95,11 @@ def _flat_params(params):
     return {(0, *path): x for path, x in _flat(params).items()}
 
 
+def held(call: Call) -> dict[Any, Any]:
+    """Returns what the variables of all nodes hold before a call, by path."""
+    return {**_flat(call.args[0].state), **_flat_params(call.params)}
+
+
 class Run(NamedTuple):
     """Copies of the graph nodes, for one run of a function of a module.
 
