@@ -168,18 +168,18 @@ def case(request):
     return CASES[request.param]
 
 
+def jitted(tx):
+    """Eager calls compile each operation; what is jitted is traced once for all."""
+    update = jax.jit(
+        optax.with_extra_args_support(tx).update, static_argnames="grad_fn"
+    )
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 @functools.cache
 def transformation(name):
     factory, kwargs, _ = CASES[name]
-    tx = factory(**kwargs)
-    asks = {"every", "micro_batches", "model", "estimators", "matrix_fn"}
-    models = [EXACT["estimator"], DRAWN["estimator"]]
-    if not asks & kwargs.keys() and kwargs.get("estimator") not in models:
-        return tx
-    # Jitted: where there is control flow or a model, eager calls compile a lot.
-    return optax.GradientTransformationExtraArgs(
-        tx.init, jax.jit(tx.update, static_argnames="grad_fn")
-    )
+    return jitted(factory(**kwargs))
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def test_inject_hyperparams_with_a_schedule_of_rho(name):
     static = [k for k in inspect.signature(factory).parameters if k.endswith("_axis")]
     injected = optax.inject_hyperparams(factory, static_args=static)
     injected = injected(**{**kwargs, "rho": schedule})
-    direct = factory(**{**kwargs, "rho": schedule})
+    direct = jitted(factory(**{**kwargs, "rho": schedule}))
     traces = []
 
     @jax.jit
@@ -394,9 +394,25 @@ def test_inject_hyperparams_with_a_schedule_of_rho(name):
     assert len(traces) == 1
 
 
-def test_multi_steps_hands_over_the_mean_gradient(case, tx):
-    if case.factory is oracle:
-        pytest.skip("the oracle makes gradients: it goes before MultiSteps")
+@pytest.mark.parametrize(
+    "name",
+    # Each kind, with a state and without. The oracle makes gradients: it goes before
+    # MultiSteps.
+    [
+        "euclidean_ball",
+        "fisher_ellipsoid_average",
+        "multi_step",
+        "given",
+        "fisher_i1",
+        "scale_by_inverse_dense",
+        "sharpness_aware_every",
+        "reuse",
+        "displaced",
+        "bsam",
+    ],
+)
+def test_multi_steps_hands_over_the_mean_gradient(name):
+    tx = transformation(name)
     multi = optax.MultiSteps(tx, 2)
 
     @jax.jit
