@@ -62,6 +62,21 @@ CANNOT_HOLD = {
     )
     | dict.fromkeys(
         (
+            "test_zero_gradients_do_not_make_nan[first]",
+            "test_zero_gradients_do_not_make_nan[both]",
+        ),
+        "Optax's own SAM makes a NaN of a zero gradient, which the test shows",
+    )
+    | dict.fromkeys(
+        (
+            "test_a_gradient_that_is_not_finite_displaces_nothing",
+            "test_a_leaf_that_the_ball_masks_is_kept_out_of_memory_too[",
+            "test_a_nan_in_one_of_several_balls_stops_all",
+            "test_after_a_first_gradient_that_is_not_finite_nothing_moves",
+            "test_an_impossible_label_",
+            "test_apply_if_finite_around_it_leaves_everything_as_it_was",
+            "test_bayesian_sam_skips_what_is_not_finite",
+            "test_by_rho_of_what_is_left_out[nan]",
             "test_fault_03_",
             "test_fault_04_",
             "test_fault_19_masked_leaves[",
@@ -70,7 +85,9 @@ CANNOT_HOLD = {
             "test_nan_in_the_second_gradient_is_caught",
             "test_a_skipped_micro_batch_does_not_count[first-nan]",
             "test_a_skipped_micro_batch_does_not_count[second-nan]",
+            "test_lagged_keeps_what_is_not_finite_out_of_its_memory",
             "test_what_is_not_finite[",
+            "test_what_is_not_finite_is_not_reused[nan]",
         ),
         NAN,
     ),
