@@ -43,6 +43,10 @@ from fsam_optax._fisher.estimators import (
     fisher_hutchinson as fisher_hutchinson,
     fisher_i1 as fisher_i1,
 )
+from fsam_optax._fisher.example_gradients import (
+    clipped_gradient as clipped_gradient,
+    per_example_norms as per_example_norms,
+)
 from fsam_optax._fisher.explain import explain as explain
 from fsam_optax._fisher.functional import functional_gradient as functional_gradient
 from fsam_optax._fisher.gnb import fisher_gnb as fisher_gnb
@@ -136,6 +140,7 @@ __all__ = [
     "by_group",
     "categorical",
     "check_separable",
+    "clipped_gradient",
     "dataset_diagonal",
     "dense_empirical_fisher",
     "dense_fisher",
@@ -173,6 +178,7 @@ __all__ = [
     "msam",
     "multi_step",
     "negative_log_likelihood",
+    "per_example_norms",
     "perturbation",
     "poisson",
     "power_sums",

@@ -26,6 +26,7 @@ from fsam_optax._fisher import (
 )
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._nnx import modules
+from fsam_optax._nnx.example_gradients import clipped_gradient, per_example_norms
 from fsam_optax._nnx.likelihood import ModuleLoss, of_module, pure_loss
 from fsam_optax._nnx.statistics import merged_changes
 from fsam_optax._step import value_and_grad as _plain
@@ -37,6 +38,7 @@ from fsam_optax._step.value_and_grad import (
 
 
 __all__ = [
+    "clipped_gradient",
     "dataset_diagonal",
     "diagonal",
     "explain",
@@ -47,6 +49,7 @@ __all__ = [
     "fisher_i1",
     "fisher_i2",
     "negative_log_likelihood",
+    "per_example_norms",
     "value_and_grad",
 ]
 

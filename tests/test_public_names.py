@@ -18,7 +18,7 @@ NAMES = """
     functional_gradient negative_log_likelihood categorical bernoulli poisson gaussian
     squared_gradient given fisher_empirical fisher_i1 fisher_exact fisher_i2 fisher_gnb
     fisher_hutchinson by_group refresh_every diagonal dataset_diagonal explain
-    kl_divergence sharpness
+    per_example_norms clipped_gradient kl_divergence sharpness
 """.split()
 
 

@@ -104,6 +104,11 @@ STEP = {"perturbation": (BALL, "transformation"), "every": (1, "count")}
 AT = {"params": (PARAMS, "params"), "inputs": (X, "inputs")}
 DENSE = {**LOSS, "batch": ((X, Y), "batch")}
 VARIANCE = DENSE
+EXAMPLES = {
+    "loss": (example_loss, "function"),
+    "params": (PARAMS, "params"),
+    "batch": ((X, Y), None),
+}
 DRAWN = {**VARIANCE, "num_draws": (3, "count"), "key": (KEY, "key")}
 TREE, SIZE = (PARAMS, "tree"), (2, "size")
 
@@ -207,6 +212,8 @@ FUNCTIONS = {
         "powers": ((2,), "powers"),
         "weights": (jnp.ones(4), "weights"),
     },
+    "per_example_norms": EXAMPLES,
+    "clipped_gradient": {**EXAMPLES, "max_norm": (1.0, "number")},
     "explain": {},
     "explain_loss": {
         "loss_fn": (example_loss, "function"),

@@ -5,10 +5,12 @@ from fsam_optax._engine.entries import (
     entries as entries,
     sum_of_products as sum_of_products,
 )
+from fsam_optax._engine.example_squares import example_squares as example_squares
 from fsam_optax._engine.explanation import (
     check_separable as check_separable,
     explain as explain,
     explain_loss as explain_loss,
+    explain_squares as explain_squares,
 )
 from fsam_optax._engine.jaxpr import depends as depends
 from fsam_optax._engine.power_sums import (

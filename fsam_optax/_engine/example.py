@@ -1,6 +1,7 @@
 """One example within the map over examples: its program, rewritten or as it is."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from fsam_optax._engine.flatten import flatten
 from fsam_optax._engine.jaxpr import Dataflow, evaluate, largest, read, size
 from fsam_optax._engine.plan import make_plan, most_held, run
 from fsam_optax._engine.report import Used
-from fsam_optax._engine.sums import looped, reduced, Steps, widened
+from fsam_optax._engine.squares import looped
+from fsam_optax._engine.sums import reduced, Steps, widened
 
 
 class Program(NamedTuple):
@@ -130,6 +132,11 @@ def _checked(cs, h, tree):
     return [c.astype(x.dtype) for c, x in zip(cs, h, strict=True) if _is_floating(x)]
 
 
+def _all_once(weight):
+    """Returns the number that says that each entry of a gradient counts once."""
+    return vary_like(jnp.ones((), widened(weight.dtype)), weight)
+
+
 def _rewritten(program, what, report):
     closed, known, n_outputs, cotangents, weight = program
     given = [*known, *closed.in_avals[len(known) :]]
@@ -160,7 +167,8 @@ def _rewritten(program, what, report):
 
     def pull(axes, weight, c):
         given = env | dict(zip(columns, c, strict=True))
-        return run(plan, given, weight, dataclasses.replace(what, axes=axes))
+        counts = [[_all_once(weight)]] * len(wanted) if what.by_example else None
+        return run(plan, given, weight, dataclasses.replace(what, axes=axes), counts)
 
     number = made.number
     if number > 1:
@@ -182,11 +190,16 @@ def _as_it_is(program, what, report):
     gradients = closed.out_avals[n_outputs:]
     held = sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in gradients)
     steps = Steps(held, what.chunk_bytes, what.devices)
-    rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what.powers, steps)
+    rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what, steps)
     if report is not None:
         report[:] = [[Used("fallback", math.inf, 1.0)] for _ in gradients]
 
     def pull(axes, weight, c):
+        if what.by_example:
+            counts = [_all_once(weight)] * len(gradients)
+            by_example = functools.partial(rule, len(counts))
+            operation = reduced(by_example, axes, summed=False)
+            return [[y] for y in operation(weight, *counts, *known, *c)]
         return reduced(rule, axes)(weight, *known, *c)
 
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)

@@ -82,6 +82,11 @@ def explain_loss(
     return _explain(loss_fn, params, (batch, None), None)
 
 
+def explain_squares(loss_fn: Callable, params: PyTree, batch: PyTree) -> Explanation:
+    """Tells how `example_squares` handles each parameter; see `explain`."""
+    return _explain(loss_fn, params, (batch, None), None, by_example=True)
+
+
 def check_separable(
     apply_fn: Callable[[PyTree, PyTree], PyTree],
     params: PyTree,
@@ -125,14 +130,22 @@ def check_separable(
             )
 
 
-def _explain(fn, params, examples, cotangents):
+def _explain(fn, params, examples, cotangents, by_example=False):
     check_leaves(params, "params")
     check_leaves(examples, "(inputs, targets)", data=True)
     report = []
 
     def record(params, examples):
         return sums_and_outputs(
-            fn, params, examples, cotangents, (2,), None, None, report
+            fn,
+            params,
+            examples,
+            cotangents,
+            (2,),
+            None,
+            None,
+            report,
+            by_example=by_example,
         )[0]
 
     jax.eval_shape(record, params, examples)

@@ -1,8 +1,10 @@
 """Sums of powers of sums of products: matrix products wherever it can be."""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 
 from fsam_optax._engine.folding import aligned, combined, folded, variables
 from fsam_optax._engine.grouping import grouped
@@ -11,7 +13,8 @@ from fsam_optax._engine.linear import LINEAR
 from fsam_optax._engine.pairs import multiplied_out
 from fsam_optax._engine.products import Expander, Mismatch
 from fsam_optax._engine.sources import Site, Source
-from fsam_optax._engine.sums import looped, outer_product, Steps, widened
+from fsam_optax._engine.squares import gram, gram_work, looped, mapped
+from fsam_optax._engine.sums import outer_product, Steps, widened
 from fsam_optax._engine.work import IN_LOOPS
 
 
@@ -72,7 +75,10 @@ def _one_group(site, groups, operands):
     held = 0
     if each == 1:
         rule, work = "reduction", work + spread
-        reduce = looped(fn, [like], what.powers, None)
+        reduce = looped(fn, [like], what, None)
+    elif what.by_example and (found := _by_example(site, group)) is not None:
+        rule, own, reduce, held = found
+        work = sum(t.work for t in group.terms) + own
     elif n == [1]:
         rule, precision = "outer product", group.terms[0].precision
         reduce = outer_product(group.numbers(), group.dtype, precision, what.powers)
@@ -80,8 +86,42 @@ def _one_group(site, groups, operands):
         rule, work = "shared dense", work + 2.0 * IN_LOOPS * spread
         held = 2 * spread * group.dtype.itemsize
         steps = Steps(held, what.chunk_bytes, what.devices, apart=True)
-        reduce = looped(fn, [like], what.powers, steps)
-    return Source(rule, work, operands, reduce, held, prepare, finish)
+        reduce = looped(fn, [like], what, steps)
+    keeps = _keeps(site, group)
+    return Source(rule, work, operands, reduce, held, prepare, finish, like, keeps)
+
+
+def _keeps(site, group):
+    """Tells whether each entry of a product comes out once."""
+    return not group.terms[0].masks and group.volume(group.labels) == size(
+        site.terms[0]
+    )
+
+
+def _by_example(site, group):
+    """Returns rule, operations, reduction and bytes held; None to form the product."""
+    what = site.what
+    positions, batch = sum(group.positions()), group.volume(group.batch)
+    sides = [group.volume(side) for side in group.sides]
+    work = gram_work(positions, batch, sides)
+    if positions > 1 and (
+        not what.uniform
+        or not _keeps(site, group)
+        or work > 2.0 * batch * math.prod(sides) * (positions + IN_LOOPS)
+    ):
+        return None
+
+    def one(ks, *arrays):
+        left, right = (
+            jnp.concatenate(arrays[side::2], len(group.batch)) for side in (0, 1)
+        )
+        return [gram(k, left, right) for k in ks]
+
+    if positions == 1:
+        return "outer product", work, mapped(one, None), 0
+    held = 2 * batch * positions**2 * group.dtype.itemsize
+    steps = Steps(held, what.chunk_bytes, what.devices, apart=True)
+    return "Gram matrices", work, mapped(one, steps), held
 
 
 def _several(site, groups, operands):
@@ -108,10 +148,10 @@ def _several(site, groups, operands):
 
     like = jax.ShapeDtypeStruct(site.like.shape, groups[0].dtype)
     if out <= what.limit and all(len(g.sides) == 1 for g in groups):
-        reduce = looped(fn, [like], what.powers, None)
+        reduce = looped(fn, [like], what, None)
         return Source("reduction", work, operands, reduce, 0, prepare)
     held = 2 * out * groups[0].dtype.itemsize
     products = any(len(g.sides) == 2 for g in groups)
     steps = Steps(held, what.chunk_bytes, what.devices, apart=products)
-    reduce = looped(fn, [like], what.powers, steps)
+    reduce = looped(fn, [like], what, steps)
     return Source("sum of products", work, operands, reduce, held, prepare)

@@ -65,7 +65,11 @@ def plan_loop(
 
 
 def run_loop(
-    loop: Loop, needed: set[Any], env: dict[Any, Any], run: Callable
+    loop: Loop,
+    needed: set[Any],
+    env: dict[Any, Any],
+    run: Callable,
+    counts: Any = None,
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Returns the values of a loop by variable, and its sums by output variable.
 
@@ -73,7 +77,8 @@ def run_loop(
         loop: The loop.
         needed: The variables of the program that are needed as they are.
         env: The values of the program.
-        run: Evaluates a plan: `run(plan, env) -> sums`.
+        run: Evaluates a plan: `run(plan, env, counts=) -> sums`.
+        counts: What the plan is given of this at each step, by its leading axes.
     """
     eqn, plan = loop.eqn, loop.plan
     n_consts, n_carry = loop_counts(eqn)
@@ -83,15 +88,16 @@ def run_loop(
     kept = [k for k in range(n_carry, len(eqn.outvars)) if eqn.outvars[k] in needed]
 
     def step(carry, x):
+        x, counts = x
         inner = dict(zip(jaxpr.invars, [*consts, *carry, *x], strict=True))
-        sums = run(plan, inner)
+        sums = run(plan, inner, counts=counts)
         out = [read(inner, v) for v in jaxpr.outvars[:n_carry]]
         return out, ([read(inner, jaxpr.outvars[k]) for k in kept], sums)
 
     carry, (stacks, sums) = lax.scan(
         step,
         carry,
-        operands[n_consts + n_carry :],
+        (operands[n_consts + n_carry :], counts),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],

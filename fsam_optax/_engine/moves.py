@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fsam_optax._engine.jaxpr import bind, Dataflow, is_real, read
+from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.jaxpr import bind, Dataflow, is_real, read, size
 from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
 from fsam_optax._engine.sums import power, widened
 
@@ -29,12 +31,14 @@ class Moved:
         carry: `carry(sums, p, env)`, the sums of p-th powers of the value from those of
             its parts.
         reads: The variables that `carry` reads.
+        keeps: Whether each entry of the parts comes out once, at most negated.
     """
 
     terms: tuple[Any, ...]
     parts: tuple["Moved", ...] = ()
     carry: Callable[[Sequence[Any], int, dict[Any, Any]], Any] | None = None
     reads: tuple[Any, ...] = ()
+    keeps: bool = True
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -64,6 +68,45 @@ class Moved:
             self.carry([sums[k] for sums in inner], p, env)
             for k, p in enumerate(powers)
         ]
+
+    @property
+    def uniform(self) -> bool:
+        """Tells whether each entry of the sources comes out once, at most negated."""
+        keys = [source.key for source in self.sources()]
+        return self._keeps_all() and len(set(keys)) == len(keys)
+
+    def _keeps_all(self):
+        return self.keeps and all(part._keeps_all() for part in self.parts)
+
+    def counts(self, k: Any, env: dict[Any, Any]) -> dict[tuple[int, ...], Any]:
+        """Returns how often each entry of the sources counts, by their keys.
+
+        What is linear in the squares of the value is so in those of its sources.
+
+        Args:
+            k: How often each entry of the value counts; one number if all the same.
+            env: The values of the program.
+        """
+        sources = {source.key: source.terms[0].aval for source in self.sources()}
+        if self.uniform and k.ndim == 0:
+            return dict.fromkeys(sources, k)
+        like = {key: [v] for key, v in sources.items()}
+        (found,) = transposed(lambda s: self.sums(s, env, (2,))[0], like, k)
+        return {key: s for key, (s,) in found.items()}
+
+
+def transposed(fn: Callable, like: Any, k: jax.Array) -> tuple[Any, ...]:
+    """Returns the transpose of a linear map at `k`; one number stands for all entries.
+
+    Args:
+        fn: The map.
+        like: Shapes of its operand; the dtypes are widened.
+        k: What is mapped back.
+    """
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widened(x.dtype)), like)
+    zeros = jax.tree.map(lambda x: vary_like(x, k), zeros)
+    y, pull = jax.vjp(fn, zeros)
+    return pull(vary_like(jnp.broadcast_to(k.astype(y.dtype), y.shape), y))
 
 
 def moved(flow: Dataflow, terms: Sequence[Any]) -> Moved:
@@ -130,7 +173,8 @@ def _same_move(flow, terms, eqns):
 
     reads = tuple(x for j, x in enumerate(first.invars) if j != i)
     part = moved(flow, [eqn.invars[i] for eqn in eqns])
-    return Moved(tuple(terms), (part,), carry, reads)
+    keeps = MOVES[name_of(first)].keeps(first, i, k)
+    return Moved(tuple(terms), (part,), carry, reads, keeps)
 
 
 def _same(x, y):
@@ -242,10 +286,32 @@ class Move:
             complex.
         carry: `carry(eqn, i, k, others, sums, p)` returns the sums of p-th powers of
             output k from those of operand i; `others` are the other operands.
+        keeps: `keeps(eqn, i, k)` tells whether output k has each entry of operand i
+            once, at most negated.
     """
 
     condition: Callable[[Dataflow, Any, int], bool]
     carry: Callable[..., Any]
+    keeps: Callable[[Any, int, int], bool]
+
+
+def _all_kept(eqn, i, k):
+    del eqn, i, k
+    return True
+
+
+def _none_kept(eqn, i, k):
+    del eqn, i, k
+    return False
+
+
+def _same_size(eqn, i, k):
+    return size(eqn.invars[i]) == size(eqn.outvars[k])
+
+
+def _nothing_cut(eqn, i, k):
+    del i, k
+    return all(min(low, high) >= 0 for low, high, _ in eqn.params["padding_config"])
 
 
 def _rebound(eqn, i, k, others, s, p):
@@ -316,18 +382,20 @@ def _scattered_apart(flow, eqn, i):
     return i == 2 and is_injective(flow, eqn)
 
 
-MOVES: dict[str, Move] = dict.fromkeys(LINEAR_MOVES, Move(_always, _rebound)) | {
-    "convert_element_type": Move(_always, _converted),
-    "neg": Move(_always, _negated),
-    "mul": Move(_always, _multiplied),
-    "div": Move(_first, _divided),
-    "pad": Move(_padding_with_zeros, _rebound),
-    "dynamic_update_slice": Move(_into_zeros, _rebound),
-    "dynamic_slice": Move(_first, _rebound),
-    "select_n": Move(_beside_zeros, _rebound),
-    "gather": Move(_known_rows, _rebound),
-    "scatter-add": Move(_scattered_apart, _rebound),
-    "reduce_sum": Move(_of_one, _rebound),
+MOVES: dict[str, Move] = dict.fromkeys(
+    LINEAR_MOVES, Move(_always, _rebound, _same_size)
+) | {
+    "convert_element_type": Move(_always, _converted, _all_kept),
+    "neg": Move(_always, _negated, _all_kept),
+    "mul": Move(_always, _multiplied, _none_kept),
+    "div": Move(_first, _divided, _none_kept),
+    "pad": Move(_padding_with_zeros, _rebound, _nothing_cut),
+    "dynamic_update_slice": Move(_into_zeros, _rebound, _all_kept),
+    "dynamic_slice": Move(_first, _rebound, _same_size),
+    "select_n": Move(_beside_zeros, _rebound, _none_kept),
+    "gather": Move(_known_rows, _rebound, _none_kept),
+    "scatter-add": Move(_scattered_apart, _rebound, _all_kept),
+    "reduce_sum": Move(_of_one, _rebound, _all_kept),
 }
 
 

@@ -80,7 +80,8 @@ def multiplied_out(
     single = [g for g in groups if len(g.sides) == 1]
     count = sum(sum(g.positions()) for g in double) + len(single)
     if (
-        max(site.what.powers) > 2
+        site.what.by_example
+        or max(site.what.powers) > 2
         or not double
         or not 1 < count <= MOST_POSITIONS
         or any(g.sides != double[0].sides or g.batch for g in double)

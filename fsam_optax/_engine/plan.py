@@ -5,6 +5,7 @@ which a power passes, over *sources*: matrix products, convolutions, and so on. 
 source gets the cheapest rule that sums its powers without stacking it over examples.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fsam_optax._engine.branches import (
     plan_branches,
     run_branches,
 )
+from fsam_optax._engine.counts import ways_to_count
 from fsam_optax._engine.jaxpr import (
     Dataflow,
     evaluate,
@@ -100,8 +102,14 @@ def make_plan(
     origins = [moved(flow, [v]) for v in wanted]
     bases = {base.key: base for origin in origins for base in origin.sources()}
     sources: dict[tuple[int, ...], Source] = {}
+    several = {base.key for x in origins if not x.uniform for base in x.sources()}
+    whats = {
+        key: dataclasses.replace(what, uniform=what.uniform and key not in several)
+        for key in bases
+    }
     sites = {
-        key: Site(flow, base.terms, what, inside, before) for key, base in bases.items()
+        key: Site(flow, base.terms, whats[key], inside, before)
+        for key, base in bases.items()
     }
     parts, others = {}, []
     for key, site in sites.items():
@@ -132,37 +140,48 @@ def make_plan(
     needed = held | flow.ancestors(
         x for source in sources.values() for x in source.operands
     )
-    plan = functools.partial(make_plan, what=what)
+
+    def inner(eqn, outputs):
+        uniform = all(whats[id(eqn.outvars[k]),].uniform for k in outputs)
+        within = dataclasses.replace(what, uniform=uniform)
+        plan = functools.partial(make_plan, what=within)
+        planned = plan_branches if is_common_choice(flow, eqn) else plan_loop
+        return planned(flow, eqn, outputs, needed, plan)
+
     return Plan(
         flow,
         consts,
         tuple(origins),
         needed,
         {key: (source, sites[key].own_work()) for key, source in sources.items()},
-        tuple(
-            (plan_branches if is_common_choice(flow, eqn) else plan_loop)(
-                flow, eqn, out, needed, plan
-            )
-            for eqn, out in parts.values()
-        ),
+        tuple(inner(eqn, outputs) for eqn, outputs in parts.values()),
     )
 
 
 def run(
-    plan: Plan, env: dict[Any, Any], weight: jax.Array, what: Summation
+    plan: Plan,
+    env: dict[Any, Any],
+    weight: jax.Array,
+    what: Summation,
+    counts: Sequence[Sequence[Any]] | None = None,
 ) -> list[list[jax.Array]]:
-    """Returns, per wanted variable, its sums of powers; adds values to `env`."""
+    """Returns, per wanted variable, its sums of powers; adds values to `env`.
+
+    By example, what its squares sum up to: once for each way to count its entries.
+    """
     env.update(zip(plan.flow.jaxpr.constvars, plan.consts, strict=True))
+    asked = None if counts is None else ways_to_count(plan, env, counts)
     sums: dict[tuple[int, ...], list[jax.Array]] = {}
     parts = {id(part.eqn): part for part in plan.inner}
     for eqn in plan.flow.jaxpr.eqns:
         if (part := parts.get(id(eqn))) is not None:
             inner = functools.partial(run, weight=weight, what=what)
-            values, found = (
-                run_branches(part, plan.needed, env, inner)
-                if isinstance(part, Branching)
-                else run_loop(part, plan.needed, env, inner)
-            )
+            ways = None if asked is None else asked.of_part(part)
+            if isinstance(part, Branching):
+                inner = functools.partial(inner, counts=ways)
+                values, found = run_branches(part, plan.needed, env, inner)
+            else:
+                values, found = run_loop(part, plan.needed, env, inner, ways)
             env.update(values)
             sums.update({(id(v),): s for v, s in found.items()})
         else:
@@ -171,6 +190,12 @@ def run(
         operands = [read(env, x) for x in source.operands]
         if source.prepare is not None:
             operands = source.prepare(*operands)
+        if asked is not None:
+            ks = asked.of_source(key, source, env)
+            reduce = functools.partial(source.reduce, len(ks))
+            operation = reduced(reduce, what.axes, summed=False)
+            sums[key] = operation(weight, *ks, *operands)
+            continue
         (found,) = reduced(source.reduce, what.axes)(weight, *operands)
         if source.finish is not None:
             found = [
@@ -178,6 +203,8 @@ def run(
                 for s, p in zip(found, what.powers, strict=True)
             ]
         sums[key] = found
+    if asked is not None:
+        return asked.totals(sums)
     return [origin.sums(sums, env, what.powers) for origin in plan.wanted]
 
 

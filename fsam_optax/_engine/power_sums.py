@@ -236,8 +236,12 @@ def sums_and_outputs(
     chunk_bytes,
     report=None,
     keep=False,
+    by_example=False,
 ):
-    """Returns the sums of powers, and all outputs if they are to be kept."""
+    """Returns the sums of powers, and all outputs if they are to be kept.
+
+    If `by_example`, the squared norms of examples in the place of sums over them.
+    """
     if not isinstance(powers, Sequence) or not powers or {*powers} - {1, 2, 4}:
         raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers!r}.")
     powers = tuple(powers)
@@ -260,7 +264,7 @@ def sums_and_outputs(
     operands = lax.stop_gradient((params, examples, weights))
     devices = _devices_of(examples, params)
     share = n // math.gcd(n, devices) if n else 0
-    what = Summation(powers, chunk_bytes, devices, share)
+    what = Summation(powers, chunk_bytes, devices, share, by_example=by_example)
     # Typed as varying over devices, so that the gradients are those of one device.
     witness = jnp.zeros(())
     for x in jax.tree.leaves(operands):
@@ -277,18 +281,25 @@ def sums_and_outputs(
             return sums, h if keep else None
 
         try:
-            return jax.vmap(one, out_axes=(None, 0))(examples, weights)
+            axes = (0 if by_example else None, 0)
+            return jax.vmap(one, out_axes=axes)(examples, weights)
         except NotImplementedError:
             # Something in the model has no batching rule.
+            if by_example:
+                return lax.map(lambda x: one(*x), (examples, weights))
             return _one_by_one(one, examples, weights)
 
     if n == 0:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), operands[0])
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(0 if by_example else x.shape), operands[0]
+        )
         sums, h = [[z] * len(powers) for z in jax.tree.leaves(zeros)], weights
     else:
-        rows = _like_examples(operands[1]) if keep else None
+        rows = _like_examples(operands[1]) if keep or by_example else None
+        leaves = jax.tree.leaves(operands[0])
+        like = [rows for _ in leaves] if by_example else leaves
         sums, h = without_explicit_axes(
-            mapped, operands, (jax.tree.leaves(operands[0]), rows)
+            mapped, operands, (like, rows if keep else None)
         )
     if report is None:
         warn_of_fallbacks(leaves_of(params, used))

@@ -6,6 +6,7 @@ number of rows.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import Dataflow, is_real, size
 from fsam_optax._engine.primitives import name_of
 from fsam_optax._engine.sources import Site, Source
-from fsam_optax._engine.sums import looped, power, widened
+from fsam_optax._engine.squares import looped, mapped, square
+from fsam_optax._engine.sums import power, widened
 
 
 SCATTER = "scatter-add"
@@ -98,10 +100,11 @@ def embedding(site: Site) -> Source | None:
         if math.prod(bounds) <= rows:
             # The table is no larger than its rows: it is filled for each example.
             fn = _filled(site, indexed, lookups)
-            reduce = looped(fn, [site.like], site.what.powers, None)
+            reduce = looped(fn, [site.like], site.what, None)
             work += size(site.terms[0])
         else:
-            reduce = _reduction(site, indexed, lookups)
+            rule = _squares if site.what.by_example else _reduction
+            reduce = rule(site, indexed, lookups)
         return Source("embedding", work, tuple(operands), reduce)
     return _at_known_places(site, indexed, lookups, known)
 
@@ -190,10 +193,46 @@ def _filled(site, indexed, lookups):
     return fn
 
 
+def _numbered(lookups, bounds, *index):
+    """Returns the places of all rows, and for each the first of the same place."""
+    flat = [_flat(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
+    flat = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+    return flat, first_alike(flat, math.prod(bounds)) if len(flat) > 1 else None
+
+
+def _merged(lookups, dtype, first, *rows):
+    """Returns all rows, those of the same place added up at the first of them."""
+    rows = [
+        _stacked(x.astype(dtype), k.window) for x, k in zip(rows, lookups, strict=True)
+    ]
+    rows = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+    return rows if first is None else jnp.zeros_like(rows).at[first].add(rows)
+
+
+def _squares(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
+    """Sums the squares of the rows of each example."""
+    bounds, window = _table(site, indexed)
+
+    def one(ks, *operands):
+        flat, first = _numbered(lookups, bounds, *operands[::2])
+        rows = _merged(lookups, widened(site.like.dtype), first, *operands[1::2])
+        inside = jnp.expand_dims(flat < math.prod(bounds), range(1, rows.ndim))
+        rows = jnp.where(inside, rows, 0)
+
+        def at_rows(k):
+            if k.ndim == 0:
+                return k
+            k = jnp.moveaxis(k, indexed, range(len(bounds)))
+            return k.reshape(-1, *window).at[flat].get(mode="clip")
+
+        return [square(at_rows(k), rows) for k in ks]
+
+    return mapped(one, None)
+
+
 def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
     dtype = widened(site.like.dtype)
     bounds, _ = _table(site, indexed)
-    entries = math.prod(bounds)
 
     def reduce(has, weight, *operands):
         _, *has = has
@@ -202,34 +241,21 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
         has_index = [any(h[j] for h in has[::2]) for j in axes]
         has_rows = [any(h) for h in zip(has_index, *has[1::2], strict=True)]
 
-        def mapped(fn, several):
+        def over_leading(fn, several):
             """Maps a function over the leading axes that its operands have."""
             for j in reversed(axes):
                 if any(h[j] for h in several):
                     fn = jax.vmap(fn, [0 if h[j] else None for h in several])
             return fn
 
-        def numbered(*index):
-            flat = [_flat(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
-            flat = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
-            return flat, first_alike(flat, entries) if len(flat) > 1 else None
-
-        def merged(first, *rows):
-            rows = [
-                _stacked(x.astype(dtype), k.window)
-                for x, k in zip(rows, lookups, strict=True)
-            ]
-            rows = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-            if first is None:
-                return rows
-            return jnp.zeros_like(rows).at[first].add(rows)
-
-        flat, first = mapped(numbered, has[::2])(*index)
+        numbered = functools.partial(_numbered, lookups, bounds)
+        merged = functools.partial(_merged, lookups, dtype)
+        flat, first = over_leading(numbered, has[::2])(*index)
         if first is None:
-            found = mapped(lambda *rows: merged(None, *rows), has[1::2])(*rows)
+            found = over_leading(functools.partial(merged, None), has[1::2])(*rows)
             has_rows = [any(h[j] for h in has[1::2]) for j in axes]
         else:
-            found = mapped(merged, [has_index, *has[1::2]])(first, *rows)
+            found = over_leading(merged, [has_index, *has[1::2]])(first, *rows)
         return [_summed(site, indexed, weight, flat, has_index, found, has_rows)]
 
     return reduce
@@ -271,18 +297,20 @@ def symmetric(site: Site) -> Source | None:
     ):
         return None
     # The sum of the gradient of the matrix and its transpose, twice the diagonal.
-    both = dataclasses.replace(site, terms=(lookup.rows,))
+    what = dataclasses.replace(site.what, uniform=False)
+    both = dataclasses.replace(site, terms=(lookup.rows,), what=what)
     source = factored(both, mirrored=True)
     if source is None:
         return None
     inner = source.finish
+    like = lookup.rows.aval if source.like is None else source.like
 
     def finish(s, p, env):
         s = s if inner is None else inner(s, p, env)
         s = s[row, column] * jnp.where(row == column, 0.5**p, 1)
         return _into_table(site, indexed, jnp.asarray(places), s)
 
-    return dataclasses.replace(source, finish=finish)
+    return dataclasses.replace(source, finish=finish, like=like, keeps=False)
 
 
 def _at_known_places(site, indexed, lookups, known):
@@ -312,11 +340,11 @@ def _at_known_places(site, indexed, lookups, known):
         return _into_table(site, indexed, jnp.asarray(places), s)
 
     like = jax.ShapeDtypeStruct((len(places), *window), dtype)
-    reduce = looped(fn, [like], site.what.powers, None)
+    reduce = looped(fn, [like], site.what, None)
     moved = sum(math.prod(level.shape) for level in levels) * math.prod(window)
     work = float(moved + size(site.terms[0]))
     operands = tuple(lookup.rows for lookup in lookups)
-    return Source("embedding", work, operands, reduce, 0, None, finish)
+    return Source("embedding", work, operands, reduce, 0, None, finish, like)
 
 
 def _levels(which: np.ndarray, n: int) -> list[np.ndarray]:

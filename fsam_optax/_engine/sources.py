@@ -13,7 +13,7 @@ from fsam_optax._engine.work import operations
 
 @dataclass(frozen=True)
 class Summation:
-    """What is summed.
+    """What is summed, and over what.
 
     Attributes:
         powers: The powers.
@@ -24,6 +24,9 @@ class Summation:
         axes: How many axes the library maps over.
         limit: Size of the largest array that the model itself takes for an example. A
             larger one in the backward pass is the gradient of a parameter.
+        by_example: Whether the squares of each example are summed over its entries, for
+            its norm, instead of over the examples.
+        uniform: Whether all entries count the same then.
     """
 
     powers: tuple[int, ...]
@@ -32,6 +35,8 @@ class Summation:
     examples: int
     axes: int = 1
     limit: int = 1
+    by_example: bool = False
+    uniform: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Source:
         rule: Name of the rule, for the report.
         work: Operations for one example.
         operands: The variables that the rule reads.
-        reduce: The rule, see `sums`.
+        reduce: The rule, see `sums`, and `squares` for sums by example.
         held: Bytes that it holds for one example and cotangent at a time.
         prepare: Maps the values of the operands, for one example, to those that the
             rule reduces; None if they are the same.
         finish: Maps the sums of p-th powers, p and the values of the program to the
             sums of the source; None if they are the same.
+        like: Shape and dtype of the sums that `finish` takes.
+        keeps: Whether `finish` does no more than rearrange them.
         note: Why it is a fallback.
     """
 
@@ -58,6 +65,8 @@ class Source:
     held: int = 0
     prepare: Callable[..., list[Any]] | None = None
     finish: Callable[[Any, int, dict[Any, Any]], Any] | None = None
+    like: Any = None
+    keeps: bool = False
     note: str = ""
 
 

@@ -21,8 +21,10 @@ from fsam_optax._common.mapped_axes import vary_like
 DEFAULT_CHUNK_BYTES = 64 << 20
 
 
-def reduced(reduce: Callable, axes: int) -> Callable:
+def reduced(reduce: Callable, axes: int, summed: bool = True) -> Callable:
     """Returns an operation that the next `axes` maps sum over, and no later one.
+
+    If not `summed`, an operation whose results keep the axis of the one map.
 
     `jax.vmap` stacks what an operation returns for each example. The operation returned
     here is told to add it up instead. The weight is mapped by each of the library's
@@ -46,7 +48,7 @@ def reduced(reduce: Callable, axes: int) -> Callable:
             out = over(
                 tuple((b, *h) for b, h in zip(mapped, before, strict=True)), axes - 1
             )(*args)
-            return out, jax.tree.map(lambda _: False, out)
+            return out, jax.tree.map(lambda _: not summed, out)
 
         return operation
 

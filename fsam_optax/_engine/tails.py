@@ -10,9 +10,9 @@ from jax.extend.core import Literal
 from fsam_optax._engine.jaxpr import bind, read, size
 from fsam_optax._engine.primitives import CONTRACTIONS, name_of
 from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.squares import looped
 from fsam_optax._engine.sums import (
     convolution_as_product,
-    looped,
     precision_of,
     Steps,
     widened,
@@ -27,7 +27,7 @@ def whole(site: Site, rule: str, work: float) -> Source:
         return [sum(terms[1:], start=terms[0])]
 
     like = [site.like]
-    return Source(rule, work, site.terms, looped(total, like, site.what.powers, None))
+    return Source(rule, work, site.terms, looped(total, like, site.what, None))
 
 
 def tail(site: Site, stop: Iterable[Any], rule: str) -> Source:
@@ -60,7 +60,7 @@ def tail(site: Site, stop: Iterable[Any], rule: str) -> Source:
     held = sum(map(_working_size, eqns)) * dtype.itemsize
     products = any(name_of(e) in CONTRACTIONS for e in eqns)
     steps = Steps(held, what.chunk_bytes, what.devices, apart=products)
-    reduce = looped(fn, [site.like], what.powers, steps)
+    reduce = looped(fn, [site.like], what, steps)
     work = 2.0 * IN_LOOPS * size(site.terms[0])
     for e in eqns:
         large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])

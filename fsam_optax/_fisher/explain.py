@@ -6,6 +6,11 @@ from typing import Any
 
 from fsam_optax import _engine
 from fsam_optax._engine import Explanation
+from fsam_optax._fisher.example_gradients import (
+    losses_of,
+    per_example_norms,
+    takes_loss,
+)
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
@@ -29,7 +34,9 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
     Args:
         model: A `negative_log_likelihood`; or `apply_fn, likelihood` in its place; or
             `apply_fn`, followed by what `power_sums` takes:
-            `explain(apply_fn, params, inputs, cotangents, targets)`.
+            `explain(apply_fn, params, inputs, cotangents, targets)`. After
+            `per_example_norms`, as in `explain(per_example_norms, nll, params, batch)`,
+            the loss whose norms these are.
         *args: Parameters, batch, and further arguments of the model.
         **kwargs: Further keyword arguments of the model.
 
@@ -50,11 +57,19 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
         ['bias']    (2,)    reduction      1.00
         ['kernel']  (3, 2)  outer product  1.00
     """
+    if model is per_example_norms:
+        return _explain_norms(*args, **kwargs)
     if isinstance(model, NegativeLogLikelihood):
         return _explain(model, *args, **kwargs)
     if args and isinstance(args[0], Likelihood):
         return _explain(resolve("explain", model, args[0]), *args[1:], **kwargs)
     return _engine.explain(model, *args, **kwargs)
+
+
+@takes_loss
+def _explain_norms(loss, params, batch, *args, **kwargs):
+    losses = losses_of(loss, params, batch, args, kwargs)
+    return _engine.explain_squares(losses.of_one, params, losses.examples)
 
 
 def _explain(nll, params, batch, *args, **kwargs):
