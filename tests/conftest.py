@@ -122,7 +122,10 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     reasons = CANNOT_HOLD.get(config.getoption("--mode"), {})
+    pages = pathlib.Path(__file__).parents[1] / "docs"
     for item in items:
+        if pages in item.path.parents:  # They train, as the programs of pages do.
+            item.add_marker("slow")
         for name, reason in reasons.items():
             if name in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))

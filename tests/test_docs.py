@@ -95,6 +95,20 @@ def test_every_public_name_is_in_one_group_of_the_api():
     assert not load(DOCS / "_ext" / "api_groups.py").mistakes()
 
 
+def test_a_name_in_no_group_or_in_two_is_found(monkeypatch):
+    pytest.importorskip("flax")
+    api = load(DOCS / "_ext" / "api_groups.py")
+    found = api.groups()
+    found["fsam_optax"].remove("sam")
+    found["fsam_optax.nnx"] += ["explain", "sam"]
+    monkeypatch.setattr(api, "groups", lambda: found)
+    assert api.mistakes() == [
+        "fsam_optax.sam is in 0 groups.",
+        "fsam_optax.nnx.explain is in 2 groups.",
+        "fsam_optax.nnx.sam is in a group, but is not public.",
+    ]
+
+
 def test_the_picture_of_the_house_is_that_of_the_imports():
     house = load(DOCS / "house.py")
     if pathlib.Path(sys.modules["fsam_optax"].__file__).parents[1] != ROOT:
