@@ -253,7 +253,7 @@ def add_options(add):
     add("--batches", nargs="+", type=harness.whole, default=[32])
     add("--shares", nargs="+", type=float, default=SHARES, help="of the first network")
     add("--seeds", type=harness.whole, default=10)
-    add("--steps", nargs="+", type=harness.whole, default=[100, 800])
+    add("--steps", nargs="+", type=harness.whole, default=[800])
     add("--train-size", type=harness.whole, default=6000, help="most images")
     add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
 
