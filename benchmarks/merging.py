@@ -159,11 +159,28 @@ def apart(networks, problem):
     return {name: test(w) for name, w in zip(names, networks, strict=True)}
 
 
+def best_of(results):
+    """Returns for each method which share is best on held-out images."""
+    return {m: int(np.argmax(np.mean(r["held"], 1))) for m, r in results.items()}
+
+
+def headline(found):
+    """Returns what the picture shows."""
+    gains = []
+    for (scenario, _), (_, results) in found.items():
+        best = best_of(results)
+        ends = [
+            np.mean(results[m]["accuracy"][best[m]]) for m in (diagonals.EXACT, AVERAGE)
+        ]
+        gains.append(f"{100 * (ends[0] - ends[1]):+.1f} ({scenario})")
+    return f"Merged by exact F over the mean, each at its best: {', '.join(gains)}"
+
+
 def draw(found, options, path):
     """Draws accuracy against the share: one panel a scenario and length."""
     fig, axes = show.figure(
         *(len(options.steps), len(options.scenarios)),
-        f"Two networks merged into one ({options.data}); grey: trained on both",
+        headline(found),
         figsize=(12, 3.4 * len(options.steps)),
     )
     cells = axes.T.ravel()
@@ -221,7 +238,7 @@ def experiment(run: harness.Run) -> None:
 def report(scenario, steps, alone, results, options):
     """Prints one scenario: the share tuned, and one half."""
     half = int(np.argmin(np.abs(np.array(options.shares) - 0.5)))
-    best = {m: int(np.argmax(np.mean(r["held"], 1))) for m, r in results.items()}
+    best = best_of(results)
     plain = np.array(results[AVERAGE]["accuracy"])
     rows = []
     for method, result in results.items():
