@@ -98,14 +98,14 @@ def test_every_public_name_is_in_one_group_of_the_api():
 def test_a_name_in_no_group_or_in_two_is_found(monkeypatch):
     pytest.importorskip("flax")
     api = load(DOCS / "_ext" / "api_groups.py")
-    found = api.groups()
+    before, found = api.mistakes(), api.groups()
     found["fsam_optax"].remove("sam")
     found["fsam_optax.nnx"] += ["explain", "sam"]
     monkeypatch.setattr(api, "groups", lambda: found)
-    assert api.mistakes() == [
-        "fsam_optax.sam is in 0 groups.",
+    assert sorted(set(api.mistakes()) - set(before)) == [
         "fsam_optax.nnx.explain is in 2 groups.",
         "fsam_optax.nnx.sam is in a group, but is not public.",
+        "fsam_optax.sam is in 0 groups.",
     ]
 
 
