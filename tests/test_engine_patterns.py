@@ -71,6 +71,7 @@ def weight(name, rules, bound=1.3, batch=X, **params):
     return add
 
 
+SCALE = normal(D)
 LORA = {"a": normal(D, 2), "b": normal(2, D)}
 weight("lora_merged", [OUTER], **LORA)(lambda p: FIXED + p["a"] @ p["b"])
 weight("lora_merged_on_tokens", ["shared dense"], batch=SEQUENCES, **LORA)(
@@ -108,13 +109,16 @@ weight("toeplitz", ["mapped embedding + shared dense"], 4.0, v=normal(2 * D - 1)
 weight("weight_norm", [PAIRS, "reduction"], 3.0, v=FIXED, g=normal(D))(
     lambda p: p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True)
 )
+weight(
+    "weight_norm_on_tokens", ["mapped shared dense"], 1.5, SEQUENCES, v=FIXED, g=SCALE
+)(lambda p: p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True))
 weight("weight_standardised", ["mapped shared dense"], 5.0, v=FIXED)(
     lambda p: (p["v"] - p["v"].mean(0)) / jnp.sqrt(p["v"].var(0) + 1e-3)
 )
 weight(
     "dora_on_tokens",
-    ["mapped shared dense", "sum of products", "reduction"],
-    3.0,
+    ["mapped shared dense"],
+    2.0,
     SEQUENCES,
     m=normal(D),
     **LORA,

@@ -31,7 +31,7 @@ from fsam_optax._engine.jaxpr import (
 from fsam_optax._engine.layers import is_stacked, Loop, plan_loop, run_loop
 from fsam_optax._engine.moves import Moved, moved
 from fsam_optax._engine.report import Used
-from fsam_optax._engine.rules import chosen, fallback, reduction
+from fsam_optax._engine.rules import chosen, fallback, joined, reduction
 from fsam_optax._engine.sources import parameter_side, Site, Source, Summation
 from fsam_optax._engine.sums import reduced
 
@@ -137,6 +137,8 @@ def make_plan(
         if small is not None and (best is None or small.work < best.work / 2):
             best = small
         sources[key] = best if best is not None else fallback(site, held)
+    if not what.by_example:
+        sources = joined(sites, sources)
     needed = held | flow.ancestors(
         x for source in sources.values() for x in source.operands
     )
@@ -186,17 +188,20 @@ def run(
             sums.update({(id(v),): s for v, s in found.items()})
         else:
             evaluate([eqn], env, plan.needed)
+    # By rule, as several sources may share one.
+    reductions: dict[int, Any] = {}
     for key, (source, _) in plan.sources.items():
-        operands = [read(env, x) for x in source.operands]
-        if source.prepare is not None:
-            operands = source.prepare(*operands)
         if asked is not None:
+            operands = _operands(source, env)
             ks = asked.of_source(key, source, env)
             reduce = functools.partial(source.reduce, len(ks))
             operation = reduced(reduce, what.axes, summed=False)
             sums[key] = operation(weight, *ks, *operands)
             continue
-        (found,) = reduced(source.reduce, what.axes)(weight, *operands)
+        if id(source.reduce) not in reductions:
+            reduce = reduced(source.reduce, what.axes)
+            reductions[id(source.reduce)] = reduce(weight, *_operands(source, env))
+        found = reductions[id(source.reduce)][source.part]
         if source.finish is not None:
             found = [
                 source.finish(s, p, env)
@@ -206,6 +211,12 @@ def run(
     if asked is not None:
         return asked.totals(sums)
     return [origin.sums(sums, env, what.powers) for origin in plan.wanted]
+
+
+def _operands(source, env):
+    """Returns the values that a rule reduces."""
+    values = [read(env, x) for x in source.operands]
+    return values if source.prepare is None else source.prepare(*values)
 
 
 def most_held(plan: Plan) -> int:

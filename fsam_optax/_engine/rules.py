@@ -35,7 +35,7 @@ from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of
 from fsam_optax._engine.rows import embedding, symmetric
 from fsam_optax._engine.sources import Site, Source
-from fsam_optax._engine.tails import tail, whole
+from fsam_optax._engine.tails import joint, tail, whole
 from fsam_optax._engine.work import total
 
 
@@ -51,6 +51,12 @@ def constant(site: Site) -> Source | None:
 
 def contraction(site: Site) -> Source | None:
     """Sums of products, convolutions and scattered rows, formed example by example."""
+    found = _contracted(site)
+    return None if found is None else tail(site, *found)
+
+
+def _contracted(site: Site) -> tuple[list[Any], str] | None:
+    """Returns the operands of contractions, and the name of the rule; or None."""
     region = site.region()
     names = [name_of(e) for e in region]
     found = [CONTRACTIONS[name] for name in names if name in CONTRACTIONS]
@@ -63,7 +69,56 @@ def contraction(site: Site) -> Source | None:
         for e, name in zip(region, names, strict=True)
         if name not in LINEAR_MOVES and name not in ("add", "add_any")
     )
-    return tail(site, operands, f"mapped {rule}" if mapped else rule)
+    return operands, f"mapped {rule}" if mapped else rule
+
+
+def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Source]:
+    """Joins sources that map the same product: it is formed for all of them at once.
+
+    What has a rule of its own joins them if that is less work.
+    """
+    groups: list[tuple[set[int], list[Any]]] = []
+    for key, source in sources.items():
+        if source.rule.startswith("mapped "):
+            formed = _formed(sites[key])
+            same = [g for g in groups if not g[0].isdisjoint(formed)]
+            groups = [g for g in groups if g not in same]
+            formed |= {x for g in same for x in g[0]}
+            groups.append((formed, [*(k for g in same for k in g[1]), key]))
+    found = dict(sources)
+    for formed, keys in groups:
+        others = [
+            key
+            for key, site in sites.items()
+            if key in sources
+            and key not in keys
+            and not formed.isdisjoint(_formed(site))
+        ]
+        best = sum(sources[key].work for key in (*keys, *others)), {}
+        for several in (keys, [*keys, *others]):
+            whole = [(key, x) for key in several if (x := _contracted(sites[key]))]
+            if len(whole) < max(2, len(several)):
+                continue
+            stop = [v for _, (operands, _) in whole for v in operands]
+            joint_sources = joint(
+                [sites[key] for key, _ in whole], stop, [rule for _, (_, rule) in whole]
+            )
+            new = dict(zip(several, joint_sources, strict=True))
+            rest = sum(sources[key].work for key in others if key not in new)
+            work = rest + sum(x.work for x in new.values())
+            if work < best[0]:
+                best = work, new
+        for key, source in best[1].items():
+            # What is said of one alone is not that others share it.
+            alone = contraction(sites[key])
+            if alone is not None:
+                found[key] = dataclasses.replace(source, work=alone.work)
+    return found
+
+
+def _formed(site):
+    """Returns the contractions in the region of a site."""
+    return {id(e) for e in site.region() if name_of(e) in CONTRACTIONS}
 
 
 def _boundary(site, region):

@@ -56,6 +56,8 @@ class Source:
         like: Shape and dtype of the sums that `finish` takes.
         keeps: Whether `finish` does no more than rearrange them.
         note: Why it is a fallback.
+        part: Which of the values that the rule reduces it is; sources of the same rule
+            share what it computes.
     """
 
     rule: str
@@ -68,6 +70,7 @@ class Source:
     like: Any = None
     keeps: bool = False
     note: str = ""
+    part: int = 0
 
 
 @dataclass(frozen=True)

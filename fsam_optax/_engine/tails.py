@@ -1,7 +1,7 @@
 """The end of a program that leads to a gradient, evaluated a few examples at a time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax import lax
@@ -38,34 +38,74 @@ def tail(site: Site, stop: Iterable[Any], rule: str) -> Source:
         stop: Variables that are there already.
         rule: Name of the rule.
     """
-    flow, what = site.flow, site.what
-    inside = {x for x in flow.ancestors(site.terms, stop=stop) if flow.varies(x)}
-    eqns = flow.equations(inside)
+    return joint([site], stop, [rule])[0]
+
+
+def joint(
+    sites: Sequence[Site], stop: Iterable[Any], rules: Sequence[str]
+) -> list[Source]:
+    """Returns sources as `tail` does, which evaluate what they share once.
+
+    Args:
+        sites: What to evaluate, in one program.
+        stop: Variables that are there already.
+        rules: Names of the rules.
+    """
+    flow, what = sites[0].flow, sites[0].what
+    stop = [*stop]
+    own = []
+    for site in sites:
+        inside = {x for x in flow.ancestors(site.terms, stop=stop) if flow.varies(x)}
+        own.append(flow.equations(inside))
+    users: dict[int, int] = {}
+    for e in (e for eqns in own for e in eqns):
+        users[id(e)] = users.get(id(e), 0) + 1
+    eqns = flow.equations(x for eqns in own for e in eqns for x in e.outvars)
     made = {x for e in eqns for x in e.outvars}
-    reads = [*(x for e in eqns for x in e.invars), *site.terms]
+    reads = [x for e in eqns for x in e.invars]
+    reads += [x for site in sites for x in site.terms]
     operands = tuple(
         dict.fromkeys(x for x in reads if not isinstance(x, Literal) and x not in made)
     )
-    dtype = widened(site.like.dtype)
+    # What is not rounded: a product that is all of a sum, and read by nothing else.
+    last = {
+        id(site.terms[0]): widened(site.like.dtype)
+        for site in sites
+        if len(site.terms) == 1 and site.terms[0] not in reads[: -_count(sites)]
+    }
 
     def fn(*values):
         env = dict(zip(operands, values, strict=True))
         for e in eqns:
             inputs = [read(env, x) for x in e.invars]
-            last = len(site.terms) == 1 and e.outvars[0] is site.terms[0]
-            env.update(zip(e.outvars, _evaluated(e, inputs, last, dtype), strict=True))
-        terms = [read(env, x).astype(dtype) for x in site.terms]
-        return [sum(terms[1:], start=terms[0])]
+            dtype = last.get(id(e.outvars[0]))
+            wide = dtype or widened(e.outvars[0].aval.dtype)
+            found = _evaluated(e, inputs, dtype is not None, wide)
+            env.update(zip(e.outvars, found, strict=True))
+        sums = []
+        for site in sites:
+            dtype = widened(site.like.dtype)
+            terms = [read(env, x).astype(dtype) for x in site.terms]
+            sums.append(sum(terms[1:], start=terms[0]))
+        return sums
 
-    held = sum(map(_working_size, eqns)) * dtype.itemsize
+    wide = max(widened(site.like.dtype).itemsize for site in sites)
+    held = sum(map(_working_size, eqns)) * wide
     products = any(name_of(e) in CONTRACTIONS for e in eqns)
     steps = Steps(held, what.chunk_bytes, what.devices, apart=products)
-    reduce = looped(fn, [site.like], what, steps)
-    work = 2.0 * IN_LOOPS * size(site.terms[0])
-    for e in eqns:
-        large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
-        work += operations(e) * (IN_LOOPS if large else 1.0)
-    return Source(rule, work, operands, reduce, held)
+    reduce = looped(fn, [site.like for site in sites], what, steps)
+    found = []
+    for k, (site, rule) in enumerate(zip(sites, rules, strict=True)):
+        work = 2.0 * IN_LOOPS * size(site.terms[0])
+        for e in own[k]:
+            large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
+            work += operations(e) * (IN_LOOPS if large else 1.0) / users[id(e)]
+        found.append(Source(rule, work, operands, reduce, held, part=k))
+    return found
+
+
+def _count(sites):
+    return sum(len(site.terms) for site in sites)
 
 
 def _evaluated(eqn, inputs, last, dtype):
