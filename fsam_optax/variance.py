@@ -81,25 +81,6 @@ __all__ = [
 _of_inputs = functools.partial(takes_model, inputs_only=True)
 
 
-__all__ = [
-    "Bounds",
-    "SampledVariance",
-    "TraceBounds",
-    "fisher_bounds",
-    "fisher_variance_between_inputs",
-    "fisher_variance_between_inputs_bound",
-    "fisher_variance_i1",
-    "fisher_variance_i1_bounds",
-    "fisher_variance_i1_sampled",
-    "fisher_variance_i2",
-    "fisher_variance_i2_bounds",
-    "fisher_variance_i2_sampled",
-    "fisher_variance_joint",
-    "fisher_variance_trace_bounds",
-    "prefer",
-]
-
-
 class Bounds(NamedTuple):
     """Lower and upper bound of each entry, two trees with the structure of params."""
 

@@ -381,3 +381,19 @@ def test_multi_step_says_what_it_needs():
         multi_step(jnp.array(2), euclidean_ball(0.1))
     with pytest.raises(ValueError, match=r"project\(eps\)"):
         ascend(multi_step(2, euclidean_ball(0.1), project=lambda eps: eps[:1]))
+
+
+@pytest.mark.parametrize("broken", [jnp.nan, jnp.inf])
+def test_an_end_of_the_extrapolation_does_not_see_the_other_gradient(broken):
+    g, h = jnp.array([1.0, 2.0]), jnp.array([3.0, broken])
+    base, sam = extrapolate(0.0), extrapolate(1.0)
+    d, _ = base.update(h, base.init(g), clean_grads=g, eps=g)
+    assert_equal(d, g)
+    d, _ = sam.update(g, sam.init(g), clean_grads=h, eps=g)
+    assert_equal(d, g)
+    change = jax.grad(
+        lambda alpha: extrapolate(alpha).update(
+            jnp.float32(5.0), optax.EmptyState(), clean_grads=jnp.float32(2.0), eps=g
+        )[0]
+    )
+    assert change(0.0) == change(1.0) == 3.0

@@ -485,6 +485,26 @@ def test_lagged_refuses_what_needs_a_gradient_at_w(option):
         value_and_grad(loss, BALL, lagged=True, **option)
 
 
+def test_lagged_measures_what_there_is_without_a_gradient_at_w():
+    f = value_and_grad(loss, BALL, lagged=True)
+    state = f.init(PARAMS)
+    for _ in range(2):
+        point = jax.tree.map(jnp.add, PARAMS, state.displacement)
+        _, grads, state = f(PARAMS, state, (X, Y))
+    found = fsam_optax.metrics(state)
+    assert not {"grad_norm", "gradient_cosine", "sharpness"} & found.keys()
+    np.testing.assert_allclose(
+        found["perturbed_grad_norm"], optax.tree.norm(grads), rtol=1e-5
+    )
+    eps = jax.tree.map(jnp.subtract, point, PARAMS)
+    np.testing.assert_allclose(
+        found["perturbation_norm"], optax.tree.norm(eps), rtol=1e-5
+    )
+    assert found["leaf_perturbation_norms"].keys() == PARAMS.keys()
+    off = value_and_grad(loss, BALL, lagged=True, metrics=False)
+    assert off.init(PARAMS).metrics is None
+
+
 def test_lagged_costs_one_gradient():
     f = value_and_grad(loss, BALL, lagged=True)
     explained = f.explain(PARAMS, (X, Y))

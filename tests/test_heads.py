@@ -1,6 +1,8 @@
 """Likelihoods of several outputs and of a mean with its variance, by quadrature."""
 
+import gc
 import itertools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -173,3 +175,13 @@ def test_equal_heads_are_equal():
     assert hash(fsam.heads(HEADS)) == hash(fsam.heads(dict(HEADS)))
     with pytest.raises(TypeError, match="likelihoods"):
         fsam.heads({"class": fsam.gaussian})
+
+
+def test_heads_that_are_equal_are_not_held_on_to():
+    own = fsam.gaussian(jnp.float32(2.0))  # Its functions are closures.
+    assert fsam.heads({"a": own}) == fsam.heads({"a": own})
+    assert hash(fsam.heads({"a": own})) == hash(fsam.heads({"a": own}))
+    gone = weakref.ref(own.log_prob)
+    del own
+    gc.collect()
+    assert gone() is None

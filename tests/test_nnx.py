@@ -395,3 +395,11 @@ def test_wrong_calls_are_explained():
         f(model, f.init(model), (batch, nnx.Rngs(0)))
     with pytest.raises(TypeError, match=r"f\(params, state, batch\)`"):
         f(f.init(model), model, batch)
+
+
+def test_the_optimizer_of_parameters_names_itself_when_given_a_module():
+    model = Net(nnx.Rngs(0))
+    tx = fsam_optax.sam(optax.sgd(0.1))
+    state = tx.init({"w": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"optax.sharpness_aware.*nnx.value_and_grad"):
+        tx.update(model, state, model, grad_fn=lambda m: m)

@@ -19,6 +19,7 @@ from fsam_optax._fisher.likelihoods import (
     Likelihood,
     poisson,
 )
+from fsam_optax._study.second_order import dense_fisher
 from fsam_optax.variance import (
     fisher_bounds,
     fisher_variance_between_inputs,
@@ -365,3 +366,23 @@ def test_missing_moments_are_named():
 def test_a_sample_variance_needs_two_draws(sampled):
     with pytest.raises(ValueError, match="`num_draws`"):
         sampled(net, categorical, PARAMS, X, num_draws=1, key=KEY)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("function", [fisher_variance_i1, dense_fisher])
+def test_a_device_studies_its_own_inputs(function, check_vma):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    w, x = jnp.ones((2, 1)), jnp.arange(8.0).reshape(4, 2) / 4
+
+    def of(x):
+        batch = (x, None) if function is dense_fisher else x
+        return function(lambda w, x: jnp.tanh(x @ w), gaussian(), w, batch)
+
+    each = jax.shard_map(
+        lambda x: of(x)[None],
+        mesh=mesh,
+        in_specs=jax.P("i"),
+        out_specs=jax.P("i"),
+        check_vma=check_vma,
+    )
+    np.testing.assert_allclose(jnp.mean(jax.jit(each)(x), 0), of(x), rtol=1e-5)

@@ -189,8 +189,11 @@ def is_nnx_state(tree: Any) -> bool:
     return nnx is not None and isinstance(tree, nnx.State)
 
 
-def check_no_module(caller: str, params: Any) -> None:
-    """Raises TypeError for a Flax NNX module that holds more than parameters."""
+def check_no_module(caller: str, params: Any, instead: str | None = None) -> None:
+    """Raises TypeError for a Flax NNX module that holds more than parameters.
+
+    `instead` is the function of `fsam_optax.nnx` to use, if its name is another one.
+    """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return
@@ -207,8 +210,9 @@ def check_no_module(caller: str, params: Any) -> None:
                     f"`params` is a Flax NNX module, {type(module).__name__}, which "
                     f"`fsam_optax.{caller}` would not update beside its parameters "
                     "(statistics of BatchNorm, counts of Dropout): use "
-                    f"`fsam_optax.nnx.{caller}` with the module, or pass parameters "
-                    "alone, as `nnx.split(model, nnx.Param, ...)` gives them."
+                    f"`fsam_optax.nnx.{instead or caller}` with the module, or pass "
+                    "parameters alone, as `nnx.split(model, nnx.Param, ...)` gives "
+                    "them."
                 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,79 +64,115 @@ def _sum(values: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, values)
 
 
-@functools.cache
-def _heads(structure: Any, likelihoods: tuple[Likelihood, ...]) -> Likelihood:
-    def split(*trees):
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """The likelihoods of the heads: what the functions of all of them start from."""
+
+    structure: Any
+    likelihoods: tuple[Likelihood, ...]
+
+    def split(self, *trees):
         """Yields each likelihood with its parts of some trees."""
-        parts = [structure.flatten_up_to(tree) for tree in trees]
-        return zip(likelihoods, *parts, strict=True)
+        parts = [self.structure.flatten_up_to(tree) for tree in trees]
+        return zip(self.likelihoods, *parts, strict=True)
 
-    def together(parts):
-        return structure.unflatten(list(parts))
+    def together(self, parts):
+        """Returns the tree of what the heads have made."""
+        return self.structure.unflatten(list(parts))
 
-    def log_prob(h, y):
-        return _sum([one.log_prob(h, y) for one, h, y in split(h, y)])
 
-    def sample(key, h):
-        keys = jax.random.split(key, len(likelihoods))
-        draws = zip(keys, split(h), strict=True)
-        return together(one.sample(key, h) for key, (one, h) in draws)
+@dataclasses.dataclass(frozen=True)
+class _Of:
+    """A function of the heads and more: equal to another one where both are."""
 
-    def presence(h, y) -> Any:
-        each = [one.presence and one.presence(h, y) for one, h, y in split(h, y)]
-        if all(here is None for here in each):
-            return None
-        return together(
-            jnp.ones((*h.shape[:-1], 1), widen(h)) if here is None else here
-            for here, (_, h) in zip(each, split(h), strict=True)
-        )
+    function: Callable[..., Any]
+    heads: _Heads
 
-    def fourth_moment(h, u):
-        # Of a sum of independent terms of mean 0.
-        fourth, variances = [], []
-        for one, own, v in split(h, u):
-            if one.fourth_moment is None:
-                raise TypeError("A head has a likelihood without `fourth_moment`.")
-            rows = jnp.einsum(
-                "...ck,...c->...k", one.factor(own), v, precision="highest"
-            )
-            variances.append(jnp.sum(rows**2, axis=-1))
-            fourth.append(one.fourth_moment(own, v) - 3 * variances[-1] ** 2)
-        return _sum(fourth) + 3 * _sum(variances) ** 2
+    def __call__(self, *args: Any) -> Any:
+        """Returns what the function makes of the heads and its arguments."""
+        return self.function(self.heads, *args)
 
-    def bounds(h):
-        # As for independent labels: between the extreme entries of a matrix.
-        each = []
-        for one, own in split(h):
-            if one.bounds is None:
-                raise TypeError("A head has a likelihood without `bounds`.")
-            each.append(one.bounds(own))
-        low, high, fourth_low, fourth_high = (list(x) for x in zip(*each, strict=True))
-        pairs = [(i, j) for i in range(len(each)) for j in range(i)]
-        fourth_low += [2 * low[i] * low[j] for i, j in pairs]
-        fourth_high += [2 * high[i] * high[j] for i, j in pairs]
-        return MomentBounds(
-            fisher_min=functools.reduce(jnp.minimum, low),
-            fisher_max=functools.reduce(jnp.maximum, high),
-            fourth_min=functools.reduce(jnp.minimum, fourth_low),
-            fourth_max=functools.reduce(jnp.maximum, fourth_high),
-        )
 
-    def divergence(h, k):
-        return _sum([one.divergence(h, k) for one, h, k in split(h, k)])
+def _all_log_prob(heads, h, y):
+    return _sum([one.log_prob(h, y) for one, h, y in heads.split(h, y)])
 
+
+def _all_sample(heads, key, h):
+    keys = jax.random.split(key, len(heads.likelihoods))
+    draws = zip(keys, heads.split(h), strict=True)
+    return heads.together(one.sample(key, h) for key, (one, h) in draws)
+
+
+def _all_presence(heads, h, y) -> Any:
+    each = [one.presence and one.presence(h, y) for one, h, y in heads.split(h, y)]
+    if all(here is None for here in each):
+        return None
+    return heads.together(
+        jnp.ones((*h.shape[:-1], 1), widen(h)) if here is None else here
+        for here, (_, h) in zip(each, heads.split(h), strict=True)
+    )
+
+
+def _all_fourth_moment(heads, h, u):
+    # Of a sum of independent terms of mean 0.
+    fourth, variances = [], []
+    for one, own, v in heads.split(h, u):
+        if one.fourth_moment is None:
+            raise TypeError("A head has a likelihood without `fourth_moment`.")
+        rows = jnp.einsum("...ck,...c->...k", one.factor(own), v, precision="highest")
+        variances.append(jnp.sum(rows**2, axis=-1))
+        fourth.append(one.fourth_moment(own, v) - 3 * variances[-1] ** 2)
+    return _sum(fourth) + 3 * _sum(variances) ** 2
+
+
+def _all_bounds(heads, h):
+    # As for independent labels: between the extreme entries of a matrix.
+    each = []
+    for one, own in heads.split(h):
+        if one.bounds is None:
+            raise TypeError("A head has a likelihood without `bounds`.")
+        each.append(one.bounds(own))
+    low, high, fourth_low, fourth_high = (list(x) for x in zip(*each, strict=True))
+    pairs = [(i, j) for i in range(len(each)) for j in range(i)]
+    fourth_low += [2 * low[i] * low[j] for i, j in pairs]
+    fourth_high += [2 * high[i] * high[j] for i, j in pairs]
+    return MomentBounds(
+        fisher_min=functools.reduce(jnp.minimum, low),
+        fisher_max=functools.reduce(jnp.maximum, high),
+        fourth_min=functools.reduce(jnp.minimum, fourth_low),
+        fourth_max=functools.reduce(jnp.maximum, fourth_high),
+    )
+
+
+def _all_divergence(heads, h, k):
+    return _sum([one.divergence(h, k) for one, h, k in heads.split(h, k)])
+
+
+def _all_score(heads, h, y):
+    return heads.together(one.score(h, y) for one, h, y in heads.split(h, y))
+
+
+def _all_factor(heads, h):
+    return heads.together(one.factor(h) for one, h in heads.split(h))
+
+
+def _all_factor_product(heads, h, v):
+    return heads.together(factor_product(one, h, v) for one, h, v in heads.split(h, v))
+
+
+def _heads(structure: Any, likelihoods: tuple[Likelihood, ...]) -> Likelihood:
+    each = _Heads(structure, likelihoods)
+    known = all(x.divergence for x in likelihoods)
     return Likelihood(
-        log_prob=log_prob,
-        sample=sample,
-        score=lambda h, y: together(one.score(h, y) for one, h, y in split(h, y)),
-        factor=lambda h: together(one.factor(h) for one, h in split(h)),
-        factor_product=lambda h, v: together(
-            factor_product(one, h, v) for one, h, v in split(h, v)
-        ),
-        fourth_moment=fourth_moment,
-        bounds=bounds,
-        presence=presence,
-        divergence=divergence if all(x.divergence for x in likelihoods) else None,
+        log_prob=_Of(_all_log_prob, each),
+        sample=_Of(_all_sample, each),
+        score=_Of(_all_score, each),
+        factor=_Of(_all_factor, each),
+        factor_product=_Of(_all_factor_product, each),
+        fourth_moment=_Of(_all_fourth_moment, each),
+        bounds=_Of(_all_bounds, each),
+        presence=_Of(_all_presence, each),
+        divergence=_Of(_all_divergence, each) if known else None,
         heads=structure,
     )
 

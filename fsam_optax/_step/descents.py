@@ -119,7 +119,11 @@ def extrapolate(alpha: jax.typing.ArrayLike) -> optax.GradientTransformationExtr
         start = jnp.where(near_clean, 0.0, 1.0)
 
         def leaf(h, g):
-            return jnp.where(near_clean, g, h) + (alpha - start) * (h - g)
+            change = h - g
+            # At an end, whatever the other gradient is.
+            known = jnp.isfinite(change) | (alpha != start)
+            change = jnp.where(known, change, 0)
+            return jnp.where(near_clean, g, h) + (alpha - start) * change
 
         return _map(leaf, h, g)
 

@@ -23,6 +23,7 @@ from fsam_optax._common.mapped_axes import AxisName, merge, replica_index, vary
 from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.displaced import no_displacement
 from fsam_optax._step.explain import explain_step, StepExplanation
+from fsam_optax._step.metrics import measure_lagged, Metrics, no_lagged_metrics
 from fsam_optax._step.parts import Data, mean_over_parts, names, Part
 from fsam_optax._step.passes import clean_pass, weight_of
 from fsam_optax._step.step import cast_like, Rule
@@ -35,11 +36,14 @@ class LaggedState(NamedTuple):
         step: Calls made so far; saturates.  # shape=(), dtype=int32
         perturbation: State of the perturbation.
         displacement: The eps that the next step is taken at, in float32 or wider.
+        metrics: Metrics of the last step, without `grad_norm` and `gradient_cosine`;
+            None if not asked for.
     """
 
     step: jax.Array
     perturbation: optax.OptState
     displacement: Any
+    metrics: Metrics | None = None
 
 
 class Lagged(NamedTuple):
@@ -53,6 +57,7 @@ class Lagged(NamedTuple):
         micro_batches: Number of parts of a batch; None for one.
         merge_aux: Makes one aux of those of the parts.
         axis_name: Mapped axes whose devices hold parts of the batch.
+        metrics: Whether to measure.
     """
 
     loss_fn: Callable[..., Any]
@@ -62,6 +67,7 @@ class Lagged(NamedTuple):
     micro_batches: int | None
     merge_aux: Callable[[Any], Any] | None
     axis_name: AxisName
+    metrics: bool
 
 
 def init(oracle: Lagged, params: Any = None) -> LaggedState:
@@ -74,6 +80,7 @@ def init(oracle: Lagged, params: Any = None) -> LaggedState:
         step=jnp.zeros([], jnp.int32),
         perturbation=perturbation,
         displacement=no_displacement(params),
+        metrics=no_lagged_metrics(params) if oracle.metrics else None,
     )
 
 
@@ -136,6 +143,7 @@ def apply(
         displacement=jax.tree.map(
             lambda e, old: e.astype(old.dtype), eps, state.displacement
         ),
+        metrics=measure_lagged(grads, params, point) if oracle.metrics else None,
     )
     return ((value, aux) if oracle.has_aux else value), grads, state
 

@@ -74,6 +74,8 @@ def metrics(state: Any) -> Measured:
         nodes = _nodes(state, kind)
         for i, node in enumerate(nodes):
             for name in names:
+                if getattr(node, name) is None:  # What a lagged step has not.
+                    continue
                 label = name if len(nodes) == 1 else f"{name}_{i}"
                 found[label] = getattr(node, name)
     if not found:

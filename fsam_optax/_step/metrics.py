@@ -17,22 +17,23 @@ class Metrics(NamedTuple):
     """What the last perturbed step was like; every number is a float32 of shape ().
 
     Attributes:
-        grad_norm: Euclidean norm of the gradient at the parameters w.
+        grad_norm: Euclidean norm of the gradient at the parameters w; None with
+            `lagged=True`, where none is taken there.
         perturbed_grad_norm: Euclidean norm of the gradient at w + eps.
         perturbation_norm: Euclidean norm of eps, whatever the geometry, as the loss saw
             it: after w + eps was rounded.
         gradient_cosine: Cosine of the angle between the two gradients, 0 if one is 0,
             NaN if one is not finite. Near 1, the perturbation changes nothing but the
-            length of the step.
+            length of the step. None with `lagged=True`.
         leaf_perturbation_norms: The norm of eps in each array, in the structure of the
             parameters. It shows what is perturbed though the base optimizer freezes
             it: leave that out with the perturbation's `mask`.
     """
 
-    grad_norm: jax.Array
+    grad_norm: jax.Array | None
     perturbed_grad_norm: jax.Array
     perturbation_norm: jax.Array
-    gradient_cosine: jax.Array
+    gradient_cosine: jax.Array | None
     leaf_perturbation_norms: Any
 
 
@@ -41,6 +42,20 @@ def no_metrics(params: Any) -> Metrics:
     leaves = jax.tree.map(lambda _: jnp.zeros([], jnp.float32), params)
     a, b, c, d = (jnp.zeros([], jnp.float32) for _ in range(4))
     return Metrics(a, b, c, d, leaves)
+
+
+def no_lagged_metrics(params: Any) -> Metrics:
+    """Returns the same, without what needs a gradient at w."""
+    return no_metrics(params)._replace(grad_norm=None, gradient_cosine=None)
+
+
+def measure_lagged(grads: Any, params: Any, point: Any) -> Metrics:
+    """Computes the metrics of a step whose only gradient is that at `point`."""
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(grads) if is_real(x)]
+    length = norm(leaves, 2, axes_of_shards(leaves))
+    whole, each = step_norms(params, point)
+    values = Metrics(None, length, whole, None, each)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
 
 
 def measure(grads: Any, perturbed_grads: Any, params: Any, point: Any) -> Metrics:

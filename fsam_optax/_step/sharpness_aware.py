@@ -169,7 +169,7 @@ def sharpness_aware(
         **extra_args,
     ):
         check_params("sharpness_aware", params)
-        check_no_module("value_and_grad", params)
+        check_no_module("sharpness_aware", params, "value_and_grad")
         _check_whole(params)
         check_leaves(params, "params")
         check_like("grads", updates, "params", params)

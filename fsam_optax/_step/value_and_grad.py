@@ -139,8 +139,9 @@ def value_and_grad(
         lagged: Take the eps of the step before, so that a step costs one gradient, as
             in `displaced`, but with clean parameters in the caller's hands. Value and
             `aux` are those at w + eps, and there is one eps a step, of the mean
-            gradient over parts and devices. No `descent`, no `every`, no metrics and
-            no sharpness: there is no gradient at w to compare with.
+            gradient over parts and devices. No `descent`, no `every`, no sharpness and
+            no `grad_norm` or `gradient_cosine` among the metrics: there is no gradient
+            at w to compare with.
         functional: Take as the second gradient that of the outputs at w, pulled back
             at w + eps (Functional SAM). `loss_fn` must be a `negative_log_likelihood`.
         perturb_dtype: Dtype in which the second pass sees w + eps. None keeps the
@@ -235,6 +236,7 @@ def value_and_grad(
             micro_batches,
             merge_aux,
             axis_name,
+            metrics,
         )
         return ValueAndGrad(
             functools.partial(lagged_step.init, one_pass),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._common.checks import check_leaves
+from fsam_optax._common.mapped_axes import axes_of_shards, vary, vary_like
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher.labels import expand, weigh
 from fsam_optax._fisher.negative_log_likelihood import (
@@ -89,6 +90,9 @@ def mean_over_jacobians(
     Returns:
         A tuple of trees with the structure of params.
     """
+    data = (examples.inputs, examples.scales, *extra)
+    # The derivatives are of the examples of this device, not summed over all.
+    params = vary(params, axes_of_shards(data) or None)
 
     def share(example):
         x, scale, *rest = example
@@ -107,11 +111,10 @@ def mean_over_jacobians(
     def add(total, example):
         return jax.tree.map(jnp.add, total, share(example)), None
 
-    data = (examples.inputs, examples.scales, *extra)
     first = jax.tree.map(lambda x: x[0], data)
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(share, first)
-    )
+    like = jax.eval_shape(share, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    zero = vary_like(zero, like)
     total, _ = jax.lax.scan(add, zero, data)
     return jax.tree.map(lambda x: x / len(examples.scales), total)
 

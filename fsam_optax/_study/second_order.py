@@ -17,6 +17,7 @@ from fsam_optax._common.checks import (
     check_params,
     check_transformation,
 )
+from fsam_optax._common.mapped_axes import axes_of_shards, vary
 from fsam_optax._common.norms import divisor, widen
 from fsam_optax._fisher.labels import factor_columns, log_likelihood, score, weigh
 from fsam_optax._fisher.negative_log_likelihood import (
@@ -108,6 +109,8 @@ def _mean_of_products(nll, params, batch, args, kwargs, factors, reader=None):
         targets = None
     outputs = outputs_like(nll, params, inputs, call)
     labels = weigh(nll.likelihood, outputs, targets, weights)
+    # The derivatives are of the examples of this device, not summed over all.
+    params = vary(params, axes_of_shards(inputs) or None)
     flat, unravel = ravel_pytree(params)
 
     def rows(x, row, label):
