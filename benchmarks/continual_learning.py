@@ -37,6 +37,7 @@ SCENARIOS = {
     "one head": "two classes a task, one output layer of ten",
 }
 EWC, ONLINE = "EWC", "online EWC"
+LINE = {"color": show.BLACK, "lw": 1}
 STRENGTHS = (0.0, *np.round(10 ** np.arange(0.5, 8.6, 0.75), 3).tolist())
 
 
@@ -200,9 +201,25 @@ def best(result):
     return int(np.argmax(result["held"]))
 
 
-def draw(title, found, joined, options, path):
+def headline(scenario, results):
+    """Returns what the picture shows."""
+    names = [n for n, anchoring in results if anchoring == EWC][1:]
+    every = [results[name, EWC] for name in names]
+    exact = results[diagonals.EXACT, EWC]
+    at = best(exact)
+    own = [np.mean(r["accuracy"][best(r)]) for r in every]
+    fixed = [np.mean(r["accuracy"][at]) for r in every]
+    return (
+        f"{scenario}: exact F {np.mean(exact['accuracy'][at]):.1%}, the others "
+        f"{min(own):.1%} to {max(own):.1%} at a lambda of their own, "
+        f"{min(fixed):.1%} to {max(fixed):.1%} at that of F"
+    )
+
+
+def draw(found, joined, options, path):
     """Draws accuracy against lambda: one panel a scenario."""
-    fig, axes = show.figure(1, len(found), title, figsize=(11, 4.2), sharey=False)
+    title = headline(*next(iter(found.items())))
+    fig, axes = show.figure(1, len(found), title, figsize=(12, 4.2), sharey=False)
     shown = np.array(options.strengths)
     for axis, (scenario, results) in zip(axes[0], found.items(), strict=True):
         for (name, anchoring), result in results.items():
@@ -216,13 +233,13 @@ def draw(title, found, joined, options, path):
                 **(show.look(name) | {"ms": 4, "label": name}),
             )
         plain = 100 * np.mean(next(iter(results.values()))["accuracy"][0])
-        axis.axhline(100 * np.mean(joined[scenario]), color=show.BLACK, lw=1)
-        axis.axhline(plain, color=show.BLACK, lw=1, ls=":")
+        axis.axhline(100 * np.mean(joined[scenario]), **LINE, label="all at once")
+        axis.axhline(plain, **LINE, ls=":", label="no penalty")
         axis.set_xscale("log")
         axis.set_xlabel("lambda (1: Bayes' rule)")
-        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}", fontsize=8)
+        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}", fontsize=9)
     axes[0][0].set_ylabel("accuracy over all tasks at the end, %")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     show.save(fig, path)
 
 
@@ -256,9 +273,8 @@ def experiment(run: harness.Run) -> None:
             for name in names_of(scenario, anchoring, options)
         }
         report(scenario, found[scenario], joined[scenario], options)
-    title = f"EWC on {options.data}: dotted without, line all tasks at once"
     suffix = "" if options.data == "digits" else f"_{options.data}"
-    draw(title, found, joined, options, run.picture(suffix.replace("-", "_")))
+    draw(found, joined, options, run.picture(suffix.replace("-", "_")))
 
 
 def report(scenario, results, joined, options):
