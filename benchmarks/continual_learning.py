@@ -239,7 +239,7 @@ def draw(found, joined, options, path):
         axis.set_xlabel("lambda (1: Bayes' rule)")
         axis.set_title(f"{scenario}: {SCENARIOS[scenario]}", fontsize=9)
     axes[0][0].set_ylabel("accuracy over all tasks at the end, %")
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=7)
     show.save(fig, path)
 
 
