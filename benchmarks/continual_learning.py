@@ -245,10 +245,10 @@ def draw(found, joined, options, path):
 
 def names_of(scenario, anchoring, options):
     """Returns what is compared: all where there is most to see."""
-    if scenario != "split" and anchoring == ONLINE:
+    if scenario == "one head" and anchoring == ONLINE:
         return []
     batches = options.batches
-    if scenario != "split" or anchoring == ONLINE:
+    if scenario == "one head" or anchoring == ONLINE:
         batches = batches[len(batches) // 2 :][:1]
     names = [diagonals.squared(batch) for batch in batches]
     return [diagonals.EXACT, diagonals.EMPIRICAL, *names]
