@@ -84,7 +84,8 @@ def draw(results, path):
 
 def headline(results):
     """Returns what the picture shows."""
-    shortest, *_, longest = results["base"]
+    budgets = [*results["base"]]
+    shortest, longest = budgets[0], budgets[-1]
     gains = []
     for budget in (shortest, longest):
         values = {m: np.mean(f[budget]["accuracy"]) for m, f in results.items()}

@@ -11,8 +11,7 @@ import numpy as np
 import show
 
 
-COLUMNS = ("SAM", "ASAM", "Fisher SAM, squared", "Fisher SAM, empirical")
-COLUMNS += ("GSAM", "WSAM", "Friendly SAM", "MSAM")
+COLUMNS = ("SAM", "ASAM", "Fisher SAM, squared", "Fisher SAM, empirical", "MSAM")
 
 
 def by_setting(name, *keys):
