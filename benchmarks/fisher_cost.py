@@ -8,6 +8,7 @@ way is `vmap(grad)` squared, which forms an array of batch x parameters.
     python benchmarks/fisher_cost.py --models mlp cnn
     python benchmarks/fisher_cost.py --models gpt2 --repeats 1
     python benchmarks/fisher_cost.py --growth             # with batch, width, classes
+    python benchmarks/fisher_cost.py --norms              # norms of single examples
 """
 
 import sys
@@ -45,6 +46,7 @@ GROWTH_ROWS = (
     "fisher_hutchinson",
     "fisher_exact",
 )
+NORM_ROWS = ("gradient", "norms: vmap(grad)", "per_example_norms", "clipped_gradient")
 # One gradient for each example and class: minutes a run. One Hessian-vector product for
 # each array of parameters: minutes of compilation.
 SKIPPED = {
@@ -75,6 +77,11 @@ def make_rows(model: Problem) -> dict[str, Callable]:
 
     def naive(params, batch):
         return squares(jax.vmap(partial(jax.grad(example_loss), params))(batch))
+
+    def naive_norms(params, batch):
+        grads = jax.vmap(partial(jax.grad(example_loss), params))(batch)
+        leaves = jax.tree.leaves(grads)
+        return jnp.sqrt(sum(jnp.sum(g * g, range(1, g.ndim)) for g in leaves))
 
     def in_chunks(size, params, batch):
         def add(total, examples):
@@ -118,6 +125,9 @@ def make_rows(model: Problem) -> dict[str, Callable]:
         "exact: one example at a time": exact_one_by_one,
         "fisher_exact": estimate(fsam.fisher_exact),
         "fisher_i2, Hutchinson": estimate(fsam.fisher_i2, hessian="hutchinson", **key),
+        "norms: vmap(grad)": naive_norms,
+        "per_example_norms": partial(fsam.per_example_norms, loss),
+        "clipped_gradient": partial(fsam.clipped_gradient, loss, max_norm=1.0),
     }
 
 
@@ -145,7 +155,7 @@ def experiment(run: harness.Run) -> None:
     """Measures what the results do not hold, and prints the table."""
     options = run.options
     problems = {name: (cost.SMOKE | MODELS)[name] for name in options.models}
-    rows: tuple[str, ...] = ()
+    rows: tuple[str, ...] = NORM_ROWS if options.norms else ()
     if options.growth:
         rows = GROWTH_ROWS
         problems = {
@@ -159,6 +169,7 @@ def experiment(run: harness.Run) -> None:
             ),
             model=name,
             repeats=options.repeats,
+            **({"rows": "norms"} if options.norms else {}),
         )
         for name, make in problems.items()
     }
@@ -169,6 +180,7 @@ def add_options(add):
     names = [name for name in MODELS if name != "gpt2"]
     add("--models", nargs="+", choices=[*MODELS, *cost.SMOKE], default=names)
     add("--growth", action="store_true", help="growth of the cost")
+    add("--norms", action="store_true", help="norms of single examples")
     add("--repeats", type=harness.whole, default=5)
 
 
