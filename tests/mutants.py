@@ -387,6 +387,23 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "_engine/squares.py",
+        "example_gradients",
+        ("return k * jnp.maximum(jnp.sum(a * b), 0)", "return k * jnp.sum(a * b)"),
+        ("return k * jnp.sum(x * x) if", "return jnp.sum(x * x) if"),
+    ),
+    *_mutants(
+        "_engine/counts.py",
+        "example_gradients",
+        ("totals[i][j] = totals[i][j] + jnp.sum(y)", "totals[i][j] = jnp.sum(y)"),
+    ),
+    *_mutants(
+        "_fisher/example_gradients.py",
+        "example_gradients",
+        ("a * jnp.sqrt(s)", "jnp.sqrt(s)"),
+        ("long = norms > max_norm", "long = norms >= 0"),
+    ),
+    *_mutants(
         "_engine/rows.py",
         "engine engine_patterns",
         ("index = jnp.clip(index, 0, last)", "index = index"),

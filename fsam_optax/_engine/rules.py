@@ -15,8 +15,10 @@ To add one, say for gradients that are circulant matrices:
 2. Return `Source("circulant", work, operands, reduce)`. `work` counts operations for
    one example, a multiplication and its addition as two, as `work.operations` does: the
    cost that `explain` reports is `work` divided by that of the gradient's own.
-   `reduce(has, weight, *values)` is as in `sums`; `looped` makes one from a function of
-   one example.
+   `reduce(has, weight, *values)` is as in `sums`; `squares.looped` makes one from a
+   function of one example, for both ways to sum: over examples and, where
+   `site.what.by_example`, over the entries of each. A rule that sums in another way
+   says how for both, or returns None for the other.
 3. Add the function to `RULES`, and a program to the list in `tests/test_engine.py` that
    names the rule: it is compared there with per-example gradients formed in full.
 
