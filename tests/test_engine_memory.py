@@ -11,6 +11,7 @@ import pytest
 from fsam_optax import (
     categorical,
     diagonal,
+    explain,
     fisher_empirical,
     fisher_exact,
     fisher_hutchinson,
@@ -87,6 +88,10 @@ def test_many_columns_are_too_many():
     estimator = fisher_exact(model, categorical)
     with pytest.warns(UserWarning, match="63936 cotangents an example.*hutchinson"):
         jax.eval_shape(lambda p, x: diagonal(estimator, p, (x, None)), params, x)
+    nll = negative_log_likelihood(model, categorical)
+    params, x = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, x))
+    explanation = explain(nll, params, (x, jnp.zeros(x.shape[:2], int)))
+    assert "63936 cotangents an example" in str(explanation)
 
 
 def test_draws_of_large_outputs_keep_to_what_is_asked_for():

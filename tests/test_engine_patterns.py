@@ -213,6 +213,32 @@ def columns_looked_up_one_by_one_under_vmap(p, i):
     return dense(jax.vmap(lambda i: p["k"][:, i])(i), FIXED)
 
 
+@pattern({"e": normal(300, 6)}, tokens(300, B, 3), ["embedding"], 2.2)
+def windows_of_rows(p, i):
+    def window(i):
+        return lax.dynamic_slice(p["e"], (i, 0), (4, 6))
+
+    return jnp.sum(jnp.tanh(jax.vmap(window)(i)) ** 2)
+
+
+@pattern({"e": normal(60, 60)}, tokens(60, B, 3, 2), ["embedding"], 6)
+def windows_of_rows_and_columns(p, i):
+    def window(i):
+        return lax.dynamic_slice(p["e"], (i[0], i[1]), (3, 5))
+
+    return jnp.sum(jnp.tanh(jax.vmap(window)(i)) ** 2)
+
+
+@pattern(
+    {"e": normal(300, D), "w": FIXED},
+    (SEQUENCES, tokens(300, B)),
+    ["embedding", "shared dense"],
+)
+def positions_from_a_start(p, batch):
+    x, i = batch
+    return dense(x + lax.dynamic_slice(p["e"], (i, 0), (T, D)), p["w"])
+
+
 @pattern({"t": normal(2 * T - 1)}, SEQUENCES, ["embedding"])
 def relative_positions(p, x):
     return jnp.sum((jax.nn.softmax(x @ x.T + p["t"][OFFSETS]) @ x) ** 2)
@@ -414,6 +440,30 @@ def test_squares_are_not_negative_where_products_cancel():
     (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(FIXED, X)
     assert np.all(sums >= 0)
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [None, "clip", "fill"])
+def test_windows_beyond_the_table(mode):
+    """A slice moves inside as a whole; a gather is clipped, or dropped as a whole."""
+    numbers = lax.GatherDimensionNumbers((1, 2), (), (0, 1))
+
+    def loss_fn(p, batch):
+        i, j = batch
+        if mode is None:
+            w = lax.dynamic_slice(p, (i[0], j[0]), (3, 4))[None]
+        else:
+            w = lax.gather(
+                p, jnp.stack([i, j], -1), numbers, (3, 4), mode=mode, fill_value=0
+            )
+        return jnp.sum(jnp.tanh(w * jnp.arange(1, 5) / 4) ** 2)
+
+    batch = tokens(12, B, 3) - 2, tokens(12, B, 3) - 2
+    table = normal(9, 7)
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(table, batch)
+    (expected,) = oracles.loss_power_sums(loss_fn, table, batch)
+    oracles.assert_close(sums, expected)
+    (leaf,) = explain_loss(loss_fn, table, batch)
+    assert leaf.rule == "embedding"
 
 
 @pytest.mark.parametrize("chosen_by", ["example", "parameter"])

@@ -56,10 +56,9 @@ def _is_one_row(flow, eqn):
         n in (1, m) for n, m in zip(rows.aval.shape, zeros.aval.shape, strict=True)
     )
     below, _ = without_moves(flow, rows)
-    return (
-        flow.is_zero(zeros)
-        and whole
-        and (any(map(flow.varies, start)) or name_of(below) not in CONTRACTIONS)
+    differs = any(map(flow.varies, start))
+    return flow.is_zero(zeros) and (
+        differs or (whole and name_of(below) not in CONTRACTIONS)
     )
 
 
@@ -69,25 +68,77 @@ def _row(flow, eqn, values):
         return bind(eqn, values)
     zeros, rows, *start = values
     indexed = tuple(d for d, n in enumerate(rows.shape) if n != zeros.shape[d])
-    window = tuple(range(1, 1 + rows.ndim - len(indexed)))
-    index = [start[d] for d in indexed]
-    y = lax.scatter_add(
+    window = tuple(d for d in range(rows.ndim) if d not in indexed)
+    index = [jnp.asarray(start[d], jnp.int32) for d in indexed]
+    y = _window_by_rows(
         zeros,
-        jnp.stack(index)[None] if index else jnp.zeros((1, 0), jnp.int32),
-        lax.squeeze(rows, indexed)[None],
-        lax.ScatterDimensionNumbers(window, indexed, indexed),
-        mode=lax.GatherScatterMode.CLIP,
+        jnp.stack(index) if index else jnp.zeros(0, jnp.int32),
+        rows,
+        lax.ScatterDimensionNumbers(tuple(range(rows.ndim)), (), indexed),
+        lax.GatherScatterMode.CLIP,
+        (*indexed, *window),
     )
     return [y]
 
 
+def _window_by_rows(zeros, index, rows, numbers, mode, dims):
+    """Scatters windows of several rows as so many rows; `dims` are split if indexed."""
+    shape, clips = zeros.shape, mode == lax.GatherScatterMode.CLIP
+    kept = [d for d in range(len(shape)) if d not in numbers.inserted_window_dims]
+    axes = dict(zip(kept, numbers.update_window_dims, strict=True))
+    columns = {d: k for k, d in enumerate(numbers.scatter_dims_to_operand_dims)}
+    split = [d for d in dims if d in columns and d in axes]
+    size = {d: rows.shape[axes[d]] for d in split}
+    last = jnp.array([shape[d] - size.get(d, 1) for d in columns] or [0], index.dtype)[
+        : len(columns)
+    ]
+    last = last.reshape((1,) * (index.ndim - 1) + (-1,))
+    inside = jnp.all((index >= 0) & (index <= last), -1)
+    index = jnp.clip(index, jnp.zeros_like(last), last) if clips else index
+    lead = index.ndim - 1
+    index = jnp.expand_dims(index, range(lead, lead + len(split)))
+    for k, d in enumerate(split):
+        steps = lax.broadcasted_iota(
+            index.dtype,
+            (*(size[x] for x in split[: k + 1]), *index.shape[lead + k + 1 :]),
+            k,
+        )
+        column = np.arange(len(columns)) == columns[d]
+        step = steps * jnp.asarray(column, index.dtype).reshape(
+            (1,) * (steps.ndim - 1) + (-1,)
+        )
+        shape_of_step = (1,) * lead + step.shape
+        index = index + step.reshape(shape_of_step)
+    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+        # All of a window is dropped, if it is not all within bounds.
+        whole = jnp.expand_dims(inside, range(lead, lead + len(split) + 1))
+        index = jnp.where(whole, index, jnp.full_like(index, -1))
+    rest = [axes[d] for d in kept if d not in split]
+    front = [a for a in range(rows.ndim) if a not in axes.values()]
+    rows = jnp.transpose(rows, [*front, *(axes[d] for d in split), *rest])
+    return lax.scatter_add(
+        zeros,
+        index,
+        rows,
+        lax.ScatterDimensionNumbers(
+            tuple(range(rows.ndim - len(rest), rows.ndim)),
+            tuple(sorted((*numbers.inserted_window_dims, *split))),
+            numbers.scatter_dims_to_operand_dims,
+        ),
+        mode=mode,
+    )
+
+
 def _rows_of_tables(flow, eqn, values):
-    """Evaluates a scatter into several tables as one into a table of one axis more."""
+    """Evaluates a scatter of windows, or into several tables, as one of rows."""
     numbers = eqn.params["dimension_numbers"]
-    batch = numbers.operand_batching_dims
-    if not batch:
-        return as_it_is(flow, eqn, values)
     tables, index, rows = values
+    batch = numbers.operand_batching_dims
+    several = (
+        _split(tables.shape, rows.shape, numbers) if flow.varies(eqn.invars[1]) else []
+    )
+    if not batch and not several:
+        return as_it_is(flow, eqn, values)
     if jnp.iinfo(index.dtype).bits < 32:
         index = index.astype(jnp.int32)
     shape = (*index.shape[:-1], 1)
@@ -95,19 +146,23 @@ def _rows_of_tables(flow, eqn, values):
         lax.broadcasted_iota(index.dtype, shape, d)
         for d in numbers.scatter_indices_batching_dims
     ]
-    y = lax.scatter_add(
-        tables,
-        jnp.concatenate([*which, index], -1),
-        rows,
-        lax.ScatterDimensionNumbers(
-            numbers.update_window_dims,
-            tuple(sorted((*numbers.inserted_window_dims, *batch))),
-            (*batch, *numbers.scatter_dims_to_operand_dims),
-        ),
-        unique_indices=eqn.params["unique_indices"],
-        mode=eqn.params["mode"],
+    index = jnp.concatenate([*which, index], -1) if which else index
+    numbers = lax.ScatterDimensionNumbers(
+        numbers.update_window_dims,
+        tuple(sorted((*numbers.inserted_window_dims, *batch))),
+        (*batch, *numbers.scatter_dims_to_operand_dims),
     )
-    return [y]
+    mode = eqn.params["mode"]
+    return [_window_by_rows(tables, index, rows, numbers, mode, several)]
+
+
+def _split(shape, rows, numbers):
+    """Returns the axes that are indexed by windows of several rows, but not of all."""
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    kept = [d for d in range(len(shape)) if d not in gone]
+    axes = dict(zip(kept, numbers.update_window_dims, strict=True))
+    indexed = numbers.scatter_dims_to_operand_dims
+    return [d for d in kept if d in indexed and 1 < rows[axes[d]] < shape[d]]
 
 
 # How a primitive is written to be recognised later: name -> function of the program,

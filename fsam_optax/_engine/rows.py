@@ -90,7 +90,12 @@ def embedding(site: Site) -> Source | None:
     indexed = found[0][0]
     lookups = [lookup for _, lookup in found]
     operands = [x for lookup in lookups for x in (lookup.index, lookup.rows)]
-    if not all(site.is_small(x) for x in operands if not isinstance(x, Literal)):
+    small = all(
+        (isinstance(x.index, Literal) or site.is_small(x.index, len(indexed)))
+        and site.is_small(x.rows)
+        for x in lookups
+    )
+    if not small:
         return None
     known = [site.flow.known_value(lookup.index) for lookup in lookups]
     bounds, window = _table(site, indexed)

@@ -97,9 +97,12 @@ class Site:
         """Returns the shape and dtype of the sum."""
         return self.terms[0].aval
 
-    def is_small(self, v: Any) -> bool:
-        """Tells whether no array larger than the activations leads to a variable."""
-        return self.before.get(v, 1) <= self.what.limit
+    def is_small(self, v: Any, times: int = 1) -> bool:
+        """Tells whether no array larger than the activations leads to a variable.
+
+        Or so many times as large: an index of several columns.
+        """
+        return self.before.get(v, 1) <= self.what.limit * times
 
     def region(self) -> list[Any]:
         """Returns the equations by which the sum is a linear map of what varies."""

@@ -94,6 +94,15 @@ def check_bytes(chunk_bytes: int | None) -> None:
         check_count("chunk_bytes", chunk_bytes)
 
 
+def many_columns(number: int) -> str:
+    """Says what so many columns cost, and what to use instead."""
+    return (
+        f"The exact Fisher pulls back {number} cotangents an example, one for each "
+        "column of the factor of each label, at about .7 gradients each. "
+        "`fisher_hutchinson` and `fisher_i1` are unbiased and pull back one."
+    )
+
+
 def exact_cotangents(likelihood: Likelihood) -> Columns:
     """Returns the columns of the factor of all labels, as cotangents."""
     columns = factor_columns(likelihood)
@@ -101,12 +110,7 @@ def exact_cotangents(likelihood: Likelihood) -> Columns:
     def number(h):
         found = columns.number(h)
         if found > MANY_COLUMNS:
-            warnings.warn(
-                f"The exact Fisher pulls back {found} cotangents an example, one for "
-                "each column of the factor of each label, at about .7 gradients each. "
-                "`fisher_hutchinson` and `fisher_i1` are unbiased and pull back one.",
-                stacklevel=2,
-            )
+            warnings.warn(many_columns(found), stacklevel=2)
         return found
 
     def column(h, target, i):

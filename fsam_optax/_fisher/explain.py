@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from fsam_optax import _engine
 from fsam_optax._engine import Explanation
+from fsam_optax._fisher.estimators import MANY_COLUMNS, many_columns
 from fsam_optax._fisher.example_gradients import (
     losses_of,
     per_example_norms,
     takes_loss,
 )
+from fsam_optax._fisher.labels import factor_columns
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
     NegativeLogLikelihood,
+    outputs_like,
     parts_of,
     resolve,
 )
@@ -28,8 +33,9 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
     Nothing is computed. It speaks of one pass that yields squared scores: that of
     `fisher_empirical`, of one draw of the sampled estimators, and of
     `value_and_grad(nll, ..., empirical_fisher=True)`; `fisher_exact` makes as many as
-    its factor has columns. A model that mixes examples has no gradient for each of
-    them, which no program shows: `check_separable` tries it.
+    its factor has columns, and a remark says so beyond 10 000 of them. A model that
+    mixes examples has no gradient for each of them, which no program shows:
+    `check_separable` tries it.
 
     Args:
         model: A `negative_log_likelihood`; or `apply_fn, likelihood` in its place; or
@@ -75,4 +81,12 @@ def _explain_norms(loss, params, batch, *args, **kwargs):
 def _explain(nll, params, batch, *args, **kwargs):
     parts, call = parts_of(nll, batch), call_of(nll, args, kwargs)
     loss, examples, _ = example_losses(nll, params, parts, call)
-    return _engine.explain_loss(lambda w, x: loss(w, x)[0], params, examples)
+    found = _engine.explain_loss(lambda w, x: loss(w, x)[0], params, examples)
+    h = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+        outputs_like(nll, params, parts[0], call),
+    )
+    number = factor_columns(nll.likelihood).number(h)
+    if number > MANY_COLUMNS:
+        found.remarks = (*found.remarks, many_columns(number))
+    return found
