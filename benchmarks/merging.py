@@ -121,7 +121,7 @@ def weight(method, params, data):
     if method == AVERAGE:
         return jax.tree.map(jnp.ones_like, params)
     found = diagonals.diagonal(method.split(" +")[0], LOSS, params, data)
-    mean = optax.tree.sum(found) / optax.tree.size(found)
+    mean = optax.tree.sum(found) / sum(f.size for f in jax.tree.leaves(found))
     floor = mean if method == DAMPED else FLOOR * mean
     return jax.tree.map(lambda f: f + floor, found)
 
