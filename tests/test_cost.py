@@ -207,6 +207,7 @@ def test_no_more_passes_and_memory_than_by_hand(name, more_passes, copies, front
     """
     yardstick = yardstick_program()
     assert passes(yardstick) > 4
+    copies += jax.__version_info__ < (0, 10)  # XLA wrote squares down in jax 0.7.
     for metrics in (False, True):
         program = compiled(*FRONT_ENDS[front_end](PERTURBATIONS[name], metrics=metrics))
         copied = (temporaries(program) - temporaries(yardstick)) / COPY

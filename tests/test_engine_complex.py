@@ -14,6 +14,10 @@ from jax import lax
 import fsam_optax as fsam
 
 
+# jax 0.7 takes real parts by a cast.
+pytestmark = pytest.mark.filterwarnings("ignore:Casting complex values to real")
+
+
 @pytest.fixture(autouse=True)
 def rank_promotion(no_rank_promotion):
     """The models are written as their authors write them."""

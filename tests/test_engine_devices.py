@@ -128,6 +128,9 @@ def estimate(name, model):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("model", ["convolutional", "transformer"])
 def test_data_parallel_work_is_divided_and_only_sums_are_exchanged(count, model, kind):
+    if (model, kind) == ("convolutional", AxisType.Explicit):
+        if jax.__version_info__ < (0, 10):
+            pytest.skip("jax 0.7 has no gradient of convolutions on Explicit axes")
     model, params, batch = shapes(mesh(kind), "data", None)[model]
     fn = estimate("empirical", model)
     whole = count(fn, alone(params), alone(batch))

@@ -163,6 +163,14 @@ def test_unequal_parts_weighed_by_their_divisors_are_the_whole(name):
     close(mean(one), evaluate(nll, MAKERS[name], (X, y)))
 
 
+def test_micro_batches_count_by_the_weight_of_their_labels():
+    nll = fsam.negative_log_likelihood(net, fsam.categorical)
+    batch = X, np.array([0, -1, 2, -1, -1, 2])  # 2 and 1, whichever way it is halved
+    f = fsam.value_and_grad(nll, fsam.euclidean_ball(0.0), micro_batches=2)
+    value, grads, _ = jax.jit(f)(PARAMS, f.init(PARAMS), batch)
+    close((value, grads), jax.jit(jax.value_and_grad(nll))(PARAMS, batch))
+
+
 LABELS = pytest.mark.parametrize("label", [77, -5, np.nan])
 
 
@@ -194,6 +202,14 @@ def test_weight_0_hides_any_label_in_value_and_gradient(label):
 def test_weight_0_hides_any_label_in_the_fisher(make, label):
     nll, hidden, shown = hidden_and_not(label)
     equal(evaluate(nll, make, hidden), evaluate(nll, make, shown))
+
+
+def test_weight_0_hides_outputs_that_are_not_finite_in_the_value():
+    nll = jax.jit(fsam.negative_log_likelihood(net, fsam.categorical))
+    weights = np.array([1.0, 1, 0, 1, 1, 1], "float32")
+    padded = np.where(weights[:, None] == 0, np.float32(np.inf), X)
+    assert not np.all(np.isfinite(jax.jit(net)(PARAMS, padded)))
+    equal(nll(PARAMS, (padded, Y, weights)), nll(PARAMS, (X, Y, weights)))
 
 
 ZEROS = jax.tree.map(np.zeros_like, PARAMS)
