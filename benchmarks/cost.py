@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -139,6 +140,15 @@ def compiled(fn: Callable, *args: Any, **options: Any) -> tuple[Any, dict[str, f
         "compile_s": time.perf_counter() - traced,
         "temporary_mb": memory.temp_size_in_bytes / 1e6 if memory else float("nan"),
     }
+
+
+def programs(fns: Mapping[str, Callable], *args: Any) -> tuple[dict, dict]:
+    """Compiles several functions; returns runs without arguments, and what is known."""
+    runs, facts = {}, {}
+    for row, fn in fns.items():
+        program, facts[row] = compiled(fn, *args)
+        runs[row] = partial(program, *args)
+    return runs, facts
 
 
 HANDING_ON = (

@@ -92,7 +92,7 @@ def matrix_fn(problem: Regression, method: str):
     return functools.partial(dense, problem.nll)
 
 
-def direction_fn(problem: Regression, method: str, damping: float):
+def direction_fn(problem: Regression, method: str, damping: float) -> Any:
     """Returns (M + damping)^-1 g as a function of w; g itself for GD."""
     gradient = jax.grad(mean_loss(problem))
     if method == "GD":
@@ -498,7 +498,8 @@ def contour(axis: Any, problem: Regression, centre: Any, reach: float) -> None:
     """Draws levels of the loss around a point."""
     lengths = np.linspace(-reach, reach, 60)
     loss, centre = mean_loss(problem), jnp.asarray(centre)
-    levels = fsam.loss_over_plane(loss, centre, *jnp.eye(2), lengths, lengths).T
+    across, up = jnp.eye(2)
+    levels = fsam.loss_over_plane(loss, centre, across, up, lengths, lengths).T
     places = centre[0] + lengths, centre[1] + lengths
     axis.contour(*places, levels, 8, colors="#c9cdd2", linewidths=0.8)
     axis.set_aspect("equal")

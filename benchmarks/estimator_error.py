@@ -10,7 +10,6 @@ the standard error that the estimator reports, relative to the error that it has
 """
 
 import sys
-from functools import partial
 
 import harness
 import jax
@@ -61,25 +60,27 @@ def estimators(apply):
     """Returns `make(key)` by name."""
     model = apply, fsam.categorical
 
-    def sampled(make, **options):
-        return lambda key: make(*model, key=key, **options)
-
-    errors = {"standard_error": True}
+    errors, ten = {"standard_error": True}, {"standard_error": True, "num_samples": 10}
+    hutchinson = {"hessian": "hutchinson"}
+    sampled = {
+        "fisher_gnb": (fsam.fisher_gnb, errors),
+        "fisher_i1": (fsam.fisher_i1, errors),
+        "fisher_i1, 10 draws": (fsam.fisher_i1, ten),
+        "fisher_hutchinson": (fsam.fisher_hutchinson, errors),
+        "fisher_hutchinson, 10 draws": (fsam.fisher_hutchinson, ten),
+        "fisher_i2, exact Hessian": (fsam.fisher_i2, {}),
+        "fisher_i2, Hutchinson": (fsam.fisher_i2, hutchinson),
+        "fisher_i2, Hutchinson, 10 draws": (fsam.fisher_i2, hutchinson | ten),
+    }
     return {
-        "squared_gradient": lambda _: fsam.squared_gradient(),
-        "fisher_empirical": lambda _: fsam.fisher_empirical(*model),
-        "fisher_gnb": sampled(fsam.fisher_gnb, **errors),
-        "fisher_i1": sampled(fsam.fisher_i1, **errors),
-        "fisher_i1, 10 draws": sampled(fsam.fisher_i1, num_samples=10, **errors),
-        "fisher_hutchinson": sampled(fsam.fisher_hutchinson, **errors),
-        "fisher_hutchinson, 10 draws": sampled(
-            fsam.fisher_hutchinson, num_samples=10, **errors
-        ),
-        "fisher_i2, exact Hessian": sampled(fsam.fisher_i2),
-        "fisher_i2, Hutchinson": sampled(fsam.fisher_i2, hessian="hutchinson"),
-        "fisher_i2, Hutchinson, 10 draws": sampled(
-            fsam.fisher_i2, hessian="hutchinson", num_samples=10, **errors
-        ),
+        "squared_gradient": lambda key: fsam.squared_gradient(),
+        "fisher_empirical": lambda key: fsam.fisher_empirical(*model),
+        **{
+            name: lambda key, make=make, options=options: make(
+                *model, key=key, **options
+            )
+            for name, (make, options) in sampled.items()
+        },
     }
 
 
@@ -135,8 +136,8 @@ def experiment(run: harness.Run) -> None:
         columns, headings = [], ["one estimate"]
         for steps in options.stages:
             settings = {"draws": options.draws, "size": options.batch}
-            compute = partial(stage, name, steps, **settings)
-            found = run.cell(compute, activation=name, steps=steps, **settings)
+            args = stage, name, steps, options.draws, options.batch
+            found = run.cell(*args, activation=name, steps=steps, **settings)
             columns.append(found["errors"])
             headings.append(f"{steps} steps,\n{found['accuracy']:.0%} right")
         rows = []
@@ -150,18 +151,14 @@ def experiment(run: harness.Run) -> None:
         show.table(f"{name} network: error, reported / actual error", headings, rows)
 
 
-def add_options(add):
-    add("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
-    add("--stages", nargs="+", type=int, default=[0, 100, 1000], help="steps")
-    add("--draws", type=harness.whole, default=200)
-    add("--batch", type=harness.whole, default=128)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"activations": ["tanh"], "stages": [10], "draws": 2, "batch": 8}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"activations": ["tanh"], "stages": [10], "draws": 2, "batch": 8},
+    activations={"default": list(ACTIVATIONS), "choices": ACTIVATIONS},
+    stages={"default": [0, 100, 1000], "type": int, "help": "steps"},
+    draws=200,
+    batch=128,
+)
 
 
 if __name__ == "__main__":

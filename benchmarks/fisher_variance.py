@@ -23,10 +23,9 @@ parameters of a layer; an estimate from N inputs with S labels each has 1/(N S) 
 They are computed in closed form: the paper drew 5000 labels for the same quantities.
 """
 
-import functools
 import itertools
 import sys
-from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import perceptron
 import show
 
-import fsam_optax
+import fsam_optax as fsam
 from fsam_optax import variance
 
 
@@ -48,14 +48,14 @@ SHORT = {"classification": "class.", "regression": "regr."}
 LAYERS = ("layer 1", "layer 2", "layer 3", "layer 4")
 ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 TASKS = {
-    "classification": fsam_optax.categorical,
-    "regression": fsam_optax.gaussian(),
+    "classification": fsam.categorical,
+    "regression": fsam.gaussian(),
 }
 
 
 # 1. Natural gradient descent with two weights.
 
-TOYS = {"linear": fsam_optax.gaussian(), "logistic": fsam_optax.bernoulli}
+TOYS = {"linear": fsam.gaussian(), "logistic": fsam.bernoulli}
 TRUTH = jnp.ones(2)
 TRAIN, TEST, BATCH, EPOCHS, RATE = 256, 4096, 4, 256, 0.01
 
@@ -68,22 +68,17 @@ def linear_model(w: jax.Array, x: jax.Array) -> jax.Array:
 def descend(kind: str, name: str, damping: float, epochs: int, key: jax.Array):
     """Trains on data of its own, drawn from the model.
 
-    Returns:
-        The weights and the excess test loss, over that of the true weights, at the
-        end of every epoch.
+    Returns weights and excess test loss, over that of the true ones, after each epoch.
     """
     likelihood = TOYS[kind]
     data_key, label_key, estimator_key, order_key = jax.random.split(key, 4)
     x = jax.random.normal(data_key, (TRAIN + TEST, 2))
     y = likelihood.sample(label_key, linear_model(TRUTH, x))
-    loss_fn = fsam_optax.negative_log_likelihood(linear_model, likelihood)
-    make = {"i1": fsam_optax.fisher_i1, "i2": fsam_optax.fisher_i2}[name]
-    optimizer = optax.chain(
-        fsam_optax.scale_by_inverse_fisher(
-            make(linear_model, likelihood, key=estimator_key), damping=damping
-        ),
-        optax.scale_by_learning_rate(RATE),
-    )
+    loss_fn = fsam.negative_log_likelihood(linear_model, likelihood)
+    make = {"i1": fsam.fisher_i1, "i2": fsam.fisher_i2}[name]
+    estimator = make(loss_fn, key=estimator_key)
+    precondition = fsam.scale_by_inverse_fisher(estimator, damping=damping)
+    optimizer = optax.chain(precondition, optax.scale_by_learning_rate(RATE))
 
     def step(carry, rows):
         w, state = carry
@@ -106,7 +101,7 @@ def descend(kind: str, name: str, damping: float, epochs: int, key: jax.Array):
 def toy(kind: str, name: str, damping: float, epochs: int, seeds: int) -> Any:
     """Runs one estimator on one model."""
     keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
-    run = functools.partial(descend, kind, name, damping, epochs)
+    run = partial(descend, kind, name, damping, epochs)
     paths, losses = jax.jit(jax.vmap(run))(keys)
     late = paths[:, epochs // 2 :]
     centre = jnp.mean(late, axis=1, keepdims=True)
@@ -160,17 +155,12 @@ def initial_params(key: jax.Array, sizes: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def network(activation: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns a perceptron of four layers as `apply_fn(params, images)`."""
-    phi = ACTIVATIONS[activation]
-
-    def apply_fn(params, x):
-        for name in LAYERS:
-            x = x @ params[name]["w"] + params[name]["b"][None]
-            x = phi(x) if name != LAYERS[-1] else x
-        return x
-
-    return apply_fn
+def network(activation: str, params: Any, x: jax.Array) -> jax.Array:
+    """Maps images to outputs by a perceptron of four layers."""
+    for name in LAYERS:
+        x = x @ params[name]["w"] + params[name]["b"][None]
+        x = ACTIVATIONS[activation](x) if name != LAYERS[-1] else x
+    return x
 
 
 def by_layer(tree: Any) -> jax.Array:
@@ -181,21 +171,17 @@ def by_layer(tree: Any) -> jax.Array:
     )
 
 
-def variances(apply_fn, likelihood, params, inputs) -> dict[str, Any]:
+def variances(loss, params, inputs) -> dict[str, Any]:
     """Returns F, V1, V2 and their bounds, as means over each layer."""
-    args = apply_fn, likelihood, params, inputs
-    i1, i2 = variance.fisher_variance_i1(*args), variance.fisher_variance_i2(*args)
-    i1_bounds = variance.fisher_variance_i1_bounds(*args)
-    i2_bounds = variance.fisher_variance_i2_bounds(*args)
-    estimator = fsam_optax.fisher_exact(apply_fn, likelihood)
+    args = loss.apply_fn, loss.likelihood, params, inputs
+    bounds = variance.fisher_variance_i1_bounds, variance.fisher_variance_i2_bounds
+    i1, i2 = (fn(*args) for fn in bounds)
     trees = {
-        "fisher": fsam_optax.diagonal(estimator, params, (inputs, None)),
-        "i1": i1,
-        "i2": i2,
-        "i1_upper": i1_bounds.upper,
-        "i1_lower": i1_bounds.lower,
-        "i2_upper": i2_bounds.upper,
-        "i2_lower": i2_bounds.lower,
+        "fisher": fsam.diagonal(fsam.fisher_exact(loss), params, (inputs, None)),
+        "i1": variance.fisher_variance_i1(*args),
+        "i2": variance.fisher_variance_i2(*args),
+        **{"i1_upper": i1.upper, "i1_lower": i1.lower},
+        **{"i2_upper": i2.upper, "i2_lower": i2.lower},
     }
     return {name: by_layer(tree) for name, tree in trees.items()}
 
@@ -207,26 +193,16 @@ def preferences(record: dict[str, Any]) -> list[str]:
     return [best[name] for name in LAYERS]
 
 
-def train(
-    data: datasets.Dataset,
-    plan: Plan,
-    task: str,
-    activation: str,
-    seed: int,
-) -> dict[str, Any]:
+def train(data, plan: Plan, task: str, activation: str, seed: int) -> dict[str, Any]:
     """Trains a network, with stops to compute its variances.
 
-    Returns:
-        Lists over the checkpoints: accuracy on the test images, and `variances`.
+    Returns lists over the checkpoints: accuracy on the test images, and `variances`.
     """
-    likelihood, apply_fn = TASKS[task], network(activation)
-    x = jnp.asarray(data.train_images[: plan.examples] / 255, jnp.float32)
-    x = x.reshape(len(x), -1)
-    test_x = jnp.asarray(data.test_images[:1000] / 255, jnp.float32)
-    test_x = test_x.reshape(len(test_x), -1)
-    y = jnp.asarray(data.train_labels[: plan.examples])
+    apply_fn = partial(network, activation)
+    (x, y), (test_x, test_y) = perceptron.split(data())
+    x, y = x[: plan.examples], jnp.asarray(y[: plan.examples])
     targets = jax.nn.one_hot(y, 10) if task == "regression" else y
-    loss_fn = fsam_optax.negative_log_likelihood(apply_fn, likelihood)
+    loss_fn = fsam.negative_log_likelihood(apply_fn, TASKS[task])
     optimizer = optax.adam(LEARNING_RATE)
     init_key, order_key = jax.random.split(jax.random.key(seed))
 
@@ -244,21 +220,17 @@ def train(
 
     @jax.jit
     def measure(params):
-        guesses = jnp.argmax(apply_fn(params, test_x), axis=-1)
-        return {
-            "accuracy": jnp.mean(guesses == data.test_labels[:1000]),
-            **variances(apply_fn, likelihood, params, test_x[: plan.inputs]),
-        }
+        guesses = jnp.argmax(apply_fn(params, test_x[:1000]), axis=-1)
+        found = variances(loss_fn, params, test_x[: plan.inputs])
+        return {"accuracy": jnp.mean(guesses == test_y[:1000]), **found}
 
-    sizes = x.shape[1], plan.width, plan.width, plan.width, 10
-    params = initial_params(init_key, sizes)
+    params = initial_params(init_key, (x.shape[1], *(plan.width,) * 3, 10))
     state, records = optimizer.init(params), []
     for number in range(plan.checkpoints[-1] + 1):
         if number in plan.checkpoints:
             record = jax.device_get(measure(params))
             records.append({**record, "preferred": preferences(record)})
-        key = jax.random.fold_in(order_key, number)
-        params, state = epoch(params, state, key)
+        params, state = epoch(params, state, jax.random.fold_in(order_key, number))
     return {name: [record[name] for record in records] for name in records[0]}
 
 
@@ -344,14 +316,11 @@ def plot_toy(record: dict[str, Any], file: Path) -> None:
         left.set_ylabel(r"$\theta_2$")
         right.set(title=f"{kind}: distance to their mean", xlabel="epoch")
         right.set_yscale("log")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    show.legend(figure, axes[0], 3)
     show.save(figure, file)
 
 
-def plot_layers(
-    tasks: dict[Any, Any], checkpoints: tuple[int, ...], file: Path
-) -> None:
+def plot_layers(tasks: dict[Any, Any], checkpoints: Any, file: Path) -> None:
     """Draws both variances and their bounds by layer and epoch."""
     figure, axes = show.figure(
         len(tasks),
@@ -362,60 +331,33 @@ def plot_layers(
         sharey="row",
     )
     for row, ((task, activation), records) in enumerate(tasks.items()):
-        for column, layer in enumerate(LAYERS):
-            axis = axes[row, column]
+        for column, axis in enumerate(axes[row]):
             for name, title in LABELS.items():
-                values, lower, upper = (
-                    series(records, name + suffix)[..., column]
-                    for suffix in ("", "_lower", "_upper")
-                )
+                color = COLOURS[name]
+                values = series(records, name)[..., column]
                 if not values.any():
-                    text = f"V{title[1]} = 0"
-                    axis.text(0.05, 0.06, text, color=COLOURS[name], fontsize=9)
-                    axis.texts[-1].set_transform(axis.transAxes)
+                    place = {"transform": axis.transAxes, "fontsize": 9}
+                    axis.text(0.05, 0.06, f"V{title[1]} = 0", color=color, **place)
                     continue
-                middle = np.exp(np.mean(np.log(values), axis=0))
-                axis.plot(
-                    checkpoints,
-                    middle,
-                    "o-",
-                    color=COLOURS[name],
-                    markersize=3,
-                    lw=1.8,
-                    label=f"V{title[1]}, exact",
-                )
-                axis.fill_between(
-                    checkpoints,
-                    values.min(0),
-                    values.max(0),
-                    color=COLOURS[name],
-                    alpha=0.2,
-                    lw=0,
-                )
-                axis.plot(
-                    checkpoints,
-                    np.exp(np.mean(np.log(upper), axis=0)),
-                    ":",
-                    color=COLOURS[name],
-                    lw=1.4,
-                    label=f"V{title[1]}, upper bound",
-                )
-                if lower.any():
-                    low = np.exp(np.mean(np.log(lower), axis=0))
-                    axis.plot(checkpoints, low, ":", color=COLOURS[name])
+                low, high = values.min(0), values.max(0)
+                axis.fill_between(checkpoints, low, high, color=color, alpha=0.2, lw=0)
+                for suffix, style in (("", "o-"), ("_upper", ":"), ("_lower", ":")):
+                    curve = series(records, name + suffix)[..., column]
+                    if curve.any():
+                        middle = np.exp(np.mean(np.log(curve), axis=0))
+                        label = {"": "exact", "_upper": "upper bound"}.get(suffix)
+                        label = label and f"V{title[1]}, {label}"
+                        look = {"color": color, "ms": 3, "label": label}
+                        axis.plot(checkpoints, middle, style, **look)
             axis.set_yscale("log")
             axis.set_xscale("symlog", linthresh=1)
             axis.set_xticks(checkpoints, [str(c) for c in checkpoints])
             axis.minorticks_off()
-            axis.grid(alpha=0.2)
-            if not row:
-                axis.set_title(layer)
-            if row == len(tasks) - 1:
-                axis.set_xlabel("epoch")
-            if not column:
-                axis.set_ylabel(f"{task},\n{activation}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        axes[row, 0].set_ylabel(f"{task},\n{activation}")
+    for layer, top, bottom in zip(LAYERS, axes[0], axes[-1], strict=True):
+        top.set_title(layer)
+        bottom.set_xlabel("epoch")
+    show.legend(figure, axes[0, 0], 4)
     figure.supylabel("variance for one label, mean over the layer", fontsize=9)
     show.save(figure, file)
 
@@ -426,33 +368,27 @@ def experiment(run: harness.Run) -> None:
     plans = {"digits": SMOKE} if options.smoke else dict(PLANS)
     if options.data_dir is None:
         plans.pop("mnist", None)
-    data = {name: datasets.load(name, options.data_dir or Path()) for name in plans}
     of_toy = {"damping": options.damping, "epochs": 4 if options.smoke else EPOCHS}
     of_toy["seeds"] = options.toy_seeds
-    toys = {
-        kind: {
-            name: run.cell(
-                functools.partial(toy, kind, name, **of_toy),
-                **{"part": "toy", "model": kind, "estimator": name, **of_toy},
-            )
-            for name in LABELS
-        }
-        for kind in TOYS
-    }
+    toys = {kind: {} for kind in TOYS}
+    for kind, name in itertools.product(TOYS, LABELS):
+        settings = {"part": "toy", "model": kind, "estimator": name, **of_toy}
+        toys[kind][name] = run.cell(toy, kind, name, *of_toy.values(), **settings)
     layers = {}
-    pairs = list(itertools.product(TASKS, ACTIVATIONS))
+    # In smoke mode, each task and each activation once.
+    pairs = [*itertools.product(TASKS, ACTIVATIONS)][:: 3 if options.smoke else 1]
     for name, plan in plans.items():
+        data = cache(partial(datasets.load, name, options.data_dir or Path()))
         layers[name] = {
-            # In smoke mode, each task and each activation once.
             pair: [
                 run.cell(
-                    functools.partial(train, data[name], plan, *pair, seed),
+                    *(train, data, plan, *pair, seed),
                     **{"data": name, "task": pair[0], "activation": pair[1]},
                     **{"seed": seed, "plan": plan._asdict()},
                 )
                 for seed in range(plan.seeds)
             ]
-            for pair in (pairs[::3] if options.smoke else pairs)
+            for pair in pairs
         }
     print_tables(toys, layers)
     plot_toy(toys, run.picture("_toy"))
@@ -461,17 +397,13 @@ def experiment(run: harness.Run) -> None:
         plot_layers(tasks, plans[name].checkpoints, run.picture(suffix))
 
 
-def add_options(add):
-    add("--data-dir", type=Path, help="folder of MNIST, which is left out otherwise")
-    add("--damping", type=float, default=0.01, help="of the natural gradient")
-    add("--toy-seeds", type=harness.whole, default=20)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"toy_seeds": 2}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"toy_seeds": 2},
+    data_dir={"type": Path, "help": "folder of MNIST, which is left out otherwise"},
+    damping={"default": 0.01, "help": "of the natural gradient"},
+    toy_seeds=20,
+)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Ctrl-C keeps the methods that are finished; the same command goes on from there.
 import argparse
 import sys
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,16 @@ BASE_RATES = tuple(np.geomspace(0.002, 0.5, 24).tolist())
 
 def tune(run: harness.Run, names, settings) -> None:
     """Tries 24 settings of each method on training images that nothing trains on."""
-    problem, rows = make_problem(run.options, tune=True), []
+    problem, rows = cache(partial(make_problem, run.options, tune=True)), []
     for method in names:
         radii = () if method == "base" else RADII[method.split(", ")[-1]]
         points = methods.grid(method, RATES, radii)
         if not radii:
             points = [{"rho": 0.0, "rate": rate} for rate in BASE_RATES]
         points = points[::9] if run.options.smoke else points
-        compute = partial(search, method, problem, run.options, points)
-        found = run.cell(compute, part="tuning", method=method, **settings)
+        compute = lambda m, p: search(m, problem(), run.options, p)  # noqa: E731
+        key = {"part": "tuning", "method": method, **settings}
+        found = run.cell(compute, method, points, **key)
         best = methods.choose(found["points"], found["accuracy"])
         loss = found["loss"][found["points"].index({k: best[k] for k in points[0]})]
         cells = f"{best['rate']:.3g}", f"{best['rho']:.3g}", f"{best['score']:.2%}"
@@ -105,10 +106,7 @@ def fisher_cost(name: str, repeats: int) -> dict[str, Any]:
         "ours": partial(fsam.diagonal, estimator),
         "plain": plain,
     }
-    runs, facts = {}, {}
-    for row, fn in fns.items():
-        program, facts[row] = cost.compiled(fn, params, batch)
-        runs[row] = partial(program, params, batch)
+    runs, facts = cost.programs(fns, params, batch)
     # Apart: the plain way leaves hundreds of megabytes behind, which slow down what
     # runs next.
     for row, number in (("ours", 5 * repeats), ("plain", repeats)):
@@ -127,21 +125,15 @@ def print_tables(found: Mapping[str, Any], costs: Mapping[str, Any], options) ->
     rows = []
     base = found.get("base")
     for method, facts in found.items():
-        accuracy = np.array(facts["accuracy"])[:, -1]
+        names = "accuracy", "test_loss", "train_loss"
+        accuracy, test, training = (np.array(facts[n])[:, -1] for n in names)
         over = "-"
         if base and method != "base":
             over = show.cell(accuracy - np.array(base["accuracy"])[:, -1], "+.1f", 100)
-        rows.append(
-            [
-                method,
-                f"{options.learning_rate[method]:.3g}",
-                f"{options.rho[method]:.3g}" if options.rho.get(method) else "-",
-                show.cell(accuracy, ".1f", 100),
-                over,
-                show.cell(np.array(facts["test_loss"])[:, -1], ".2f"),
-                f"{np.mean(np.array(facts['train_loss'])[:, -1]):.3f}",
-            ]
-        )
+        rho = options.rho.get(method)
+        cells = [f"{options.learning_rate[method]:.3g}", f"{rho:.3g}" if rho else "-"]
+        cells += [show.cell(accuracy, ".1f", 100), over, show.cell(test, ".2f")]
+        rows.append([method, *cells, f"{training.mean():.3f}"])
     headings = ["method", "learn.\nrate", "rho", "test\naccuracy, %"]
     headings += ["points\nover base", "test\nloss", "train\nloss"]
     title = f"{options.data}, {options.model}, {options.optimizer}: equal gradients"
@@ -184,64 +176,43 @@ def draw(found, costs, options, path) -> None:
         values = np.array(facts["test_loss"], float)
         style = show.look(method) | {"marker": None}
         middle.plot(facts["gradients"], values.mean(0), label=method, **style)
-    late = [
-        np.array(f["test_loss"])[:, len(f["gradients"]) // 4 :] for f in found.values()
-    ]
-    late = np.concatenate([values.ravel() for values in late]).astype(float)
-    # The first quarter, alike for all methods, would flatten the rest.
-    low, high = np.nanmin(late), np.nanmax(late)
-    margin = 0.05 * (high - low) or 1.0
-    middle.set_ylim(low - margin, high + margin)
+    show.later(middle, [facts["test_loss"] for facts in found.values()])
     middle.set_xlabel("gradients spent")
     middle.set_title("Test loss, mean of the seeds")
     middle.legend(fontsize=7)
-    for at, facts in enumerate(costs.values()):
-        for offset, row, color in (
-            (-0.2, "plain", show.GREY),
-            (0.2, "ours", show.GREEN),
-        ):
-            value = facts[row]["ratio"]
-            right.bar(at + offset, value, 0.36, color=color)
-            right.text(
-                at + offset, value * 1.05, f"{value:.3g}", ha="center", fontsize=8
-            )
+    for row, offset, color in (("plain", -0.2, show.GREY), ("ours", 0.2, show.GREEN)):
+        values = [facts[row]["ratio"] for facts in costs.values()]
+        bars = right.bar(np.arange(len(costs)) + offset, values, 0.36, color=color)
+        right.bar_label(bars, fmt="%.3g", fontsize=8)
     right.set_yscale("log")
     right.axhline(1, color="black", lw=0.8)
     right.set_xticks(range(len(costs)), [name.upper() for name in costs])
-    right.set_title(
-        "Fisher diagonal, time over one gradient:\nvmap(grad)² grey, ours green"
-    )
+    title = "Fisher diagonal, time over one gradient:\nvmap(grad)² grey, ours green"
+    right.set_title(title)
     show.save(fig, path)
 
 
 def experiment(run: harness.Run) -> None:
     """Trains what the results do not hold yet, prints the tables and draws."""
     options = run.options
-    names = (
-        "data train_size test_size label_noise augment model optimizer weight_decay "
-        "batch_size epochs seeds"
-    )
-    settings = {name: getattr(options, name) for name in names.split()}
+    names = "data train_size test_size label_noise augment model optimizer weight_decay"
+    settings = run.take(f"{names} batch_size epochs seeds")
     if options.tune:
         return tune(run, options.methods, settings)
     points = {
         m: {"rho": options.rho.get(m, 0.0), "rate": options.learning_rate[m]}
         for m in options.methods
     }
-    keys = {m: {"method": m, **point, **settings} for m, point in points.items()}
-    problem, found = None, {}
-    if not all(run.holds(**key) for key in keys.values()):
-        problem = make_problem(options)
-    for method, key in keys.items():
-        compute = partial(train, method, problem, options, **points[method])
-        found[method] = run.cell(compute, **key)
-    repeats = {"mlp": 5, "cnn": 5} if not options.smoke else {"tiny": 2}
-    costs = {
-        name: run.cell(
-            partial(fisher_cost, name, n), part="cost", model=name, repeats=n
-        )
-        for name, n in repeats.items()
-    }
+    problem, found = cache(partial(make_problem, options)), {}
+    for method, point in points.items():
+        compute = lambda m, p: train(m, problem(), options, **p)  # noqa: E731
+        key = {"method": method, **point, **settings}
+        found[method] = run.cell(compute, method, point, **key)
+    costs = {}
+    for name in ("tiny",) if options.smoke else ("mlp", "cnn"):
+        repeats = 2 if options.smoke else 5
+        settings = {"part": "cost", "model": name, "repeats": repeats}
+        costs[name] = run.cell(fisher_cost, name, repeats, **settings)
     print_tables(found, costs, options)
     suffix = "" if options.data == "digits" else f"_{options.data}"
     draw(found, costs, options, run.picture(suffix))

@@ -109,8 +109,7 @@ def experiment(run: harness.Run) -> None:
     draw(found, run.picture())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return harness.main(__doc__, experiment, arguments)
+main = harness.script(__doc__, experiment)
 
 
 if __name__ == "__main__":

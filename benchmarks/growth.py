@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
 import harness
 import jax
 import jax.numpy as jnp
+import numpy as np
 import show
 from cost import MLP, Problem, problem
 from steps import measure, OPTIMIZERS
@@ -58,11 +59,9 @@ def scanned(depth: int, width: int = 128, batch: int = 64) -> Problem:
 def distributed(devices: int) -> Problem:
     """Returns the MLP with 32 examples on each of several devices."""
     model = problem(MLP((256, 256)), (256,), 32 * devices)
+    kinds = {"axis_types": (jax.sharding.AxisType.Auto,)}
     mesh = jax.make_mesh(
-        (devices,),
-        ("data",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
+        (devices,), ("data",), devices=jax.devices()[:devices], **kinds
     )
     spec = jax.sharding.PartitionSpec
     rows = jax.sharding.NamedSharding(mesh, spec("data"))
@@ -98,10 +97,8 @@ SMOKE = {
 
 def spread_of(facts) -> float:
     """Returns how far the quartiles of a row are from its median, the widest row."""
-    pairs = ((f["ratio"], f["quartiles"]) for f in facts.values())
-    return max(
-        max(abs(q / middle - 1) for q in quartiles) for middle, quartiles in pairs
-    )
+    ends = [(q / f["ratio"], 1) for f in facts.values() for q in f["quartiles"]]
+    return max(abs(end - middle) for end, middle in ends)
 
 
 def settled(make, repeats: int, rounds: int):
@@ -125,16 +122,13 @@ def draw(results, path):
     styles = "-", "--", "-", ":", "-.", (0, (5, 1, 1, 1))
     for ax, (kind, points) in zip(axes[0], results.items(), strict=True):
         x = [float(point) for point in points]
-        for (row, label), color, style in zip(
-            ROWS.items(), colors, styles, strict=True
-        ):
-            shown = [(float(p), f[row]) for p, f in points.items() if row in f]
-            middles = [f["ratio"] for _, f in shown]
-            ends = [
-                [abs(f["ratio"] - f["quartiles"][i]) for _, f in shown] for i in (0, 1)
-            ]
+        for row, color, style in zip(ROWS, colors, styles, strict=True):
+            found = {float(p): f[row] for p, f in points.items() if row in f}
+            middles = np.array([f["ratio"] for f in found.values()])
+            ends = np.array([f["quartiles"] for f in found.values()]).T
             look = {"ls": style, "color": color, "marker": "o", "ms": 3}
-            ax.errorbar([p for p, _ in shown], middles, ends, label=label, **look)
+            spread = np.abs(ends - middles) if len(found) else None
+            ax.errorbar([*found], middles, spread, label=ROWS[row], **look)
         ax.set_xscale("log")
         ax.set_xticks(x, list(points))
         ax.minorticks_off()
@@ -144,25 +138,18 @@ def draw(results, path):
     ticks = 1, 1.5, 2, 3, 4, 6, 8
     axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0, 0].set_ylabel("time of a step / base step")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, ncols=3, loc="outside lower center", fontsize=9)
+    show.legend(fig, axes[0, 0], 3, fontsize=9)
     show.save(fig, path)
 
 
 def experiment(run: harness.Run) -> None:
     """Measures what the results do not hold, prints the table and draws the picture."""
-    options, results, rows = run.options, {}, []
-    settings = {"repeats": options.repeats, "rounds": options.rounds}
-    for kind, points in (SMOKE if options.smoke else GROWTH).items():
-        if kind not in options.kinds:
-            continue
+    results, rows, settings = {}, [], run.take("repeats rounds")
+    for kind, points in (SMOKE if run.options.smoke else GROWTH).items():
         results[kind] = {}
         for point, make in points.items():
-            facts = run.cell(
-                lambda make=make: settled(make, **settings),
-                **{"kind": kind, "point": point},
-                **settings,
-            )
+            key = {"kind": kind, "point": point, **settings}
+            facts = run.cell(settled, make, *settings.values(), **key)
             results[kind][point] = facts
             cells = (f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS)
             rows.append([f"{kind} {point}", *[*cells][1:], f"{spread_of(facts):.0%}"])
@@ -172,17 +159,12 @@ def experiment(run: harness.Run) -> None:
     draw(results, run.picture())
 
 
-def add_options(add):
-    add("--kinds", nargs="+", choices=GROWTH, default=list(GROWTH))
-    add("--repeats", type=harness.whole, default=9)
-    add("--rounds", type=harness.whole, default=3, help="each of twice the repeats")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"repeats": 2, "rounds": 1}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"repeats": 2, "rounds": 1},
+    repeats=9,
+    rounds={"default": 3, "help": "each of twice the repeats"},
+)
 
 
 if __name__ == "__main__":

@@ -111,31 +111,23 @@ def measure(name: str, model: Problem, repeats: int):
 
 def experiment(run: harness.Run) -> None:
     """Measures what the results do not hold, and prints the table."""
-    options = run.options
-    results = {
-        name: run.cell(
-            lambda name=name: measure(
-                name, (cost.SMOKE | cost.PROBLEMS)[name](), options.repeats
-            ),
-            model=name,
-            repeats=options.repeats,
-        )
-        for name in options.models
-    }
+    problems, repeats = cost.SMOKE | cost.PROBLEMS, run.options.repeats
+    results = {}
+    for name in run.options.models:
+        compute = lambda name: measure(name, problems[name](), repeats)  # noqa: E731
+        results[name] = run.cell(compute, name, model=name, repeats=repeats)
     cost.print_tables("Ratio to one gradient of the batch", results)
 
 
-def add_options(add):
-    names = [*cost.PROBLEMS]
-    add("--models", nargs="+", choices=[*names, *cost.SMOKE], default=names)
-    add("--repeats", type=harness.whole, default=5)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"models": list(cost.SMOKE), "repeats": 2}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"models": list(cost.SMOKE), "repeats": 2},
+    models={
+        "default": ["mlp", "mlp-512", "cnn", "resnet"],
+        "choices": [*cost.PROBLEMS, *cost.SMOKE],
+    },
+    repeats=5,
+)
 
 
 if __name__ == "__main__":

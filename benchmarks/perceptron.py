@@ -1,6 +1,7 @@
 """What the experiments with a small ReLU network share: the model and its training."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -46,14 +47,8 @@ def train(
 ) -> Any:
     """Returns the parameters after SGD with momentum, weight decay and cosine decay.
 
-    Args:
-        params: Where to begin.
-        make: Maps the base optimizer to a training step.
-        data: Images and labels.
-        rate: Learning rate at the start.
-        steps: How many.
-        batch: Images a step, drawn with replacement.
-        key: Of the batches.
+    `make` maps the base optimizer to a training step; `rate` is the learning rate at
+    the start. Images of a batch are drawn with replacement.
     """
     images, labels = data
     optimizer = optax.chain(
@@ -70,6 +65,15 @@ def train(
     carry = params, stepper.init(params)
     carry, _ = jax.lax.scan(step, carry, jax.random.split(key, steps))
     return stepper.weights(*carry)
+
+
+def train_by(method, gradients, seed, images, labels, rho, rate):
+    """Trains a network of two hidden layers of 64 by a method; returns parameters."""
+    init_key, batch_key = jax.random.split(jax.random.key(seed))
+    params = initial(init_key, (images.shape[1], 64, 64, 10))
+    make = partial(methods.stepper, method, LOSS, rho=rho)
+    steps = gradients // methods.METHODS[method].passes
+    return train(params, make, (images, labels), rate, steps, 50, batch_key)
 
 
 def score(
@@ -147,18 +151,18 @@ def compare(
     answers = jnp.argmax(jax.vmap(apply, in_axes=(0, None))(params, images), -1)
     wrong = every != jnp.asarray(labels)[None]
     learnt = jnp.sum(wrong & (answers == every), 1) / jnp.maximum(jnp.sum(wrong, 1), 1)
-    return best | {
-        "accuracy": accuracy,
-        "loss": loss,
-        "wrong labels learnt": learnt,
-    }
+    return best | {"accuracy": accuracy, "loss": loss, "wrong labels learnt": learnt}
 
 
 def trained(train, point, data, noise, seeds):
     """Returns the parameters of all seeds at a point, and their labels."""
     images, labels = data
-    every = [noisy_labels(labels, noise, seed) for seed in range(seeds)]
-    every = jnp.stack(every)
+    every = jnp.stack([noisy_labels(labels, noise, seed) for seed in range(seeds)])
     final = jax.jit(jax.vmap(train, in_axes=(0, None, 0, None, None)))
     params = final(jnp.arange(seeds), images, every, point["rho"], point["rate"])
     return params, every
+
+
+def over(found, base):
+    """Returns accuracies less those of another method on the same seeds."""
+    return np.subtract(found["accuracy"], base["accuracy"])

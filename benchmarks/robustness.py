@@ -30,8 +30,6 @@ from perceptron import LOSS, score
 import fsam_optax as fsam
 
 
-HIDDEN = (64, 64)
-BATCH = 50
 RATES = (0.01, 0.03, 0.1, 0.3)
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DIVERGENCES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -43,22 +41,6 @@ DIRECTIONS = {
 }
 
 
-def train(method, gradients, seed, images, labels, rho, rate):
-    """Trains one network; returns its parameters."""
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    params = perceptron.initial(init_key, (images.shape[1], *HIDDEN, 10))
-    steps = gradients // methods.METHODS[method].passes
-    return perceptron.train(
-        params,
-        lambda optimizer: methods.stepper(method, LOSS, optimizer, rho),
-        (images, labels),
-        rate,
-        steps,
-        BATCH,
-        batch_key,
-    )
-
-
 def perturbed(params, seed, data, halvings):
     """Returns test loss and accuracy of one network, by direction and by length.
 
@@ -66,9 +48,6 @@ def perturbed(params, seed, data, halvings):
     """
     train_set, (images, labels) = data
     grads = jax.grad(LOSS)(params, train_set)
-
-    def displaced(eps, scale):
-        return jax.tree.map(lambda w, e: w + scale * e, params, eps)
 
     def divergence(eps, scale):
         eps = optax.tree.scale(scale, eps)
@@ -86,33 +65,24 @@ def perturbed(params, seed, data, halvings):
             def halve(_, ends):
                 middle = jnp.mean(ends)
                 short = divergence(eps, jnp.exp(middle)) < target
-                return jnp.where(
-                    short,
-                    jnp.stack([middle, ends[1]]),
-                    jnp.stack([ends[0], middle]),
-                )
+                return ends.at[jnp.where(short, 0, 1)].set(middle)
 
             ends = jnp.log(jnp.array([1e-3, 1e3]))
             return jnp.exp(jnp.mean(jax.lax.fori_loop(0, halvings, halve, ends)))
 
-        by_divergence = jax.lax.map(length_for, jnp.array(DIVERGENCES))
         for kind, lengths in (
             ("length", jnp.array(LENGTHS)),
-            ("divergence", by_divergence),
+            ("divergence", jax.lax.map(length_for, jnp.array(DIVERGENCES))),
         ):
-            reached, (losses, accuracies) = jax.lax.map(
-                lambda t, eps=eps: (
-                    divergence(eps, t),
-                    score(displaced(eps, t), images, labels),
-                ),
-                lengths,
-            )
-            found[f"{name}, {kind}"] = {
-                "length": lengths,
-                "divergence": reached,
-                "loss": losses,
-                "accuracy": accuracies,
-            }
+
+            def measured(t, eps=eps):
+                moved = jax.tree.map(lambda w, e: w + t * e, params, eps)
+                return divergence(eps, t), score(moved, images, labels)
+
+            reached, (losses, accuracies) = jax.lax.map(measured, lengths)
+            facts = {"length": lengths, "divergence": reached}
+            facts |= {"loss": losses, "accuracy": accuracies}
+            found[f"{name}, {kind}"] = facts
     return found
 
 
@@ -133,20 +103,13 @@ def perturb(training, facts, data, options):
 
 
 def read(options):
-    """Returns training and test images, as rows of pixels in 0..1, and their labels."""
+    """Returns training and test set."""
     found = datasets.load(options.data, options.data_dir)
-
-    def rows(images):
-        images = images.astype(np.float32)[..., 0] / 255
-        if images.shape[1] > 16:  # Half as many pixels a side: a smaller network.
-            images = images.reshape(-1, 14, 2, 14, 2).mean((2, 4))
-        return jnp.asarray(images.reshape(len(images), -1))
-
+    # Half as many pixels a side: a smaller network.
+    pool = 2 if found.train_images.shape[1] > 16 else 1
+    (images, labels), test = perceptron.split(found, pool)
     size = options.train_size
-    return (
-        (rows(found.train_images[:size]), found.train_labels[:size]),
-        (rows(found.test_images[:2000]), jnp.asarray(found.test_labels[:2000])),
-    )
+    return (images[:size], labels[:size]), tuple(part[:2000] for part in test)
 
 
 def print_tables(results, perturbations, options):
@@ -154,30 +117,21 @@ def print_tables(results, perturbations, options):
     headings = ["method", *(f"{noise:.0%} wrong" for noise in options.noise)]
     for title, key, factor, form in (
         ("test accuracy, %", "accuracy", 100, ".1f"),
-        ("test accuracy, points over base on the same seeds", "accuracy", 100, "+.1f"),
+        ("test accuracy, points over base on the same seeds", "over", 100, "+.1f"),
         ("test loss", "loss", 1, ".3f"),
         ("wrong labels learnt, %", "wrong labels learnt", 100, ".1f"),
     ):
-        rows = []
-        for method in options.methods:
-            cells = [method]
-            for by_method in results.values():
-                values = np.array(by_method[method][key])
-                values = values - np.array(by_method["base"][key]) * ("over" in title)
-                cells.append(show.cell(values, form, factor))
-            rows.append(cells)
-        show.table(f"{options.data}: {title}", headings, rows, "Mean ± standard error.")
-    rows = [
-        [
-            method,
-            *(
-                f"{of[method]['rate']:.3g}, {of[method]['rho']:.3g}"
-                + "*" * bool(of[method]["edges"])
-                for of in results.values()
-            ),
+        rows = [
+            [m, *(show.cell(of[m][key], form, factor) for of in results.values())]
+            for m in options.methods
         ]
-        for method in options.methods
-    ]
+        show.table(f"{options.data}: {title}", headings, rows, "Mean ± standard error.")
+    rows = []
+    for method in options.methods:
+        found = [of[method] for of in results.values()]
+        chosen = [f"{f['rate']:.3g}, {f['rho']:.3g}" for f in found]
+        edges = ["*" * bool(f["edges"]) for f in found]
+        rows.append([method, *(a + b for a, b in zip(chosen, edges, strict=True))])
     show.table("Chosen: learning rate, rho", headings, rows, "* at an edge of the grid")
     kinds = {"length": LENGTHS, "divergence": DIVERGENCES}
     for kind, values in kinds.items() if perturbations else ():
@@ -195,42 +149,29 @@ def print_tables(results, perturbations, options):
 
 def draw(results, perturbations, options, path):
     """Draws accuracies over the base optimizer, and those of perturbed networks."""
-    fig, axes = show.figure(
-        1 + bool(perturbations),
-        4,
-        f"{options.data}: what wrong labels cost, and perturbed weights",
-        figsize=(14, 7),
-    )
+    headline = f"{options.data}: what wrong labels cost, and perturbed weights"
+    fig, axes = show.figure(1 + bool(perturbations), 4, headline, figsize=(14, 7))
     percent = 100 * np.array(list(results))
-    keys = ("accuracy", "accuracy", "loss", "wrong labels learnt")
+    keys = ("accuracy", "over", "loss", "wrong labels learnt")
     titles = ("test accuracy, %", "points over base", "test loss", "learnt wrong, %")
-    for at, method in enumerate(options.methods):
-        for ax, key, title in zip(axes[0], keys, titles, strict=True):
-            factor = 1 if key == "loss" else 100
-            pairs = []
-            for of in results.values():
-                values = np.array(of[method][key])
-                if title == "points over base":
-                    values = values - np.array(of["base"][key])
-                pairs.append(show.mean_and_error(values, factor))
-            means, errors = np.array(pairs).T
+    for ax, key, title in zip(axes[0], keys, titles, strict=True):
+        for at, method in enumerate(options.methods):
             x = percent + (at - len(options.methods) / 2) * 0.6
-            style = show.look(method) | {"ms": 4, "lw": 1.2}
-            ax.errorbar(x, means, yerr=errors, label=method, **style)
-            ax.set_title(title)
-            ax.set_xlabel("labels wrong, %")
+            style = show.look(method) | {"ms": 4, "lw": 1.2, "label": method}
+            values = [of[method][key] for of in results.values()]
+            show.errors(ax, x, values, 1 if key == "loss" else 100, **style)
+        ax.set_title(title)
+        ax.set_xlabel("labels wrong, %")
     pairs = zip(axes[-1], DIRECTIONS, strict=True) if perturbations else ()
     for ax, direction in pairs:
         for method, found in perturbations.items():
-            accuracy = found[f"{direction}, divergence"]["accuracy"]
-            mean = 100 * np.array(accuracy["mean"])
+            mean = 100 * np.array(found[f"{direction}, divergence"]["accuracy"]["mean"])
             ax.plot(DIVERGENCES, mean, **show.look(method), ms=4, lw=1.2)
         ax.set_xscale("log")
         ax.set_xticks(DIVERGENCES, [f"{v:g}" for v in DIVERGENCES])
         ax.set_xlabel("change of the predictions, nats")
         ax.set_title(f"accuracy, %, along {direction} direction")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    show.legend(fig, axes[0, 0], 5, fontsize=8)
     show.save(fig, path)
 
 
@@ -238,62 +179,49 @@ def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     options = run.options
     data = read(options)
-    (images, labels), test = data
-    settings = {
-        name: getattr(options, name)
-        for name in ("data", "train_size", "gradients", "seeds", "tuning_seeds")
-    }
+    settings = run.take("data train_size gradients seeds tuning_seeds")
+    seeds = run.take("seeds tuning_seeds")
     results = {noise: {} for noise in options.noise}
     perturbations = {}
     for method in options.methods:
-        points = methods.grid(method, RATES)
-        training = partial(train, method, options.gradients)
+        training = partial(perceptron.train_by, method, options.gradients)
         for noise, found in results.items():
-            compare = partial(
-                perceptron.compare,
-                *(training, points, (images, labels), test),
-                noise=noise,
-                seeds=options.seeds,
-                tuning_seeds=options.tuning_seeds,
-            )
-            found[method] = run.cell(compare, method=method, noise=noise, **settings)
+            compare = partial(perceptron.compare, noise=noise, **seeds)
+            args = training, methods.grid(method, RATES), *data
+            key = {"method": method, "noise": noise, **settings}
+            found[method] = run.cell(compare, *args, **key)
+            found[method]["over"] = perceptron.over(found[method], found["base"])
         if 0.0 not in results:  # Perturbed are the networks trained on right labels.
             continue
         facts = results[0.0][method]
-        perturbations[method] = run.cell(
-            partial(perturb, training, facts, data, options),
-            **{"part": "perturbation", "method": method},
-            **{"rho": facts["rho"], "rate": facts["rate"]},
-            **settings,
-        )
+        point = {"rho": facts["rho"], "rate": facts["rate"]}
+        key = {"part": "perturbation", "method": method, **point, **settings}
+        args = perturb, training, facts, data, options
+        perturbations[method] = run.cell(*args, **key)
     print_tables(results, perturbations, options)
     suffix = "" if options.data == "digits" else f"_{options.data.replace('-', '_')}"
     draw(results, perturbations, options, run.picture(suffix))
 
 
-def add_options(add):
-    add("--data", choices=("digits", "fashion-mnist", "mnist"), default="digits")
-    add("--data-dir", type=pathlib.Path, default=pathlib.Path("data"))
-    add("--methods", nargs="+", choices=methods.METHODS, default=list(methods.METHODS))
-    add("--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6, 0.8])
-    add("--gradients", type=harness.whole, default=800, help="of one training")
-    add("--train-size", type=harness.whole, default=1000)
-    add("--seeds", type=harness.whole, default=16)
-    add("--tuning-seeds", type=harness.whole, default=8)
-    add("--halvings", type=harness.whole, default=25, help="of the length")
-
-
-SMOKE = {
-    "methods": ["base", "ASAM", "Fisher SAM, empirical, relative"],
-    **{"noise": [0.0, 0.4], "gradients": 4, "train_size": 100, "seeds": 2},
-    **{"tuning_seeds": 1, "halvings": 25},
-}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=SMOKE
-    )
+NAMES = ["base", "SAM", "ASAM"]
+NAMES += [f"Fisher SAM, {f}, relative" for f in ("squared", "empirical")]
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        "methods": ["base", "ASAM", "Fisher SAM, empirical, relative"],
+        **{"noise": [0.0, 0.4], "gradients": 4, "train_size": 100, "seeds": 2},
+        **{"tuning_seeds": 1, "halvings": 25},
+    },
+    data={"default": "digits", "choices": ("digits", "fashion-mnist", "mnist")},
+    data_dir=pathlib.Path("data"),
+    methods={"default": NAMES, "choices": methods.METHODS},
+    noise=[0.0, 0.2, 0.4, 0.6, 0.8],
+    gradients={"default": 800, "help": "of one training"},
+    train_size=1000,
+    seeds=16,
+    tuning_seeds=8,
+    halvings={"default": 25, "help": "of the length"},
+)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ GPT = {
     "smoke": (2, 16, 64, 4, 2),
 }
 SHARDED = ("gpt",)
-DEVICES = (2, 8, 64, 256)
 
 
 def cnn():
@@ -69,10 +68,7 @@ def gpt(name, whole):
     shapes = {
         "table": (words, width),
         "layers": {
-            "q": (depth, width, width),
-            "k": (depth, width, width),
-            "v": (depth, width, width),
-            "out": (depth, width, width),
+            **{name: (depth, width, width) for name in ("q", "k", "v", "out")},
             "up": (depth, width, 4 * width),
             "down": (depth, 4 * width, width),
             "scale": (depth, 2, width),
@@ -203,9 +199,8 @@ def experiment(run: harness.Run) -> None:
     rows = []
     for name in run.options.models:
         for devices in run.options.devices:
-            facts = run.cell(
-                lambda a=(name, devices): in_process(*a), model=name, devices=devices
-            )
+            key = {"model": name, "devices": devices}
+            facts = run.cell(in_process, name, devices, **key)
             for row in STEPS:
                 fact = facts[row]
                 moved = [fact.get(kind, 0) / 1e6 for kind in compiled.COLLECTIVES]
@@ -217,17 +212,12 @@ def experiment(run: harness.Run) -> None:
     show.table("One device in a step", head, rows)
 
 
-def add_options(add):
-    names = ["cnn", *GPT]
-    add("--models", nargs="+", choices=names, default=["cnn", "transformer", "gpt"])
-    add("--devices", nargs="+", type=harness.whole, default=list(DEVICES))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"models": ["smoke"], "devices": [2]}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"models": ["smoke"], "devices": [2]},
+    models={"default": ["cnn", "transformer"], "choices": ["cnn", *GPT]},
+    devices=[2, 8, 64, 256],
+)
 
 
 if __name__ == "__main__":

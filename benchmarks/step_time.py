@@ -36,20 +36,15 @@ IN_CONTROL_FLOW = (
 )
 
 
-def rows_of(name, model, chosen):
-    """Returns the rows that are worth their time, or the base step and the chosen."""
+def of_model(name, make, optimizer, repeats, chosen):
+    """Returns the facts of the rows worth their time, or of base and the chosen."""
+    model = make()
     rows = [*make_steps(model, OPTIMIZERS["sgd"])]
     if chosen:
-        return [row for row in rows if row == "base" or row in chosen]
-    if jax.default_backend() == "cpu" and name in ("cnn", "resnet"):
+        rows = [row for row in rows if row == "base" or row in chosen]
+    elif jax.default_backend() == "cpu" and name in ("cnn", "resnet"):
         rows = [row for row in rows if row not in IN_CONTROL_FLOW]
-    return rows
-
-
-def of_model(name, make, optimizer, repeats, chosen):
-    """Returns the facts of a model."""
-    model = make()
-    return measure(model, OPTIMIZERS[optimizer], repeats, rows_of(name, model, chosen))
+    return measure(model, OPTIMIZERS[optimizer], repeats, rows)
 
 
 def of_leaves(number: int, repeats: int):
@@ -73,42 +68,30 @@ def experiment(run: harness.Run) -> None:
     """Measures what the results do not hold, and prints the table."""
     options, results = run.options, {}
     repeats = options.repeats
-    if options.leaves:
-        for number in (100, 1000):
-            results[f"{number} leaves"] = run.cell(
-                lambda number=number: of_leaves(number, repeats),
-                leaves=number,
-                repeats=repeats,
-            )
-    else:
-        for name in options.models:
-            make = (cost.SMOKE | cost.PROBLEMS)[name]
-            results[name] = run.cell(
-                lambda a=(name, make): of_model(
-                    *a, options.optimizer, repeats, options.rows
-                ),
-                model=name,
-                optimizer=options.optimizer,
-                repeats=repeats,
-                **({"rows": options.rows} if options.rows else {}),
-            )
+    for number in (100, 1000) if options.leaves else ():
+        key = {"leaves": number, "repeats": repeats}
+        results[f"{number} leaves"] = run.cell(of_leaves, number, repeats, **key)
+    for name in () if options.leaves else options.models:
+        make, optimizer = (cost.SMOKE | cost.PROBLEMS)[name], options.optimizer
+        key = {"model": name, "optimizer": optimizer, "repeats": repeats}
+        key |= {"rows": options.rows} if options.rows else {}
+        args = of_model, name, make, optimizer, repeats, options.rows
+        results[name] = run.cell(*args, **key)
     cost.print_tables("Ratio to the base step", results)
 
 
-def add_options(add):
-    names = [*cost.PROBLEMS]
-    add("--models", nargs="+", choices=[*names, *cost.SMOKE], default=names)
-    add("--optimizer", choices=OPTIMIZERS, default="sgd")
-    add("--leaves", action="store_true", help="with many leaves")
-    add("--rows", nargs="+", help="only these, and the base step")
-    add("--repeats", type=harness.whole, default=9)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"models": list(cost.SMOKE), "repeats": 2}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"models": list(cost.SMOKE), "repeats": 2},
+    models={
+        "default": ["mlp", "cnn", "resnet", "transf."],
+        "choices": [*cost.PROBLEMS, *cost.SMOKE],
+    },
+    optimizer={"default": "sgd", "choices": OPTIMIZERS},
+    leaves={"default": False, "help": "with many leaves"},
+    rows={"nargs": "+", "help": "only these, and the base step"},
+    repeats=9,
+)
 
 
 if __name__ == "__main__":

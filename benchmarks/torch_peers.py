@@ -25,26 +25,22 @@ from torch import nn
 
 
 def mlp():
-    return nn.Sequential(
-        nn.Linear(784, 512),
-        nn.ReLU(),
-        nn.Linear(512, 512),
-        nn.ReLU(),
-        nn.Linear(512, 10),
-    )
+    first, second = nn.Linear(784, 512), nn.Linear(512, 512)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(512, 10))
 
 
 def cnn():
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1024, 10),
+    layers = []
+    for before, after in ((3, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
+
+
+def normalized(before, features, size, stride=1):
+    convolution = nn.Conv2d(
+        before, features, size, stride, padding=size // 2, bias=False
     )
+    return [convolution, nn.BatchNorm2d(features)]
 
 
 class Block(nn.Module):
@@ -52,27 +48,19 @@ class Block(nn.Module):
 
     def __init__(self, before, features, stride):
         super().__init__()
-        self.path = nn.Sequential(
-            nn.Conv2d(before, features, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(features),
-            nn.ReLU(),
-            nn.Conv2d(features, features, 3, padding=1, bias=False),
-            nn.BatchNorm2d(features),
-        )
+        first = normalized(before, features, 3, stride)
+        second = normalized(features, features, 3)
+        self.path = nn.Sequential(*first, nn.ReLU(), *second)
         self.relu = nn.ReLU()
-        self.shortcut = nn.Sequential()
-        if stride > 1:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, features, 1, stride, bias=False),
-                nn.BatchNorm2d(features),
-            )
+        short = normalized(before, features, 1, stride) if stride > 1 else []
+        self.shortcut = nn.Sequential(*short)
 
     def forward(self, x):
         return self.relu(self.path(x) + self.shortcut(x))
 
 
 def resnet():
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    stem = [*normalized(3, 16, 3), nn.ReLU()]
     blocks, before = [], 16
     for stage in range(4):
         for block in range(2):
@@ -129,10 +117,8 @@ def ratios(runs, repeats):
             if repeat:
                 times[name].append(time.perf_counter() - start)
     first = next(iter(times.values()))
-    return {
-        name: statistics.median(t / b for t, b in zip(record, first, strict=True))
-        for name, record in times.items()
-    }
+    pairs = {name: zip(record, first, strict=True) for name, record in times.items()}
+    return {n: statistics.median(t / b for t, b in of) for n, of in pairs.items()}
 
 
 def diagonals(make, x, y, repeats):
@@ -281,11 +267,9 @@ def experiment(run: harness.Run) -> None:
     """Measures what the results do not hold, and prints the table."""
     options = run.options
     torch.set_num_threads(options.threads)
-    settings = {"threads": options.threads, "repeats": options.repeats}
+    settings = run.take("threads repeats")
     results = {
-        name: run.cell(
-            partial(everything, name, options.repeats), model=name, **settings
-        )
+        name: run.cell(everything, name, options.repeats, model=name, **settings)
         for name in options.models
     }
     for group in ("diagonals", "steps, eager", "steps, compile"):
@@ -298,18 +282,13 @@ def experiment(run: harness.Run) -> None:
         show.table(title, ["", *results], rows)
 
 
-def add_options(add):
-    names = [name for name in PROBLEMS if name != "tiny"]
-    add("--models", nargs="+", choices=PROBLEMS, default=names)
-    add("--threads", type=harness.whole, default=torch.get_num_threads())
-    add("--repeats", type=harness.whole, default=11)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"models": ["tiny"], "repeats": 2}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"models": ["tiny"], "repeats": 2},
+    models={"default": [*PROBLEMS][:-1], "choices": PROBLEMS},
+    threads=torch.get_num_threads(),
+    repeats=11,
+)
 
 
 if __name__ == "__main__":

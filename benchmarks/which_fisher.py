@@ -48,10 +48,7 @@ def last_layer_i2(key):
 
     return fsam.by_group(
         label,
-        {
-            "rest": fsam.fisher_i1(LOSS, key=key),
-            "last": fsam.fisher_i2(LOSS, key=key),
-        },
+        {"rest": fsam.fisher_i1(LOSS, key=key), "last": fsam.fisher_i2(LOSS, key=key)},
     )
 
 
@@ -67,15 +64,14 @@ ESTIMATORS: dict[str, Callable] = {
 
 def points(method):
     """Returns the points of the search, as many for each method."""
-    if method in ("base", "SAM"):
+    if method in methods.METHODS:
         return methods.grid(method, RATES)
-    radii = RADII[method.split(", ")[-1]]
-    return [{"rho": rho, "rate": rate} for rho in radii for rate in RATES]
+    return methods.grid("SAM", RATES, RADII[method.split(", ")[-1]])
 
 
 def stepper(method, rho, key, optimizer):
     """Returns the training step of the method."""
-    if method in ("base", "SAM"):
+    if method in methods.METHODS:
         return methods.stepper(method, LOSS, optimizer, rho)
     name, form = method.rsplit(", ", 1)
     ball = methods.fisher(ESTIMATORS[name](key), form, rho)
@@ -87,7 +83,8 @@ def train(method, gradients, seed, images, labels, rho, rate):
     init_key, draw_key, batch_key = jax.random.split(jax.random.key(seed), 3)
     params = perceptron.initial(init_key, SIZES)
     make = partial(stepper, method, rho, draw_key)
-    steps = gradients // (1 if method == "base" else 2)
+    passes = methods.METHODS[method].passes if method in methods.METHODS else 2
+    steps = gradients // passes
     data = images, labels
     return perceptron.train(params, make, data, rate, steps, BATCH, batch_key)
 
@@ -164,17 +161,14 @@ def print_tables(results, directions):
     for noise, found in results.items():
         rows = []
         for method, facts in found.items():
-            accuracy = np.array(facts["accuracy"])
-            over = [
-                # On the same seeds, so that what they share cancels.
-                show.cell(accuracy - found[other]["accuracy"], "+.1f", 100)
-                if other in found
-                else "-"
+            # On the same seeds, so that what they share cancels.
+            cells = [
+                show.cell(perceptron.over(facts, found[other]), "+.1f", 100)
                 for other in ("base", "SAM")
             ]
-            cells = show.cell(accuracy, ".1f", 100), *over
             chosen = f"{facts['rate']:.2g}", f"{facts['rho']:g}"
-            rows.append([method, *chosen, *cells])
+            accuracy = show.cell(facts["accuracy"], ".1f", 100)
+            rows.append([method, *chosen, accuracy, *cells])
         headings = ["method", "rate", "rho", "accuracy, %", "over base", "over SAM"]
         title = f"{noise:.0%} of the labels wrong: test accuracy, %"
         show.table(title, headings, rows, "Mean ± standard error.")
@@ -182,75 +176,58 @@ def print_tables(results, directions):
     headings = ["F", *(f"cosine,\n{stage} steps" for stage in stages)]
     headings.append(f"KL,\n{stages[-1]} steps")
     for form in RADII:
-        rows = [
-            [
-                name,
-                *(f"{f['cosine']:.2f}" for f in found[form]),
-                f"{found[form][-1]['kl']:.1e}",
-            ]
-            for name, found in directions.items()
-        ]
+        rows = []
+        for name, found in directions.items():
+            cosines = (f"{f['cosine']:.2f}" for f in found[form])
+            rows.append([name, *cosines, f"{found[form][-1]['kl']:.1e}"])
         show.table(f"eps beside that of the exact F, {form} form", headings, rows)
 
 
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     options = run.options
-    digits = datasets.load("digits")
-    x = digits.train_images, digits.test_images
-    x = np.concatenate(x).reshape(-1, 64).astype(np.float32) / 255
-    y = np.concatenate([digits.train_labels, digits.test_labels])
+    x, y = (
+        np.concatenate(parts)
+        for parts in zip(*perceptron.split(datasets.load("digits")), strict=True)
+    )
     order = np.random.default_rng(0).permutation(len(y))
     x, y = jnp.asarray(x[order]), y[order]
-    data, held = (x[:300], y[:300]), (x[300:1000], y[300:1000])
-    test = x[1000:], jnp.asarray(y[1000:])
+    sets = {"data": (x[:300], y[:300]), "held": (x[300:1000], y[300:1000])}
+    sets["test"] = x[1000:], jnp.asarray(y[1000:])
+    settings, seeds = run.take("gradients seeds tuning_seeds"), "seeds tuning_seeds"
     named = [f"{name}, {form}" for form in RADII for name in options.estimators]
-    settings = {
-        name: getattr(options, name) for name in ("gradients", "seeds", "tuning_seeds")
-    }
-    results = {}
-    for noise in options.noise:
-        results[noise] = {}
-        for method in ("base", "SAM", *named):
-            compare = partial(
-                perceptron.compare,
-                *(partial(train, method, options.gradients), points(method)),
-                *(data, test),
-                noise=noise,
-                seeds=options.seeds,
-                tuning_seeds=options.tuning_seeds,
-                held=held,
-            )
-            found = run.cell(compare, method=method, noise=noise, **settings)
-            results[noise][method] = found
+    results = {noise: {} for noise in options.noise}
+    for noise, found in results.items():
+        compare = partial(perceptron.compare, **sets, noise=noise, **run.take(seeds))
+        for method in (*options.methods, *named):
+            args = partial(train, method, options.gradients), points(method)
+            key = {"method": method, "noise": noise, **settings}
+            found[method] = run.cell(compare, *args, **key)
     stages = STAGES[:1] if options.smoke else STAGES
-    directions = {}
-    for name in options.estimators:
-        directions[name] = {}
+    data = x[:300], jnp.asarray(y[:300])
+    directions = {name: {} for name in options.estimators}
+    for name, found in directions.items():
         for form in RADII:
-            compute = partial(
-                direction, name, form, (data[0], jnp.asarray(y[:300])), stages, 50
-            )
             settings = {"part": "direction", "estimator": name, "form": form}
-            directions[name][form] = run.cell(compute, **settings, draws=50)
+            args = direction, name, form, data, stages, 50
+            found[form] = run.cell(*args, **settings, draws=50)
     print_tables(results, directions)
     draw(results, directions, run.picture())
 
 
-def add_options(add):
-    add("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
-    add("--noise", type=float, nargs="+", default=[0.0, 0.4])
-    add("--gradients", type=harness.whole, default=800, help="of one training")
-    add("--seeds", type=harness.whole, default=20)
-    add("--tuning-seeds", type=harness.whole, default=4)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    few = {"estimators": ["squared gradient", "exact"], "noise": [0.0]}
-    smoke = {**few, "gradients": 6, "seeds": 2, "tuning_seeds": 1}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"estimators": ["squared gradient", "exact"], "noise": [0.0]},
+        **{"gradients": 6, "seeds": 2, "tuning_seeds": 1},
+    },
+    methods={"default": ["base", "SAM"], "choices": methods.METHODS},
+    estimators={"default": list(ESTIMATORS), "choices": ESTIMATORS},
+    noise=[0.0, 0.4],
+    gradients={"default": 800, "help": "of one training"},
+    seeds=20,
+    tuning_seeds=4,
+)
 
 
 if __name__ == "__main__":
