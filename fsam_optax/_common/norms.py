@@ -324,7 +324,7 @@ def with_derivative(
         ord: As in `norm`.
         shard_axes: As in `norm`.
     """
-    known = isinstance(ord, int | float)
+    known = ord if isinstance(ord, int | float) else None  # No tracer in the rules.
     apart = len(values) > 1
 
     @jax.custom_jvp
@@ -339,7 +339,7 @@ def with_derivative(
     def norm_jvp(primals, tangents):
         _, leaves, traced = primals
         _, changes, traced_change = tangents
-        q = ord if known else traced
+        q = traced if known is None else known
         values = norm(*primals)
 
         def change(x, dx, length):
