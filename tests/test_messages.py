@@ -139,7 +139,84 @@ MISTAKES = {
     "sharpness_aware(ball, momentum)": (
         lambda: fsam.sharpness_aware(BALL, optax.sgd(0.1, momentum=0.9)).init(P),
         TypeError,
-        r"`perturbation` is an optimizer.*TraceState.*`sharpness_aware\(base, pert",
+        r"`base` is a perturbation.*`sharpness_aware\(base, pert.*comes first",
+    ),
+    # What is neither a ball nor an optimizer, or not where it belongs.
+    "value_and_grad(nll, estimator)": (
+        lambda: call(NLL, fsam.fisher_exact(NLL)),
+        TypeError,
+        r"`perturbation` is an estimator.*`fisher_ellipsoid\(0.1, estimator\)`",
+    ),
+    "a sampled estimator": (
+        lambda: call(NLL, fsam.fisher_i1(NLL, key=jax.random.key(0))),
+        TypeError,
+        r"`perturbation` is an estimator",
+    ),
+    "descent=euclidean_ball": (
+        lambda: call(descent=BALL),
+        TypeError,
+        r"`descent` is a perturbation.*the ball is the `perturbation`",
+    ),
+    "sharpness_aware(ball, sgd)": (
+        lambda: fsam.sharpness_aware(BALL, optax.sgd(0.1)).init(P),
+        TypeError,
+        r"`base` is a perturbation.*the optimizer comes first",
+    ),
+    "displaced(ball, sgd)": (
+        lambda: fsam.displaced(BALL, optax.sgd(0.1)).init(P),
+        TypeError,
+        r"`base` is a perturbation.*the optimizer comes first",
+    ),
+    "displaced(sgd, adam)": (
+        lambda: fsam.displaced(optax.sgd(0.1), optax.adam(0.1)).init(P),
+        TypeError,
+        r"`perturbation` is an optimizer",
+    ),
+    "every returns text": (
+        lambda: call(every=lambda step: "no"),
+        ValueError,
+        r"`every` must return one bool.*got 'no'",
+    ),
+    "rho returns text": (
+        lambda: call(loss, fsam.euclidean_ball(lambda count: "0.1")),  # type: ignore
+        ValueError,
+        r"`rho\(count\)` must be a number.*got '0.1'",
+    ),
+    "euclidean_ball(True)": (
+        lambda: fsam.euclidean_ball(True),
+        TypeError,
+        r"`rho` must be a number, got True",
+    ),
+    "lagged is text": (
+        lambda: call(lagged="yes"),
+        TypeError,
+        r"`lagged` must be True or False, got 'yes'",
+    ),
+    "value_fn returns a vector": (
+        lambda: update(grad_fn=None, value_fn=lambda p: model(p, X)),
+        TypeError,
+        r"`value_fn`.*must return the loss, one number, got an array of shape \(6, 3\)",
+    ),
+    "an argument with rows beside numbers": (
+        lambda: call(
+            lambda p, b, d: loss(p, b) * jnp.mean(d["a"]) * d["s"],
+            BALL,
+            B,
+            {"a": jnp.ones(6), "s": 2.0},
+            micro_batches=2,
+        ),
+        ValueError,
+        r"Argument number 4.*leading size 6.*Put it into `batch`",
+    ),
+    "one batch in the place of batches": (
+        lambda: fsam.dataset_diagonal(fsam.fisher_exact(NLL), P, B),
+        TypeError,
+        r"`batches` is one batch.*`\[\(inputs, targets\)\]`",
+    ),
+    "variance of a pair": (
+        lambda: fsam.variance.fisher_variance_i1(model, fsam.categorical, P, B),
+        TypeError,
+        r"take the inputs alone, not `\(inputs, targets\)`",
     ),
     # The state of something else.
     "state of adam": (
@@ -212,11 +289,6 @@ MISTAKES = {
         lambda: update(grad_fn=lambda p: None),
         TypeError,
         r"`grad_fn` must return the gradient",
-    ),
-    "value_fn of a vector": (
-        lambda: update(grad_fn=None, value_fn=lambda p: model(p, X)),
-        TypeError,
-        r"Gradient only defined for scalar-output",
     ),
     # Parameters.
     "no params": (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_optax._common.checks import check_number
+from fsam_optax._common.checks import check_number, leaf_shape
 
 
 def check_radius(rho: Any, order: str) -> None:
@@ -41,7 +41,7 @@ def radius_at(rho: Any, count: jax.Array) -> Any:
     if not callable(rho):
         return rho
     radius = rho(count)
-    if getattr(radius, "shape", None if radius is None else ()) != ():
+    if leaf_shape(radius) != ():
         raise ValueError(
             "`rho(count)` must be a number or an array of shape (), got "
             f"{radius!r}: a schedule is a function of the number of updates alone."

@@ -135,6 +135,11 @@ def dataset_diagonal(
             "`batches` must be an iterable of batches, such as a list of them, got "
             f"{type(batches).__name__}."
         )
+    if isinstance(batches, tuple) and all(hasattr(x, "dtype") for x in batches):
+        raise TypeError(
+            "`batches` is one batch, a tuple of arrays: give a list of batches, "
+            "`[(inputs, targets)]`, or a data loader."
+        )
     keep = None
     if mask is not None:
         keep = broadcast_mask(mask, params, "mask")

@@ -66,10 +66,10 @@ def negative_log_likelihood(
     exact F is the diagonal of the Gauss-Newton matrix of the loss. What wants sums
     (elastic weight consolidation, Laplace) multiplies by D.
 
-    Weights come with the batch, of examples (N,) or of labels (N, T): 0 hides a label
-    whatever it is, NaN included; the inputs must be finite. A batch of weight 0 has
-    loss 0. Shapes of labels are checked, never broadcast; see the likelihoods for what
-    labels are.
+    Weights come with the batch, of examples (N,) or of labels (N, T), and are >= 0,
+    which is not checked (they may be traced): 0 hides a label whatever it is, NaN
+    included; the inputs must be finite. A batch of weight 0 has loss 0. Shapes of
+    labels are checked, never broadcast; see the likelihoods for what labels are.
 
     PRNG keys among the arguments (typed, legacy, in dicts such as
     `rngs={"dropout": key}`) are folded with the row of each example, which then runs

@@ -231,6 +231,12 @@ def _advice(error, call, params, inputs) -> str | None:
             "It takes more arguments than it was given: pass them after the batch, "
             "`nll(params, batch, *args)`, and to an estimator by `loss_args=`."
         )
+    if isinstance(inputs, tuple) and isinstance(error, TypeError) and "'tuple'" in text:
+        return (
+            "Its inputs are a tuple: where `apply_fn, likelihood` stand in place of "
+            "a `negative_log_likelihood`, functions of `fsam_optax.variance` take the "
+            "inputs alone, not `(inputs, targets)`."
+        )
     try:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
         alone = jax.eval_shape(

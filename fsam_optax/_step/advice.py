@@ -9,6 +9,8 @@ import optax
 
 from fsam_optax._ball.perturbation import PerturbationState
 from fsam_optax._common.checks import is_nnx_state, is_real
+from fsam_optax._fisher.estimation import EstimatorState, SampledState
+from fsam_optax._fisher.refresh_every import RefreshEveryState
 
 
 @contextlib.contextmanager
@@ -99,8 +101,25 @@ _OPTIMIZERS = (
 )
 
 
+def check_no_ball(name: str, state: Any, instead: str) -> None:
+    """Raises TypeError for the state of a ball in the place of something else."""
+    if isinstance(state, PerturbationState):
+        raise TypeError(
+            f"`{name}` is a perturbation, such as `euclidean_ball`. {instead}"
+        )
+
+
 def check_ascends(state: Any) -> None:
-    """Raises TypeError for the state of an optimizer in the place of a perturbation."""
+    """Raises TypeError for the state of something else in the place of a perturbation.
+
+    Of an optimizer, or of an estimator alone.
+    """
+    if isinstance(state, EstimatorState | SampledState | RefreshEveryState):
+        raise TypeError(
+            "`perturbation` is an estimator: its output is a Fisher diagonal and no "
+            "eps that is added to the parameters. Put it into a ball, "
+            "`fisher_ellipsoid(0.1, estimator)`."
+        )
 
     def is_known(x):
         return isinstance(x, (PerturbationState, *_OPTIMIZERS))

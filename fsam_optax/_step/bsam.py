@@ -96,7 +96,8 @@ def bsam(
 
     Returns:
         A transformation whose `update(grads, state, params, *, grad_fn, **extra)` takes
-        `grad_fn(params) -> grads`, on the same batch in both calls. `grads`, the
+        `grad_fn(params) -> grads`, on the same batch in both calls, or in its place the
+        loss, `value_fn` or `obj_fn(params) -> loss`. `grads`, the
         gradient at w, is not used: pass zeros, or let `jax.jit` drop it. A gradient
         that is not finite changes nothing but the key and the counters.
 
@@ -155,10 +156,22 @@ def bsam(
             precision=full(init_precision),
         )
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        grad_fn=None,
+        value_fn=None,
+        obj_fn=None,
+        **extra_args,
+    ):
         del extra_args
         check_params("bsam", params)
         check_leaves(params, "params")
+        objective = obj_fn if value_fn is None else value_fn
+        if grad_fn is None and callable(objective):
+            grad_fn = jax.grad(objective)
         if not callable(grad_fn):
             raise TypeError(
                 "`bsam` needs the gradient as a function of the parameters: "

@@ -16,6 +16,7 @@ from fsam_optax._common.checks import (
     is_real,
 )
 from fsam_optax._common.norms import widen
+from fsam_optax._step.advice import check_ascends, check_no_ball
 
 
 class DisplacedState(NamedTuple):
@@ -99,9 +100,15 @@ def displaced(
     inner = optax.with_extra_args_support(perturbation)
 
     def init_fn(params):
-        return DisplacedState(
-            no_displacement(params), inner.init(params), base.init(params)
+        perturbation, base_state = inner.init(params), base.init(params)
+        check_ascends(perturbation)
+        check_no_ball(
+            "base",
+            base_state,
+            "The arguments are `displaced(base, perturbation)`: the optimizer comes "
+            "first.",
         )
+        return DisplacedState(no_displacement(params), perturbation, base_state)
 
     def update_fn(updates, state, params=None, **extra_args):
         grads = updates

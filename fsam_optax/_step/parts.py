@@ -189,8 +189,8 @@ def check_cut(data: Data, parts: int) -> None:
         shapes = [
             leaf_shape(x) for x in jax.tree.leaves(argument) if not is_prng_key(x)
         ]
-        shapes = [shape for shape in shapes if shape is not None]
-        if shapes and all(shape and shape[0] in sizes for shape in shapes):
+        shapes = [shape for shape in shapes if shape]  # Numbers are of no example.
+        if shapes and all(shape[0] in sizes for shape in shapes):
             raise ValueError(
                 f"Argument {name} of the call has arrays of leading size "
                 f"{shapes[0][0]}, as the batch has, but `micro_batches={parts}` cuts "

@@ -24,7 +24,7 @@ from fsam_optax._common.checks import (
     leaf_shape,
 )
 from fsam_optax._common.mapped_axes import AxisName, merge, replica_index
-from fsam_optax._step.advice import explaining
+from fsam_optax._step.advice import check_no_ball, explaining
 from fsam_optax._step.step import (
     first_memory,
     first_metrics,
@@ -151,11 +151,18 @@ def sharpness_aware(
     rule = Rule(ascend, descent, every, perturb_dtype, axis_name, metrics)
 
     def init_fn(params):
+        base_state = base.init(params)
+        check_no_ball(
+            "base",
+            base_state,
+            "The arguments are `sharpness_aware(base, perturbation)`: the optimizer "
+            "comes first.",
+        )
         return SharpnessAwareState(
             step=jnp.zeros([], jnp.int32),
             **first_memory(rule, params)._asdict(),
             metrics=first_metrics(rule, params),
-            base=base.init(params),
+            base=base_state,
         )
 
     def update_fn(
@@ -219,7 +226,7 @@ def _gradient_function(grad_fn, value_fn, obj_fn) -> Callable[[Any], Any]:
     if grad_fn is None:
         objective = value_fn if value_fn is not None else obj_fn
         if callable(objective):
-            return jax.grad(objective)
+            return jax.grad(_scalar_valued(objective))
     if not callable(grad_fn):
         raise TypeError(
             "`sharpness_aware` needs the gradient as a function of the parameters, on "
@@ -237,6 +244,20 @@ def _gradient_function(grad_fn, value_fn, obj_fn) -> Callable[[Any], Any]:
             "jax.grad(loss)(p, batch)`."
         )
     return grad_fn
+
+
+def _scalar_valued(objective):
+    def value(params):
+        loss = objective(params)
+        if leaf_shape(loss) != ():
+            raise TypeError(
+                "`value_fn` (or `obj_fn`) must return the loss, one number, got "
+                f"{describe(loss)}: take the mean over the batch, and leave out what "
+                "is returned beside it."
+            )
+        return loss
+
+    return value
 
 
 def _requires_more_than_params(function):

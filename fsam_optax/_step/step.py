@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._ball.guard import ascend, keep_unless
-from fsam_optax._common.checks import check_like, is_real
+from fsam_optax._common.checks import check_like, is_real, leaf_shape
 from fsam_optax._common.displacement import displace
 from fsam_optax._common.mapped_axes import AxisName, vary
-from fsam_optax._step.advice import check_ascends
+from fsam_optax._step.advice import check_ascends, check_no_ball
 from fsam_optax._step.metrics import measure, Metrics, no_metrics
 
 
@@ -78,10 +78,14 @@ def first_memory(rule: Rule, params: Any) -> Memory:
     """Returns the memory before the first step."""
     perturbation = rule.perturbation.init(params)
     check_ascends(perturbation)
-    return Memory(
-        perturbation=perturbation,
-        descent=rule.descent.init(params) if rule.descent else optax.EmptyState(),
+    descent = rule.descent.init(params) if rule.descent else optax.EmptyState()
+    check_no_ball(
+        "descent",
+        descent,
+        "It makes the direction of the step from both gradients, as `surrogate_gap(0.4)"
+        "` does: the ball is the `perturbation`.",
     )
+    return Memory(perturbation=perturbation, descent=descent)
 
 
 def first_metrics(rule: Rule, params: Any) -> Metrics | None:
@@ -178,9 +182,9 @@ def on_schedule(
     if always(every):
         return perturbed()
     now: Any = every(step) if callable(every) else step % every == 0
-    if jnp.shape(now) != ():
+    if leaf_shape(now) != ():
         raise ValueError(
             "`every` must return one bool for a step, True where it is perturbed, got "
-            f"shape {jnp.shape(now)}."
+            + (f"{now!r}." if leaf_shape(now) is None else f"shape {leaf_shape(now)}.")
         )
     return jax.lax.cond(jnp.asarray(now, bool), perturbed, plain)

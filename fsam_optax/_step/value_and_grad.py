@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from fsam_optax._ball.arguments import check_flag
 from fsam_optax._common.checks import (
     check_count,
     check_dtype,
@@ -216,6 +217,15 @@ def value_and_grad(
         check_transformation("descent", descent, "surrogate_gap(0.4)")
         descent = optax.with_extra_args_support(descent)
     check_every(every)
+    flags = {
+        "has_aux": has_aux,
+        "empirical_fisher": empirical_fisher,
+        "lagged": lagged,
+        "functional": functional,
+        "metrics": metrics,
+    }
+    for name, flag in flags.items():
+        check_flag(name, flag, "It turns something on or off.")
     check_dtype("perturb_dtype", perturb_dtype)
     if micro_batches is not None:
         check_count("micro_batches", micro_batches)
