@@ -370,6 +370,20 @@ def test_bayesian_sam_on_parts_and_devices_is_the_mean_by_hand(x64):
     assert_equal(found[1].key, keys[8])
 
 
+@pytest.mark.parametrize("name", ["value_fn", "obj_fn"])
+def test_bayesian_sam_takes_the_loss_in_place_of_its_gradient(name):
+    tx = fsam_optax.bsam(0.1, num_data=16, key=jax.random.key(0))
+    state = tx.init(PARAMS)
+
+    def of_batch(p):
+        return loss(p, (X, Y))
+
+    expected = tx.update(PARAMS, state, PARAMS, grad_fn=jax.grad(of_batch))
+    assert_equal(tx.update(PARAMS, state, PARAMS, **{name: of_batch}), expected)
+    with pytest.raises(TypeError, match="must return the loss, one number"):
+        tx.update(PARAMS, state, PARAMS, **{name: lambda p: p["k"]})
+
+
 def test_bayesian_sam_skips_what_is_not_finite():
     tx = fsam_optax.bsam(0.1, num_data=16, key=jax.random.key(0))
     state = tx.init(PARAMS)

@@ -29,9 +29,8 @@ def describe(value: Any) -> str:
 
 def _scalar(name: str, value: Any, what: str) -> Any:
     """Returns a number or scalar array; raises TypeError for anything else."""
-    is_array = hasattr(value, "dtype")
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if value.shape if is_array else not is_number:
+    is_number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
+    if not is_number or isinstance(value, bool) or leaf_shape(value) != ():
         raise TypeError(f"`{name}` must be {what}, got {describe(value)}.")
     return value.item() if isinstance(value, np.ndarray) else value
 

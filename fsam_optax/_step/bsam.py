@@ -18,6 +18,7 @@ from fsam_optax._common.checks import (
 from fsam_optax._common.mapped_axes import AxisName, is_key, merge, vary
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher.estimation import key_data
+from fsam_optax._step.second_gradient import gradient_function
 
 
 class BSAMState(NamedTuple):
@@ -97,9 +98,9 @@ def bsam(
     Returns:
         A transformation whose `update(grads, state, params, *, grad_fn, **extra)` takes
         `grad_fn(params) -> grads`, on the same batch in both calls, or in its place the
-        loss, `value_fn` or `obj_fn(params) -> loss`. `grads`, the
-        gradient at w, is not used: pass zeros, or let `jax.jit` drop it. A gradient
-        that is not finite changes nothing but the key and the counters.
+        loss, `value_fn` or `obj_fn(params) -> loss`. `grads`, the gradient at w, is not
+        used: pass zeros, or let `jax.jit` drop it. A gradient that is not finite
+        changes nothing but the key and the counters.
 
     Raises:
         ValueError: If a Python number is out of range; in `update`, without `params`.
@@ -169,15 +170,7 @@ def bsam(
         del extra_args
         check_params("bsam", params)
         check_leaves(params, "params")
-        objective = obj_fn if value_fn is None else value_fn
-        if grad_fn is None and callable(objective):
-            grad_fn = jax.grad(objective)
-        if not callable(grad_fn):
-            raise TypeError(
-                "`bsam` needs the gradient as a function of the parameters: "
-                "`update(grads, state, params, grad_fn=lambda p: jax.grad(loss)(p, "
-                f"batch))`; got `grad_fn={grad_fn!r}`."
-            )
+        gradient = gradient_function("bsam", grad_fn, value_fn, obj_fn)
         rate, radius = (
             jnp.asarray(x(state.count) if callable(x) else x)
             for x in (learning_rate, rho)
@@ -186,7 +179,7 @@ def bsam(
         draw, next_key = _split(current, axis_name)
 
         def at(point):
-            grads = grad_fn(vary(point, axis_name))
+            grads = gradient(vary(point, axis_name))
             check_like("grad_fn(params)", grads, "params", params)
             return grads
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,12 +18,12 @@ from fsam_optax._common.checks import (
     check_params,
     check_state,
     check_transformation,
-    describe,
     is_real,
     leaf_shape,
 )
 from fsam_optax._common.mapped_axes import AxisName, merge, replica_index
 from fsam_optax._step.advice import check_no_ball, explaining
+from fsam_optax._step.second_gradient import gradient_function
 from fsam_optax._step.step import (
     first_memory,
     first_metrics,
@@ -181,7 +180,7 @@ def sharpness_aware(
         check_leaves(params, "params")
         check_like("grads", updates, "params", params)
         check_state("optimizer", state, SharpnessAwareState, init_fn, params)
-        gradient = _gradient_function(grad_fn, value_fn, obj_fn)
+        gradient = gradient_function("sharpness_aware", grad_fn, value_fn, obj_fn)
         passed_on = {"value_fn": value_fn, "obj_fn": obj_fn}
         passed_on = {k: v for k, v in passed_on.items() if v is not None} | extra_args
         extra = {"grad_fn": gradient, **replica_index(axis_name), **extra_args}
@@ -219,60 +218,6 @@ def sharpness_aware(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _gradient_function(grad_fn, value_fn, obj_fn) -> Callable[[Any], Any]:
-    """Returns the gradient as a function of the parameters, or says how to pass it."""
-    if grad_fn is None:
-        objective = value_fn if value_fn is not None else obj_fn
-        if callable(objective):
-            return jax.grad(_scalar_valued(objective))
-    if not callable(grad_fn):
-        raise TypeError(
-            "`sharpness_aware` needs the gradient as a function of the parameters, on "
-            "the same batch: `update(grads, state, params, grad_fn=lambda p: "
-            f"jax.grad(loss)(p, batch))`; got `grad_fn`: {describe(grad_fn)}. Where a "
-            "trainer passes nothing on, as `TrainState.apply_gradients` of Flax and "
-            "`optax.lookahead` do with `grad_fn=`, call `tx.update` yourself, or give "
-            "the trainer the base optimizer and take the gradients from "
-            "`fsam_optax.value_and_grad(loss, perturbation)`."
-        )
-    if _requires_more_than_params(grad_fn):
-        raise TypeError(
-            "`grad_fn` must take the parameters alone, got a function of "
-            f"`{inspect.signature(grad_fn)}`. Close over the batch: `grad_fn=lambda p: "
-            "jax.grad(loss)(p, batch)`."
-        )
-    return grad_fn
-
-
-def _scalar_valued(objective):
-    def value(params):
-        loss = objective(params)
-        if leaf_shape(loss) != ():
-            raise TypeError(
-                "`value_fn` (or `obj_fn`) must return the loss, one number, got "
-                f"{describe(loss)}: take the mean over the batch, and leave out what "
-                "is returned beside it."
-            )
-        return loss
-
-    return value
-
-
-def _requires_more_than_params(function):
-    if not inspect.isfunction(inspect.unwrap(function)):
-        return False
-    positional = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    required = [
-        p
-        for p in inspect.signature(function).parameters.values()
-        if p.kind in positional and p.default is p.empty
-    ]
-    return len(required) > 1
 
 
 def _check_whole(params: Any) -> None:
