@@ -192,8 +192,11 @@ def experiment(run: harness.Run) -> None:
     )
     order = np.random.default_rng(0).permutation(len(y))
     x, y = jnp.asarray(x[order]), y[order]
-    sets = {"data": (x[:300], y[:300]), "held": (x[300:1000], y[300:1000])}
-    sets["test"] = x[1000:], jnp.asarray(y[1000:])
+    sets = {
+        "data": (x[:300], y[:300]),
+        "held": (x[300:1000], y[300:1000]),
+        "test": (x[1000:], jnp.asarray(y[1000:])),
+    }
     settings, seeds = run.take("gradients seeds tuning_seeds"), "seeds tuning_seeds"
     named = [f"{name}, {form}" for form in RADII for name in options.estimators]
     results = {noise: {} for noise in options.noise}

@@ -45,8 +45,7 @@ def value_grad_and_fisher(
             "one would draw other masks than the batch does. Use `split_keys=True`, or "
             "an estimator that makes a pass of its own."
         )
-    operands = (parts_of(nll, batch), tuple(args), dict(kwargs))
-    arrays, fixed = arrays_of(operands)
+    arrays, fixed = arrays_of((parts_of(nll, batch), tuple(args), dict(kwargs)))
     kinds: list[Any] = []
 
     def plain(params, arrays):
@@ -58,7 +57,9 @@ def value_grad_and_fisher(
 
     @jax.custom_jvp
     def one_pass(params, arrays):
-        inputs = operands[0][0]
+        # From the arrays that it was handed: what it closes over may be traced, and
+        # would then outlive its trace in the rule of the derivative.
+        (inputs, *_), args, kwargs = fixed.put_back(arrays)
         call = call_of(nll, args, kwargs)
         axes = aux_axes(call, params, inputs) if nll.has_aux else None
         rows = row_numbers(inputs)
