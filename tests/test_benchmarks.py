@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import fsam_optax as fsam
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -196,6 +199,138 @@ def test_greedy_translation_says_the_likeliest_next_word(script):
     logits = np.array(x @ module.output_layer(params).T)
     logits[..., [module.PAD, module.UNKNOWN]] = -np.inf
     np.testing.assert_array_equal(outputs, logits.argmax(-1))
+
+
+# A language model.
+
+
+def sums_over_tokens(loss, params, batch, *args):
+    """Returns 1/D sum_nt sum_y p(y) (d log p(y) / dw)^2 of given prefixes."""
+    inputs, labels = batch
+    used = labels >= 0
+
+    def log_p(params):
+        return jax.nn.log_softmax(loss.apply_fn(params, inputs, *args))
+
+    p = jnp.where(used[..., None], jnp.exp(log_p(params)), 0)
+    scores = jax.jit(jax.jacrev(log_p))(params)
+    return jax.tree.map(
+        lambda s: jnp.einsum("nty,nty...->...", p, s**2) / used.sum(), scores
+    )
+
+
+@pytest.fixture
+def tiny(script):
+    gpt = script("gpt")
+    net = gpt.initial(jax.random.key(0), vocabulary=3, length=6, width=4, depth=1)
+    adapter = gpt.adapter_of(jax.random.key(1), net, rank=1)
+    # Trained for a while: its product is no longer 0.
+    keys = jax.tree.map(lambda w: jax.random.key(w.size), adapter)
+    adapter = jax.tree.map(lambda w, k: jax.random.normal(k, w.shape), adapter, keys)
+    return gpt, net, adapter
+
+
+@pytest.mark.parametrize("most", [None, 1], ids=["packed", "padded"])
+def test_the_fisher_of_a_sequence_is_the_sum_over_its_tokens(tiny, most):
+    gpt, net, adapter = tiny
+    text = gpt.pack([[1, 2], [2], [2, 1, 1]], 6, most)
+    assert len(text.part) == (2 if most is None else 3)
+    batch = jax.tree.map(jnp.asarray, text.batch)
+    for loss, params, args in (
+        (gpt.LOSS, adapter, (net,)),
+        (gpt.OF_MATRICES, net["matrices"], (net,)),
+        (gpt.NET, net, ()),
+    ):
+        expected = sums_over_tokens(loss, params, batch, *args)
+        exact = jax.jit(
+            lambda p, loss=loss, args=args: fsam.diagonal(
+                fsam.fisher_exact(loss), p, batch, loss_args=args
+            )
+        )(params)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), exact, expected
+        )
+    # One draw of the signs errs by sqrt(2) times the mean of an example at most.
+    draws = 1024
+    signs = fsam.fisher_hutchinson(gpt.LOSS, num_samples=draws, key=jax.random.key(2))
+    found = jax.jit(lambda p: fsam.diagonal(signs, p, batch, loss_args=(net,)))(adapter)
+    expected = sums_over_tokens(gpt.LOSS, adapter, batch, net)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=5 * (2 / draws) ** 0.5, atol=1e-7),
+        found,
+        expected,
+    )
+
+
+def test_packing_changes_neither_loss_nor_fisher_but_the_empirical_one(tiny):
+    gpt, net, _ = tiny
+    packed, padded = (
+        jax.tree.map(jnp.asarray, gpt.pack([[1, 2], [2], [2, 1, 1]], 6, most).batch)
+        for most in (None, 1)
+    )
+    np.testing.assert_allclose(gpt.NET(net, packed), gpt.NET(net, padded), rtol=1e-5)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    head = {}
+    for name in ("fisher_exact", "fisher_empirical"):
+        estimator = getattr(fsam, name)(gpt.NET)
+        diagonal = jax.jit(partial(fsam.diagonal, estimator))
+        pair = [diagonal(net, batch) for batch in (packed, padded)]
+        head[name] = [f["matrices"]["head"] for f in pair]
+        if name == "fisher_exact":
+            jax.tree.map(close, *pair)
+    assert np.abs(np.subtract(*head["fisher_empirical"])).max() > 1e-3
+
+
+def test_over_sequences_of_the_model_cross_terms_of_tokens_vanish(tiny):
+    """A score is centred, given the tokens before: E (sum_t s_t)^2 = sum_t E s_t^2."""
+    gpt, net, _ = tiny
+    labels = jnp.asarray(np.indices((3, 3, 3)).reshape(3, -1).T)  # every sequence
+    tokens = jnp.concatenate([jnp.zeros((27, 1), int), labels[:, :-1]], 1)
+    inputs = tokens, jnp.ones((27, 3), int)
+
+    def log_p(net):
+        every = jax.nn.log_softmax(gpt.of_net(net, inputs))
+        return jnp.take_along_axis(every, labels[..., None], -1).sum((1, 2))
+
+    p = jnp.exp(log_p(net))
+    np.testing.assert_allclose(p.sum(), 1, rtol=1e-5)
+    expected = jax.tree.map(
+        lambda s: jnp.einsum("n,n...->...", p, s**2), jax.jit(jax.jacrev(log_p))(net)
+    )
+    exact = jax.jit(partial(fsam.diagonal, fsam.fisher_exact(gpt.NET)))
+    mean = exact(net, (inputs, labels), example_weights=p)
+    jax.tree.map(
+        lambda f, e: np.testing.assert_allclose(3 * f, e, rtol=1e-4, atol=1e-6),
+        mean,
+        expected,
+    )
+
+
+def test_an_adapter_is_its_product_added(tiny):
+    gpt, net, adapter = tiny
+    batch = jax.tree.map(jnp.asarray, gpt.pack([[1, 2], [2]], 6).batch)
+    merged = jax.tree.map(jnp.add, net["matrices"], gpt.changes(adapter))
+    found = gpt.LOSS(adapter, batch, net)
+    np.testing.assert_allclose(found, gpt.OF_MATRICES(merged, batch, net), rtol=1e-5)
+    fresh = gpt.adapter_of(jax.random.key(1), net, rank=1)
+    np.testing.assert_allclose(gpt.LOSS(fresh, batch, net), gpt.NET(net, batch))
+
+
+def test_pieces_make_up_the_text(script):
+    gpt = script("gpt")
+    assert gpt.joined((*"aaab",), ("a", "a")) == ("aa", "a", "b")
+    texts = ["The man, the men.", "A man runs"]
+    known = gpt.pieces(texts, 20)
+    assert len(known) == len(set(known)) == 20
+    assert " man" in known
+    for numbers, text in zip(gpt.encode(texts, known), texts, strict=True):
+        assert "".join(known[i] for i in numbers) == text.lower()
+
+
+def test_without_its_text_nothing_trains(script, tmp_path):
+    module = script("language_model")
+    with pytest.raises(SystemExit, match=r"There is no .*train.de.gz"):
+        module.main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 # Costs, and what has no test of its own.

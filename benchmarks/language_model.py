@@ -1,0 +1,391 @@
+"""Question: what do Fisher SAM and EWC do for a language model fine-tuned by LoRA?
+
+A small GPT reads English captions of images (Multi30k: Elliott et al. 2016,
+https://arxiv.org/abs/1605.00459), several to a row; then adapters alone are fine-tuned
+on the German ones, and it forgets its English. Compared at equal gradients and with
+equal tuning: Adam, SAM and Fisher SAM; and, with Adam, penalties by several diagonals
+F, on the adapter or on the weights that it changes.
+
+    python benchmarks/language_model.py --data-dir FOLDER
+
+The folder holds train, val and test_2016_flickr, each as `.de.gz` and `.en.gz`, one
+sentence a line. Smoke mode makes up its text.
+"""
+
+import pathlib
+import sys
+from functools import cache, partial
+from typing import Any
+
+import captions
+import diagonals
+import gpt
+import harness
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import optax
+import show
+
+import fsam_optax as fsam
+
+
+LENGTH, RANK = 64, 8
+# As many tries for each method.
+RATES = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
+RADII = (0.05, 0.2, 0.8)
+SLOW = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)  # in the place of a penalty
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # with F divided by its mean
+EMPIRICAL = "Fisher SAM, empirical, relative"
+SIGNS, ONES = "random signs", "F = 1"
+SQUARED = diagonals.squared(8)
+DIAGONALS = (SIGNS, diagonals.EMPIRICAL, SQUARED, ONES)
+WEIGHTS, ADAPTER = "weights", "adapter"
+ENGLISH, GERMAN = range(2)
+TITLES = {"base": "Adam", "both": "Adam, both corpora", "slow": "Adam, smaller rates"}
+
+
+def corpora(options: Any) -> tuple[int, dict[str, list[gpt.Text]], list[list[int]]]:
+    """Returns the number of pieces, packed English and German, and English captions."""
+    text = captions.made_up() if options.smoke else captions.read(options.data_dir)
+    sides = {p: [[pair[i] for pair in text[p]] for i in (1, 0)] for p in text}
+    known = gpt.pieces(
+        [line for side in sides["train"] for line in side], options.pieces
+    )
+    encoded = {p: [gpt.encode(s, known) for s in sides[p]] for p in sides}
+    rows = {"train": None, "val": options.val_rows, "test": options.test_rows}
+    found = {}
+    for part, (name, most) in zip(encoded, rows.items(), strict=True):
+        packed = [gpt.pack(side, LENGTH) for side in encoded[part]]
+        # As many rows of both.
+        most = min(most or len(packed[0].part), *(len(text.part) for text in packed))
+        found[name] = [gpt.Text(*(a[:most] for a in text)) for text in packed]
+    return len(known), found, encoded["train"][ENGLISH]
+
+
+def pretraining(data, pieces, options):
+    """Returns jitted `pretrain(seed)`: a network that knows English."""
+    data = jax.tree.map(jnp.asarray, data.batch)
+    steps = options.pretraining
+    schedule = optax.warmup_cosine_decay_schedule(0, 6e-3, steps // 10, steps)
+    optimizer = optax.adam(schedule)
+
+    def step(carry, rows):
+        net, state = carry
+        batch = jax.tree.map(lambda a: a[rows], data)
+        updates, state = optimizer.update(jax.grad(gpt.NET)(net, batch), state)
+        return (optax.apply_updates(net, updates), state), None
+
+    @jax.jit
+    def pretrain(seed):
+        key = jax.random.key(seed)
+        net = gpt.initial(key, pieces, LENGTH, options.width, options.depth)
+        rows = (steps, 4 * options.batch)
+        rows = jax.random.randint(jax.random.fold_in(key, 1), rows, 0, len(data[1]))
+        return jax.lax.scan(step, (net, optimizer.init(net)), rows)[0][0]
+
+    return pretrain
+
+
+def penalty(adapter, start, pull):
+    """Returns sum F (w - w0)^2 / 2 over the weights, and over the adapter."""
+
+    def square(f, new, old):
+        return jnp.sum(f * (new - old) ** 2)
+
+    moved, zeros = gpt.changes(adapter), gpt.changes(start)
+    parts = [jax.tree.map(square, pull[WEIGHTS], moved, zeros)]
+    parts += [jax.tree.map(square, pull[ADAPTER], adapter, start)]
+    return optax.tree.sum(parts) / 2
+
+
+def fine_tuning(method, data, options):
+    """Returns jitted `tune(net, adapter, pull, point, first, seed)`.
+
+    `point` is the radius, the rate and the strength of the pull; rows before `first`,
+    of the English half, are not seen.
+    """
+    data = jax.tree.map(lambda *sides: jnp.concatenate(sides), *(d.batch for d in data))
+    steps = options.gradients // methods.METHODS[method].passes
+
+    @jax.jit
+    def tune(net, start, pull, point, first, seed):
+        rho, rate, strength = point
+
+        def pulled(adapter, batch):
+            loss = gpt.LOSS(adapter, batch, net)
+            return loss + strength * penalty(adapter, start, pull)
+
+        plain = method == "base"
+        optimizer = optax.adam(optax.cosine_decay_schedule(1.0, steps))
+        optimizer = optax.chain(optimizer, optax.scale(rate))
+        loss, args = (pulled, ()) if plain else (gpt.LOSS, (net,))
+        stepper = methods.stepper(method, loss, optimizer, rho)
+
+        def step(carry, rows):
+            batch = jax.tree.map(lambda a: a[rows], data)
+            return tuple(stepper.step(*carry, batch, *args)[1:]), None
+
+        key, shape = jax.random.key(1000 + seed), (steps, options.batch)
+        rows = jax.random.randint(key, shape, first, len(data[1]))
+        return jax.lax.scan(step, (start, stepper.init(start)), rows)[0][0]
+
+    return tune
+
+
+@jax.jit
+def scores(net, adapter, sides):
+    """Returns nats a token on English and on German."""
+
+    def one(batch):
+        total = jnp.sum(batch[1] >= 0)
+        return gpt.LOSS(adapter, batch, net) * total, total
+
+    def mean(batch):
+        rows = jax.tree.map(lambda a: a[:, None], batch)
+        losses, totals = jax.lax.map(one, rows, batch_size=32)
+        return jnp.sum(losses) / jnp.sum(totals)
+
+    return jnp.stack([mean(side) for side in sides])
+
+
+@partial(jax.jit, static_argnames=("name", "place"))
+def diagonal(name, place, net, adapter, batch, key):
+    """Returns F of a network on a batch: of the adapter, or of what it changes."""
+    params = adapter if place == ADAPTER else net["matrices"]
+    loss = gpt.LOSS if place == ADAPTER else gpt.OF_MATRICES
+    if name == ONES:
+        return jax.tree.map(jnp.ones_like, params)
+    if name == SIGNS:
+        estimator = fsam.fisher_hutchinson(loss, key=key)
+        return fsam.diagonal(estimator, params, batch, loss_args=(net,))
+    return diagonals.diagonal(name, loss, params, batch, net)
+
+
+def mean_of(tree):
+    return optax.tree.sum(tree) / optax.tree.size(tree)
+
+
+def experiment(run: harness.Run) -> None:
+    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+    options = run.options
+    settings = run.take("pretraining gradients batch width depth pieces fisher_rows")
+    settings |= run.take("val_rows test_rows")
+
+    data = cache(lambda: corpora(options))
+
+    @cache
+    def pretrain():
+        pieces, found, _ = data()
+        return pretraining(found["train"][ENGLISH], pieces, options)
+
+    @cache
+    def start(seed):
+        net = pretrain()(seed)
+        return net, gpt.adapter_of(jax.random.key(seed + 500), net, RANK)
+
+    @cache
+    def tuned(method):
+        return fine_tuning(method, data()[1]["train"], options)
+
+    @cache
+    def fisher(name, place, seed, length=0):
+        side = data()[1]["train"][ENGLISH]
+        if length:
+            # The same captions, one to a row.
+            rows = gpt.Text(*(a[: options.fisher_rows] for a in side))
+            side = gpt.pack(data()[2][: int(rows.part.max(1).sum())], length, most=1)
+        else:
+            side = gpt.Text(*(a[: options.fisher_rows] for a in side))
+        batch = jax.tree.map(jnp.asarray, side.batch)
+        return diagonal(name, place, *start(seed), batch, jax.random.key(seed))
+
+    def both(net, adapter):
+        found = data()[1]
+        sides = {p: [text.batch for text in found[p]] for p in ("val", "test")}
+        return {p: scores(net, adapter, sides[p]) for p in sides}
+
+    def attempt(method, seed, rho=0.0, rate=0.0, name="", place="", strength=0.0):
+        def compute():
+            net, adapter = start(seed)
+            if method == "start":
+                return both(net, adapter)
+            pull = {WEIGHTS: net["matrices"], ADAPTER: adapter}
+            pull = jax.tree.map(jnp.zeros_like, pull)
+            if name:
+                f = fisher(name, place, seed)
+                pull[place] = jax.tree.map(lambda x: x / mean_of(f), f)
+            mixed = method == "both"
+            first = 0 if mixed else len(data()[1]["train"][ENGLISH].part)
+            tune = tuned("base" if mixed else method)
+            point = rho, rate, strength
+            return both(net, tune(net, adapter, pull, point, first, seed))
+
+        point = {"rho": rho, "rate": rate, "F": name, "place": place}
+        point |= {"strength": strength, "seed": seed}
+        return run.cell(compute, method=method, **point, **settings)
+
+    def seeds_of(method, **point):
+        return [attempt(method, seed, **point) for seed in range(options.seeds)]
+
+    def best_of(method, points, score):
+        found = [attempt(method, 0, **point) for point in points]
+        best = methods.choose(points, [-score(result["val"]) for result in found])
+        return {k: best[k] for k in points[0]}, found, best["edges"]
+
+    rows: dict[Any, Any] = {"start": ({}, seeds_of("start"))}
+    curves = {}
+
+    def german(val):
+        return val[GERMAN]
+
+    best, _, edges = best_of("base", [{"rate": r} for r in options.rates], german)
+    rows["base"] = best | {"edges": edges}, seeds_of("base", **best)
+    rate = best["rate"]
+    for method in options.methods:
+        points = [{"rho": r, "rate": k * rate} for k in (1, 2) for r in options.radii]
+        best, _, edges = best_of(method, points, german)
+        rows[method] = best | {"edges": edges}, seeds_of(method, **best)
+    rows["both"] = {"rate": rate}, seeds_of("both", rate=rate)
+    points = [{"rate": r} for r in options.slow]
+    best, found, edges = best_of("base", points, np.mean)
+    curves["slow", ""] = [result["test"] for result in found]
+    rows["slow"] = best | {"edges": edges}, seeds_of("base", **best)
+    for place in (WEIGHTS, ADAPTER):
+        for name in options.diagonals:
+            point = {"rate": rate, "name": name, "place": place}
+            points = [point | {"strength": s} for s in options.strengths]
+            best, found, edges = best_of("base", points, np.mean)
+            curves[name, place] = [result["test"] for result in found]
+            rows[name, place] = best | {"edges": edges}, seeds_of("base", **best)
+    means = {
+        (name, place, length): run.cell(
+            lambda *at: mean_of(fisher(at[0], at[1], 0, at[2])),
+            *(name, place, length),
+            **({"mean of F": name, "place": place, "length": length} | settings),
+        )
+        for place in (WEIGHTS, ADAPTER)
+        for name in options.diagonals[:2]
+        for length in (0, LENGTH)
+    }
+    report(rows, means, options)
+    draw(rows, curves, run.picture())
+
+
+def report(rows, means, options):
+    """Prints what is left of English and gained of German, and the means of F."""
+    lines = []
+    base = np.array([r["test"] for r in rows["base"][1]])
+    for key, (point, found) in rows.items():
+        test = np.array([result["test"] for result in found])
+        title = key if isinstance(key, str) else f"EWC on {key[1]}, {key[0]}"
+        title = TITLES.get(title, title)
+        values = [f"{point[k]:g}" if point.get(k) else "" for k in ("rho", "strength")]
+        edge = "*" * any(
+            e.split()[1] in ("rho", "rate", "strength") for e in point.get("edges", [])
+        )
+        values = [
+            f"{point['rate']:g}" if point else "",
+            " ".join(values).strip() + edge,
+        ]
+        cells = [show.cell(test[:, i], ".3f") for i in (ENGLISH, GERMAN)]
+        cells += [show.cell((test - base).mean(1), "+.3f")]
+        lines.append([title, *values, *cells])
+    heads = ["", "rate", "rho or\nlambda", "English", "German", "mean,\nover Adam"]
+    caption = "Nats a token on test captions, mean ± standard error, paired. "
+    caption += "* at an edge of the grid."
+    title = f"{options.gradients} gradients, {options.seeds} seeds"
+    show.table(title, heads, lines, caption, first=21)
+    lines = [
+        [f"{name}, of the {place}"]
+        + [f"{means[name, place, length] * 1e6:.3f}" for length in (0, LENGTH)]
+        for name, place, length in means
+        if not length
+    ]
+    heads = ["mean of F, times 1e6", "packed", "one a row"]
+    show.table("The same captions, packed or padded", heads, lines)
+
+
+def draw(rows, curves, path):
+    """Draws English against German, as the strength of the pull grows."""
+
+    def mean(key):
+        return np.array([result["test"] for result in rows[key][1]]).mean(0)
+
+    fig, axes = show.figure(
+        1, 2, headline(rows), figsize=(10, 4.6), sharex=True, sharey=True
+    )
+    looks = {
+        SIGNS: show.look("exact F"),
+        diagonals.EMPIRICAL: show.look("empirical F"),
+        SQUARED: show.look("squared gradient"),
+        ONES: show.look("random"),
+    }
+    for axis, place in zip(axes[0], (WEIGHTS, ADAPTER), strict=True):
+        for name in dict.fromkeys(n for n, place in curves if place):
+            english, german = np.array(curves[name, place], float).T
+            axis.plot(german, english, **looks[name], ms=4, label=f"EWC, {name}")
+        english, german = np.array(curves["slow", ""], float).T
+        axis.plot(german, english, color=show.BLACK, lw=1, label=TITLES["slow"])
+        for key, marker in (
+            ("base", "o"),
+            ("SAM", "s"),
+            (EMPIRICAL, "^"),
+            ("both", "*"),
+        ):
+            if key in rows:
+                english, german = mean(key)
+                label = TITLES.get(key, key).removesuffix(", relative")
+                axis.plot(german, english, marker, color=show.BLACK, ms=8, label=label)
+        axis.axhline(mean("start")[ENGLISH], color=show.BLACK, lw=1, ls=":")
+        axis.set_xlabel("German, nats a token")
+        axis.set_title(f"the pull is on the {place}")
+    axes[0][0].set_ylabel("English, nats a token")
+    show.legend(fig, axes[0][0], 4, fontsize=8)
+    show.save(fig, path)
+
+
+def headline(rows):
+    """Returns what the picture shows."""
+
+    def mean(key):
+        return np.array([r["test"] for r in rows[key][1]]).mean(0)
+
+    pulled = mean((SIGNS, WEIGHTS)) - mean("base")
+    return (
+        f"F of random signs on the weights: English {pulled[ENGLISH]:+.2f} nats, "
+        f"German {pulled[GERMAN]:+.2f}, beside no penalty"
+    )
+
+
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"pretraining": 3, "gradients": 4, "batch": 2, "width": 8, "depth": 1},
+        **{"fisher_rows": 8, "val_rows": 4, "test_rows": 4, "pieces": 40, "seeds": 2},
+        **{"rates": [0.01], "slow": [0.005], "radii": [0.1], "strengths": [0.1, 1.0]},
+        **{"methods": [EMPIRICAL], "diagonals": [SIGNS]},
+    },
+    data_dir=pathlib.Path("data/multi30k"),
+    methods={"default": ["SAM", EMPIRICAL], "nargs": "+", "choices": methods.METHODS},
+    rates=list(RATES),
+    radii=list(RADII),
+    diagonals={"default": list(DIAGONALS), "nargs": "+", "choices": DIAGONALS},
+    slow={"default": list(SLOW), "help": "rates"},
+    strengths={"default": list(STRENGTHS), "help": "lambdas, F divided by its mean"},
+    pretraining={"default": 500, "help": "steps, on English"},
+    gradients={"default": 320, "help": "of one fine-tuning"},
+    batch={"default": 8, "help": f"rows of {LENGTH} tokens; four times as many before"},
+    fisher_rows={"default": 128, "help": "rows of English that F is from"},
+    val_rows=128,
+    test_rows=256,
+    pieces={"default": 512, "help": "of words, the vocabulary"},
+    seeds=3,
+    width=64,
+    depth=2,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
