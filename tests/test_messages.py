@@ -52,6 +52,10 @@ def call(loss_fn: Any = loss, ball: Any = BALL, batch: Any = B, *args, **options
     return f(P, f.init(P), batch, *args)
 
 
+def bsam(**options: Any):
+    return fsam.bsam(0.1, num_data=6, key=jax.random.key(0), **options)
+
+
 class TrainState:
     """Stands for that of Flax: it has parameters and `apply_gradients`."""
 
@@ -171,6 +175,103 @@ MISTAKES = {
         lambda: fsam.displaced(optax.sgd(0.1), optax.adam(0.1)).init(P),
         TypeError,
         r"`perturbation` is an optimizer",
+    ),
+    "a ball around a ball": (
+        lambda: call(NLL, fsam.fisher_ellipsoid(0.1, BALL)),
+        TypeError,
+        r"`estimator` is a perturbation.*taken for a Fisher diagonal.*`fisher_exact",
+    ),
+    "fisher_ellipsoid(rho, adam)": (
+        lambda: call(NLL, fsam.fisher_ellipsoid(0.1, optax.adam(0.1))),
+        TypeError,
+        r"`estimator` is an optimizer",
+    ),
+    "refresh_every(k, ball)": (
+        lambda: fsam.refresh_every(2, optax.chain(BALL)).init(P),
+        TypeError,
+        r"`estimator` is a perturbation",
+    ),
+    "refresh_every(k, sgd)": (
+        lambda: fsam.refresh_every(2, optax.sgd(0.1, momentum=0.9)).init(P),
+        TypeError,
+        r"`estimator` is an optimizer",
+    ),
+    "by_group(ball)": (
+        lambda: fsam.by_group(lambda p: dict.fromkeys(p, "a"), {"a": BALL}).init(P),
+        TypeError,
+        r"`estimator` is a perturbation",
+    ),
+    "diagonal(ball)": (
+        lambda: fsam.diagonal(BALL, P, B),
+        TypeError,
+        r"`estimator` is a perturbation",
+    ),
+    "dataset_diagonal(adam)": (
+        lambda: fsam.dataset_diagonal(optax.adam(0.1), P, [B]),
+        TypeError,
+        r"`estimator` is an optimizer",
+    ),
+    "chain(estimator, ball)": (
+        lambda: call(NLL, optax.chain(fsam.fisher_exact(NLL), BALL)),
+        TypeError,
+        r"`perturbation` is an estimator.*Put it into a ball",
+    ),
+    "friendly alone": (
+        lambda: call(loss, fsam.friendly()),
+        TypeError,
+        r"goes before the ball, `optax.chain\(friendly\(\), euclidean_ball",
+    ),
+    "averaged after a ball": (
+        lambda: call(loss, optax.chain(BALL, fsam.averaged())),
+        TypeError,
+        r"`perturbation` ends with `friendly` or `averaged`.*before the ball",
+    ),
+    "descent=adam": (
+        lambda: call(descent=optax.adamw(1e-3)),
+        TypeError,
+        r"`descent` is an optimizer.*the optimizer is the base",
+    ),
+    "msam(decay=2)": (
+        lambda: fsam.msam(optax.sgd(0.1), decay=2),
+        ValueError,
+        r"`decay` must be a number in \[0, 1\], got 2",
+    ),
+    "sharpness_aware(metrics='no')": (
+        lambda: fsam.sharpness_aware(optax.sgd(0.1), BALL, metrics="no"),  # type: ignore
+        TypeError,
+        r"`metrics` must be True or False, got 'no'",
+    ),
+    **{
+        f"no such axis: {name}": (
+            mistake,
+            NameError,
+            r"`axis_name` names 'data'.*Leave it out under plain `jax.jit`",
+        )
+        for name, mistake in {
+            "value_and_grad": lambda: call(axis_name="data"),
+            "lagged": lambda: call(axis_name="data", lagged=True),
+            "sharpness_aware": lambda: update(
+                tx=fsam.sharpness_aware(optax.adam(1e-3), BALL, axis_name="data")
+            ),
+            "bsam": lambda: update(tx=bsam(axis_name="data"), s=bsam().init(P)),
+        }.items()
+    },
+    "a loss as model": (
+        lambda: fsam.diagonal(fsam.fisher_exact(loss, fsam.categorical), P, B),
+        TypeError,
+        r"`apply_fn` failed.*given the inputs alone. If it is a loss.*pass the model",
+    ),
+    "a loss of the inputs as model": (
+        lambda: fsam.negative_log_likelihood(
+            lambda p, x: jnp.mean(model(p, x)), fsam.categorical
+        )(P, B),
+        ValueError,
+        r"outputs of shape \(\).*If it is a loss, pass the model instead",
+    ),
+    "check_separable(nll)": (
+        lambda: fsam.check_separable(NLL, P, B),
+        ValueError,
+        r"leading axis of examples.*got shape \(\) for 6.*Pass the model",
     ),
     "every returns text": (
         lambda: call(every=lambda step: "no"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fsam_optax._common.checks import check_number, leaf_shape
@@ -107,7 +108,7 @@ def length_at(length: Any, dual_norm: jax.Array, count: jax.Array) -> jax.Array:
 
 def check_flag(name: str, value: Any, instead: str) -> None:
     """Raises TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` must be True or False, got {value!r}. {instead}")
 
 
@@ -133,22 +134,6 @@ def check_operator(t: Any, grads: Any) -> None:
                 f"{jax.tree_util.keystr(path) or 'at the root'} of shape {shape}, to "
                 "which it must broadcast."
             )
-
-
-def check_axes(shard_axes: Any) -> None:
-    """Raises NameError unless all axes are those of a map that one is inside of."""
-    axes = shard_axes if isinstance(shard_axes, tuple) else (shard_axes,)
-    for axis in axes:
-        if axis is None:
-            continue
-        try:
-            jax.lax.axis_index(axis)
-        except NameError as error:
-            raise NameError(
-                f"`shard_axes` names {axis!r}, which is no axis of a `jax.shard_map` "
-                "or `jax.pmap` around this update. Leave it out under plain "
-                "`jax.jit`, where sharded arrays need no axis."
-            ) from error
 
 
 def check_state(state: Any, kind: type) -> None:

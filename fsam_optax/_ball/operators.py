@@ -21,6 +21,7 @@ from fsam_optax._common.checks import (
     is_real,
     movable,
 )
+from fsam_optax._common.kinds import of_estimator
 from fsam_optax._common.mapped_axes import AxisName
 from fsam_optax._common.norms import (
     divisor,
@@ -175,6 +176,9 @@ def fisher(
     """
     estimator = optax.with_extra_args_support(estimator)
 
+    def init_fn(params):
+        return of_estimator(estimator.init(params))
+
     def update_fn(updates, state, params=None, **extra_args):
         diagonal, state = estimator.update(updates, state, params, **extra_args)
         check_like("the estimator's output", diagonal, "grads", updates)
@@ -199,4 +203,4 @@ def fisher(
 
         return jax.tree.map(inverse_root, diagonal, positive), state
 
-    return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._ball.arguments import (
-    check_axes,
     check_flag,
     check_length,
     check_operator,
@@ -30,7 +29,7 @@ from fsam_optax._common.checks import (
     check_transformation,
     movable,
 )
-from fsam_optax._common.mapped_axes import AxisName
+from fsam_optax._common.mapped_axes import AxisName, check_axes
 from fsam_optax._common.norms import (
     direction,
     norm,
@@ -262,7 +261,7 @@ def perturbation(
             check_leaves(params, "params")
             check_like("grads", updates, "params", params)
         check_state(state, PerturbationState)
-        check_axes(shard_axes)
+        check_axes("shard_axes", shard_axes)
         like = updates if params is None else params
         moves = movable(updates, params, mask)
         radius = radius_at(rho, state.count)

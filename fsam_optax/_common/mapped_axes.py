@@ -20,6 +20,19 @@ def _names(axis_name: AxisName) -> tuple[Hashable, ...]:
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
+def check_axes(name: str, axes: AxisName) -> None:
+    """Raises NameError unless all axes are those of a map that one is inside of."""
+    for axis in _names(axes):
+        try:
+            jax.lax.axis_index(axis)
+        except NameError as error:
+            raise NameError(
+                f"`{name}` names {axis!r}, which is no axis of a `jax.shard_map` or "
+                "`jax.pmap` around this update. Leave it out under plain `jax.jit`, "
+                "where sharded arrays need no axis."
+            ) from error
+
+
 def _varying(x: Any) -> frozenset[Hashable]:
     """Returns the axes that the type of `x` says it varies over."""
     type_ = jax.typeof(x)

@@ -108,11 +108,21 @@ def check_separable(
         tolerance: Largest difference accepted, relative to the largest output.
 
     Raises:
-        ValueError: If an output differs by more. Not for use under `jax.jit`.
+        ValueError: If an output differs by more, or has no leading axis of examples.
+            Not for use under `jax.jit`.
     """
     check_model(apply_fn, inputs)
     check_leaves(params, "params")
     together = apply_fn(params, inputs)
+    number = jnp.shape(jax.tree.leaves(inputs)[0])[0]
+    for leaf in jax.tree.leaves(together):
+        if jnp.shape(leaf)[:1] != (number,):
+            raise ValueError(
+                "`apply_fn` must return outputs with a leading axis of examples, as "
+                f"`inputs` have, got shape {jnp.shape(leaf)} for {number} examples. "
+                "Pass the model, `check_separable(apply_fn, params, inputs)`, not a "
+                "loss."
+            )
     alone = lax.map(lambda x: one_of_batch(apply_fn)(params, x), inputs)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(together),

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from fsam_optax._common.checks import check_transformation
+from fsam_optax._common.kinds import of_estimator
 
 
 def by_group(
@@ -93,7 +94,9 @@ def by_group(
         # `optax.tree.map_params` initialises with a node that stands for any tree.
         tree = label_leaves(params) if jax.tree.leaves(params) else None
         return {
-            label: estimator.init(params if tree is None else only(label, tree, params))
+            label: of_estimator(
+                estimator.init(params if tree is None else only(label, tree, params))
+            )
             for label, estimator in estimators.items()
         }
 

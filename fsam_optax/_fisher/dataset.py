@@ -18,6 +18,7 @@ from fsam_optax._common.checks import (
     check_transformation,
     shape_of,
 )
+from fsam_optax._common.kinds import of_estimator
 from fsam_optax._common.norms import divisor
 from fsam_optax._fisher.diagonal import with_key
 from fsam_optax._fisher.estimation import (
@@ -180,7 +181,7 @@ def _states(state: Any) -> list[Any]:
 
 
 def _start(estimator, params, key, standard_error):
-    inner = with_key(estimator.init(params), key)
+    inner = with_key(of_estimator(estimator.init(params)), key)
     states = [x for x in _states(inner) if isinstance(x, SampledState)]
     none = jnp.zeros([], float)
     spreads = []

@@ -12,6 +12,7 @@ from fsam_optax._common.checks import (
     check_no_module,
     check_transformation,
 )
+from fsam_optax._common.kinds import of_estimator
 from fsam_optax._fisher.estimation import key_data, masked_by, SampledState
 
 
@@ -77,7 +78,7 @@ def diagonal(
     if mask is not None:
         chosen = masked_by(broadcast_mask(mask, params, "mask"), params)
         extra_args["full_params"] = params
-    state = with_key(estimator.init(chosen), key)
+    state = with_key(of_estimator(estimator.init(chosen)), key)
     estimator = optax.with_extra_args_support(estimator)
     no_gradient: Any = None
     result, _ = estimator.update(no_gradient, state, chosen, batch=batch, **extra_args)

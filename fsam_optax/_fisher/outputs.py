@@ -176,6 +176,8 @@ def check_outputs(h: Any, likelihood: Likelihood, inputs: Any) -> None:
                 f"`apply_fn` returned outputs of shape {shape} for {n} examples: they "
                 f"must have a leading axis of {n}. If it is written for one example, "
                 "pass `jax.vmap(apply_fn, in_axes=(None, 0))`."
+                + " If it is a loss, pass the model instead."
+                * (shape == ())
             )
         if len(shape) < 2:
             raise ValueError(
@@ -248,5 +250,10 @@ def _advice(error, call, params, inputs) -> str | None:
                 "`jax.vmap(apply_fn, in_axes=(None, 0))`."
             )
     except Exception:  # Then it is another fault, and the first error tells it.
-        return None
+        pass
+    if "values to unpack" in text:
+        return (
+            "It is given the inputs alone. If it is a loss, which takes the targets "
+            "too, pass the model, `apply_fn(params, inputs) -> outputs`."
+        )
     return None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fsam_optax._common.checks import check_count, check_params, check_transformation
+from fsam_optax._common.kinds import of_estimator
 from fsam_optax._common.mapped_axes import axes_of_shards, vary_like
 from fsam_optax._fisher.estimation import full_like
 
@@ -70,7 +71,7 @@ def refresh_every(
         return RefreshEveryState(
             age=jnp.zeros([], jnp.int32),
             diagonal=jax.tree.map(lambda w: full_like(w, 0), params),
-            estimator=estimator.init(params),
+            estimator=of_estimator(estimator.init(params)),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

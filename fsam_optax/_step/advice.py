@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
 
+from fsam_optax._ball.memory import AverageState
 from fsam_optax._ball.perturbation import PerturbationState
 from fsam_optax._common.checks import is_nnx_state, is_real
+from fsam_optax._common.kinds import holds_ball, is_optimizer, OPTIMIZERS
 from fsam_optax._fisher.estimation import EstimatorState, SampledState
 from fsam_optax._fisher.refresh_every import RefreshEveryState
 
@@ -84,23 +85,6 @@ def _has_none(tree):
     )
 
 
-# What the states of optimizers hold and those of perturbations do not. Plain
-# `optax.sgd` has no state and cannot be told from one.
-_OPTIMIZERS = (
-    optax.ScaleByAdamState,
-    optax.ScaleByAmsgradState,
-    optax.ScaleByBeliefState,
-    optax.ScaleByLBFGSState,
-    optax.ScaleByLionState,
-    optax.ScaleByNovogradState,
-    optax.ScaleByRmsState,
-    optax.ScaleByRStdDevState,
-    optax.ScaleByRssState,
-    optax.ScaleBySM3State,
-    optax.TraceState,
-)
-
-
 def check_no_ball(name: str, state: Any, instead: str) -> None:
     """Raises TypeError for the state of a ball in the place of something else."""
     if isinstance(state, PerturbationState):
@@ -109,20 +93,48 @@ def check_no_ball(name: str, state: Any, instead: str) -> None:
         )
 
 
+def check_descends(state: Any) -> None:
+    """Raises TypeError for the state of something else in the place of a descent."""
+    check_no_ball(
+        "descent",
+        state,
+        "It makes the direction of the step from both gradients, as `surrogate_gap(0.4)"
+        "` does: the ball is the `perturbation`.",
+    )
+    if is_optimizer(state):
+        raise TypeError(
+            "`descent` is an optimizer. It makes the direction of the step from both "
+            "gradients, as `surrogate_gap(0.4)` does: the optimizer is the base, "
+            "`sharpness_aware(base, perturbation)`, or takes the gradients of "
+            "`value_and_grad`."
+        )
+
+
 def check_ascends(state: Any) -> None:
     """Raises TypeError for the state of something else in the place of a perturbation.
 
-    Of an optimizer, or of an estimator alone.
+    Of an optimizer, of an estimator alone, of a memory without a ball behind it.
     """
-    if isinstance(state, EstimatorState | SampledState | RefreshEveryState):
+    parts = state if type(state) is tuple else (state,)
+    estimators = EstimatorState, SampledState, RefreshEveryState
+    in_front = parts[:-1] if holds_ball(parts[-1:]) else ()
+    if any(isinstance(part, estimators) for part in (state, *in_front)):
         raise TypeError(
             "`perturbation` is an estimator: its output is a Fisher diagonal and no "
             "eps that is added to the parameters. Put it into a ball, "
             "`fisher_ellipsoid(0.1, estimator)`."
         )
 
+    memories = [isinstance(part, AverageState) for part in parts]
+    if parts and (all(memories) or (memories[-1] and holds_ball(parts[:-1]))):
+        raise TypeError(
+            "`perturbation` ends with `friendly` or `averaged`, which makes a gradient "
+            "of gradients: it goes before the ball, `optax.chain(friendly(), "
+            "euclidean_ball(0.1))`."
+        )
+
     def is_known(x):
-        return isinstance(x, (PerturbationState, *_OPTIMIZERS))
+        return isinstance(x, (PerturbationState, *OPTIMIZERS))
 
     found = [x for x in jax.tree.leaves(state, is_leaf=is_known) if is_known(x)]
     if found and not any(isinstance(x, PerturbationState) for x in found):

@@ -15,7 +15,13 @@ from fsam_optax._common.checks import (
     check_params,
     is_real,
 )
-from fsam_optax._common.mapped_axes import AxisName, is_key, merge, vary
+from fsam_optax._common.mapped_axes import (
+    AxisName,
+    check_axes,
+    is_key,
+    merge,
+    vary,
+)
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher.estimation import key_data
 from fsam_optax._step.second_gradient import gradient_function
@@ -170,6 +176,7 @@ def bsam(
         del extra_args
         check_params("bsam", params)
         check_leaves(params, "params")
+        check_axes("axis_name", axis_name)
         gradient = gradient_function("bsam", grad_fn, value_fn, obj_fn)
         rate, radius = (
             jnp.asarray(x(state.count) if callable(x) else x)

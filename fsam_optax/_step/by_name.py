@@ -304,7 +304,7 @@ def msam(
     Args:
         base: The optimizer that makes the step.
         rho: Radius: a number >= 0 or a schedule. Much larger than in SAM.
-        decay: Decay of the momentum, best that of `base` (b1 of Adam).
+        decay: Decay of the momentum, in [0, 1], best that of `base` (b1 of Adam).
 
     Returns:
         A transformation with an ordinary `update(grads, state, params)`; evaluate
@@ -327,5 +327,6 @@ def msam(
         Computational Overhead, 2024, https://arxiv.org/abs/2401.12033; default of rho:
         the README of the authors' code.
     """
+    check_number("decay", decay, 0, 1)
     ascent = optax.chain(optax.trace(decay), optax.scale(-1.0), euclidean_ball(rho))
     return displaced(base, ascent)

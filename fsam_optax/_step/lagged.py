@@ -19,7 +19,13 @@ from fsam_optax._common.checks import (
     check_state,
 )
 from fsam_optax._common.displacement import displace
-from fsam_optax._common.mapped_axes import AxisName, merge, replica_index, vary
+from fsam_optax._common.mapped_axes import (
+    AxisName,
+    check_axes,
+    merge,
+    replica_index,
+    vary,
+)
 from fsam_optax._step.advice import check_ascends
 from fsam_optax._step.displaced import no_displacement
 from fsam_optax._step.explain import explain_step, StepExplanation
@@ -101,6 +107,7 @@ def apply(
     check_no_module("value_and_grad", params)
     check_leaves(params, "params", real=True)
     check_state("f", state, LaggedState, functools.partial(init, oracle), params)
+    check_axes("axis_name", oracle.axis_name)
     data = Data(batch, args, kwargs)
 
     def gradient(point):

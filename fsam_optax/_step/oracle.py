@@ -16,7 +16,7 @@ from fsam_optax._common.checks import (
     check_params,
     check_state,
 )
-from fsam_optax._common.mapped_axes import vary
+from fsam_optax._common.mapped_axes import check_axes, vary
 from fsam_optax._common.norms import widen
 from fsam_optax._fisher import explain as rules_of
 from fsam_optax._step.explain import explain_step, StepExplanation
@@ -106,6 +106,7 @@ def apply(
     check_no_module("value_and_grad", params)
     check_leaves(params, "params", real=True)
     check_state("f", state, ValueAndGradState, functools.partial(init, rule), params)
+    check_axes("axis_name", rule.axis_name)
     memory = Memory(state.perturbation, state.descent)
     zeros = jax.tree.map(jnp.zeros_like, params)
     (grads, metrics, sharpness), memory, value, aux = mean_over_parts(

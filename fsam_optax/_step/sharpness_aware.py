@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fsam_optax._ball.arguments import check_flag
 from fsam_optax._common.checks import (
     check_dtype,
     check_every,
@@ -21,7 +22,12 @@ from fsam_optax._common.checks import (
     is_real,
     leaf_shape,
 )
-from fsam_optax._common.mapped_axes import AxisName, merge, replica_index
+from fsam_optax._common.mapped_axes import (
+    AxisName,
+    check_axes,
+    merge,
+    replica_index,
+)
 from fsam_optax._step.advice import check_no_ball, explaining
 from fsam_optax._step.second_gradient import gradient_function
 from fsam_optax._step.step import (
@@ -145,6 +151,7 @@ def sharpness_aware(
         descent = optax.with_extra_args_support(descent)
     check_every(every)
     check_dtype("perturb_dtype", perturb_dtype)
+    check_flag("metrics", metrics, "It turns measuring on or off.")
     base = optax.with_extra_args_support(base)
     ascend = optax.with_extra_args_support(perturbation)
     rule = Rule(ascend, descent, every, perturb_dtype, axis_name, metrics)
@@ -180,6 +187,7 @@ def sharpness_aware(
         check_leaves(params, "params")
         check_like("grads", updates, "params", params)
         check_state("optimizer", state, SharpnessAwareState, init_fn, params)
+        check_axes("axis_name", axis_name)
         gradient = gradient_function("sharpness_aware", grad_fn, value_fn, obj_fn)
         passed_on = {"value_fn": value_fn, "obj_fn": obj_fn}
         passed_on = {k: v for k, v in passed_on.items() if v is not None} | extra_args

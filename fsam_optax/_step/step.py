@@ -19,7 +19,7 @@ from fsam_optax._ball.guard import ascend, keep_unless
 from fsam_optax._common.checks import check_like, is_real, leaf_shape
 from fsam_optax._common.displacement import displace
 from fsam_optax._common.mapped_axes import AxisName, vary
-from fsam_optax._step.advice import check_ascends, check_no_ball
+from fsam_optax._step.advice import check_ascends, check_descends
 from fsam_optax._step.metrics import measure, Metrics, no_metrics
 
 
@@ -79,12 +79,7 @@ def first_memory(rule: Rule, params: Any) -> Memory:
     perturbation = rule.perturbation.init(params)
     check_ascends(perturbation)
     descent = rule.descent.init(params) if rule.descent else optax.EmptyState()
-    check_no_ball(
-        "descent",
-        descent,
-        "It makes the direction of the step from both gradients, as `surrogate_gap(0.4)"
-        "` does: the ball is the `perturbation`.",
-    )
+    check_descends(descent)
     return Memory(perturbation=perturbation, descent=descent)
 
 
