@@ -179,8 +179,8 @@ MUTANTS = [
             "jax.lax.axis_index(axis_name) + replica",
         ),
         (
-            "mean = jax.lax.psum(share.astype(x.dtype) * x, axes) / number",
-            "mean = jax.lax.psum(x, axes) / number",
+            "mean = jax.lax.psum(share.astype(wide) * x.astype(wide), axes) / number",
+            "mean = jax.lax.psum(x.astype(wide), axes) / number",
         ),
         ("x = jnp.where(share == 0, jnp.zeros_like(x), x)", ""),
         ("return x + weight.astype(x.dtype) * y", "return x + y"),

@@ -218,6 +218,17 @@ def conv_channels_first(w, x):
     return jnp.sum(jnp.tanh(y) ** 2)
 
 
+@program(normal(0, 3, 3, 2, 4), normal(1, 3, 6, 6, 2), "convolution")
+def convolution_under_windows_that_overlap(w, x):
+    y = lax.conv_general_dilated(
+        x[None], w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    window = (1, 3, 3, 1)
+    return jnp.sum(
+        lax.reduce_window(y, 0.0, lax.add, window, (1, 1, 1, 1), "SAME") ** 2
+    )
+
+
 RNN = {"w": normal(0, 4, 4), "u": normal(1, 3, 4), "b": normal(2, 4)}
 
 

@@ -340,6 +340,40 @@ def test_on_each_device_of_a_shard_map(check_vma):
     np.testing.assert_allclose(jax.jit(run)(params, batch), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_clipped_on_each_device_of_a_shard_map(check_vma):
+    nll = negative_log_likelihood(lambda w, x: x @ w, categorical)
+    params, x = normal(0, 3, 4), normal(1, 8, 3)
+    y, weights = np.arange(8) % 4, np.array([1, 1, 2, 0, 3, 1, 1, 1.0], np.float32)
+
+    def each(*batch):
+        return clipped_gradient(nll, params, batch, max_norm=0.5)[0]
+
+    run = jax.shard_map(
+        lambda *batch: each(*batch)[None],
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    batch = x, y, weights
+    expected = [each(*(a[k : k + 2] for a in batch)) for k in range(0, 8, 2)]
+    np.testing.assert_allclose(jax.jit(run)(*batch), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [per_example_norms, clipped_gradient])
+def test_a_key_that_examples_do_not_split_is_an_error(function):
+    def model(w, x, key):
+        return x @ w * jax.random.bernoulli(key, 0.5, (len(x), 4))
+
+    nll = negative_log_likelihood(model, categorical, split_keys=False)
+    batch = normal(1, 8, 3), np.arange(8) % 4
+    options = {"loss_args": (jax.random.key(0),)}
+    options |= {"max_norm": 1.0} if function is clipped_gradient else {}
+    with pytest.raises(ValueError, match="are not known with a PRNG key"):
+        function(nll, normal(0, 3, 4), batch, **options)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["convolutional", "transformer"])
 def test_devices_take_their_own_examples_and_exchange_nothing(monkeypatch, name, kind):

@@ -10,7 +10,7 @@ from flax import nnx
 import fsam_optax
 from fsam_optax import nnx as fsam_nnx
 from fsam_optax._common.keys import fold_keys
-from fsam_optax._common.mapped_axes import is_key
+from fsam_optax._common.mapped_axes import is_key, merge, merge_stacked
 
 
 BALL = fsam_optax.euclidean_ball(0.5)
@@ -273,6 +273,16 @@ def test_devices_average_what_the_clean_pass_left():
             nnx.to_pure_dict(nnx.state(model)["norm"]),
             rtol=1e-5,
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_means_of_narrow_statistics_count_many_labels(dtype):
+    x, old = jnp.asarray([2.0, 4.0], dtype), jnp.zeros((), dtype)
+    weights = jnp.asarray([100_001.0, 300_003.0])
+    found = merge_stacked(x, weights, old)
+    each = jax.vmap(lambda x, w: merge(x, "i", w, old), axis_name="i")(x, weights)
+    assert found.dtype == each.dtype == dtype
+    np.testing.assert_array_equal(np.asarray([found, *each], np.float32), 3.5)
 
 
 @pytest.mark.parametrize("parts", ["micro_batches", "devices", "one"])

@@ -163,9 +163,11 @@ def merge(
         x = jnp.where(share == 0, jnp.zeros_like(x), x)
         if _is_random(x):
             return jnp.where(total == 0, old, jax.lax.pmax(x, axes))
-        number = jnp.where(total == 0, 1, total).astype(x.dtype)
-        mean = jax.lax.psum(share.astype(x.dtype) * x, axes) / number
-        return jnp.where(total == 0, old, mean)
+        # Weights count labels: more than a narrow dtype can tell apart, or hold.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        number = jnp.where(total == 0, 1, total).astype(wide)
+        mean = jax.lax.psum(share.astype(wide) * x.astype(wide), axes) / number
+        return jnp.where(total == 0, old, mean.astype(x.dtype))
 
     if before is None:
         before = jax.tree.map(lambda x: jnp.zeros([], x.dtype), tree)
@@ -224,9 +226,11 @@ def merge_stacked(tree: Any, weights: jax.Array, before: Any) -> Any:
             return x[-1]
         if not is_mean(x):
             return jnp.max(x, 0)
-        w = weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
-        sums = jnp.sum(jnp.where(w == 0, 0, w * x), 0)
-        mean = sums / jnp.where(total == 0, 1, total).astype(x.dtype)
-        return jnp.where(total == 0, old, mean)
+        # Weights count labels: more than a narrow dtype can tell apart, or hold.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        w = weights.reshape(-1, *[1] * (x.ndim - 1)).astype(wide)
+        sums = jnp.sum(jnp.where(w == 0, 0, w * x.astype(wide)), 0)
+        mean = sums / jnp.where(total == 0, 1, total).astype(wide)
+        return jnp.where(total == 0, old, mean.astype(x.dtype))
 
     return jax.tree.map(leaf, tree, before)

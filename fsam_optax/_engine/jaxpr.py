@@ -221,10 +221,27 @@ def arising(flow: Dataflow, v: Any) -> int:
         return 1
     if name_of(eqn) != LOOP:
         read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
-        return size(v) if size(v) > read_here else 1
+        formed = max(size(v), _padded_size(eqn))
+        return formed if formed > read_here else 1
     if id(eqn) not in flow.loop_sizes:
         flow.loop_sizes[id(eqn)] = _sizes_by_output(loop_flow(flow, eqn), eqn)
     return flow.loop_sizes[id(eqn)][eqn.outvars.index(v)]
+
+
+def _padded_size(eqn: Any) -> int:
+    """Returns the size of what windows move over, which the transpose has as an array.
+
+    Windows that overlap make it larger than what they read and than what they return.
+    """
+    if not name_of(eqn).startswith("reduce_window"):
+        return 0
+    params, shape = eqn.params, eqn.invars[0].aval.shape
+    return math.prod(
+        low + max(dilation * (n - 1) + 1, 0) + high
+        for n, (low, high), dilation in zip(
+            shape, params["padding"], params["base_dilation"], strict=True
+        )
+    )
 
 
 def _sizes_by_output(body: Dataflow, eqn: Any) -> list[int]:

@@ -17,6 +17,7 @@ from fsam_optax._common.checks import (
     check_number,
     is_real,
 )
+from fsam_optax._common.mapped_axes import axes_of_shards, vary
 from fsam_optax._engine import example_squares, without_explicit_axes
 from fsam_optax._fisher.estimation import is_masked, masked_by
 from fsam_optax._fisher.labels import expand
@@ -28,7 +29,7 @@ from fsam_optax._fisher.negative_log_likelihood import (
     parts_of,
     resolve,
 )
-from fsam_optax._fisher.one_pass import arrays_of, example_losses
+from fsam_optax._fisher.one_pass import arrays_of, check_split, example_losses
 from fsam_optax._fisher.outputs import count_examples, of_batch, row_numbers
 
 
@@ -82,6 +83,13 @@ def losses_of(
             return jnp.sum(factors * losses) / max(n, 1)
 
         return Losses(own, batch, jnp.ones(n), mean)
+    check_split(
+        loss,
+        loss_args,
+        kwargs,
+        "The gradients of single examples are not known",
+        "leave the key out",
+    )
     parts, call = parts_of(loss, batch), call_of(loss, loss_args, kwargs)
     one, examples, labels = example_losses(loss, params, parts, call)
 
@@ -154,7 +162,9 @@ def per_example_norms(
 
     Raises:
         TypeError: If params hold a module, or the loss is none.
-        ValueError: If shapes are not as described.
+        ValueError: If shapes are not as described; for a PRNG key among the arguments
+            of a loss with `split_keys=False`, as the draws of an example are then not
+            those of the batch.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -214,7 +224,8 @@ def clipped_gradient(
 
     Returns:
         The gradient, like params, with `optax.MaskedNode()` for leaves that are not
-        differentiated; and the norms before clipping, shape (N,).
+        differentiated; and the norms before clipping, shape (N,). Under
+        `jax.shard_map` both are of the examples of the device, with a D of its own.
 
     Raises:
         TypeError: As `per_example_norms`.
@@ -241,7 +252,8 @@ def clipped_gradient(
         losses = losses_of(loss, params, batch, loss_args, loss_kwargs)
         return losses.clipped(_completed(params, chosen), factors)
 
-    return jax.grad(value)(chosen), norms
+    # The derivative is by the examples of this device, not summed over all.
+    return jax.grad(value)(vary(chosen, axes_of_shards(norms) or None)), norms
 
 
 def _norms(

@@ -27,6 +27,18 @@ from fsam_optax._fisher.outputs import (
 )
 
 
+def check_split(
+    nll: NegativeLogLikelihood, args: Any, kwargs: Any, what: str, instead: str
+) -> None:
+    """Raises ValueError for a key that examples run one by one would use otherwise."""
+    if call_of(nll, args, kwargs).holds_keys and not nll.split_keys:
+        raise ValueError(
+            f"{what} with a PRNG key among the arguments and `split_keys=False`: "
+            "examples that are run one by one would draw other masks than the batch "
+            f"does. Use `split_keys=True`, or {instead}."
+        )
+
+
 def value_grad_and_fisher(
     nll: NegativeLogLikelihood, params: Any, batch: Any, args: Any, kwargs: Any
 ) -> tuple[tuple[jax.Array, Any], Any, Any]:
@@ -38,13 +50,13 @@ def value_grad_and_fisher(
         ValueError: If a key is given to a loss with `split_keys=False`, which would
             have other masks here than there; or for a statistic over the batch in aux.
     """
-    if call_of(nll, args, kwargs).holds_keys and not nll.split_keys:
-        raise ValueError(
-            "The gradient and the Fisher cannot come from one pass with a PRNG key "
-            "among the arguments and `split_keys=False`: examples that are run one by "
-            "one would draw other masks than the batch does. Use `split_keys=True`, or "
-            "an estimator that makes a pass of its own."
-        )
+    check_split(
+        nll,
+        args,
+        kwargs,
+        "The gradient and the Fisher cannot come from one pass",
+        "an estimator that makes a pass of its own",
+    )
     arrays, fixed = arrays_of((parts_of(nll, batch), tuple(args), dict(kwargs)))
     kinds: list[Any] = []
 
