@@ -374,6 +374,18 @@ def test_a_key_that_examples_do_not_split_is_an_error(function):
         function(nll, normal(0, 3, 4), batch, **options)
 
 
+@pytest.mark.parametrize("function", ["per_example_norms", "clipped_gradient"])
+def test_statistics_over_the_batch_are_an_error(function):
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    nll = fsam_nnx.negative_log_likelihood(lambda m, x: m(x), categorical)
+    batch = normal(1, 8, 3), np.arange(8) % 3
+    options = {"max_norm": 1.0} if function == "clipped_gradient" else {}
+    with pytest.raises(ValueError, match="A statistic over the batch"):
+        getattr(fsam_nnx, function)(nll, model, batch, **options)
+    model.eval()
+    getattr(fsam_nnx, function)(nll, model, batch, **options)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["convolutional", "transformer"])
 def test_devices_take_their_own_examples_and_exchange_nothing(monkeypatch, name, kind):

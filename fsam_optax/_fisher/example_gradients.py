@@ -30,7 +30,12 @@ from fsam_optax._fisher.negative_log_likelihood import (
     resolve,
 )
 from fsam_optax._fisher.one_pass import arrays_of, check_split, example_losses
-from fsam_optax._fisher.outputs import count_examples, of_batch, row_numbers
+from fsam_optax._fisher.outputs import (
+    aux_axes,
+    count_examples,
+    of_batch,
+    row_numbers,
+)
 
 
 class Losses(NamedTuple):
@@ -91,7 +96,9 @@ def losses_of(
         "leave the key out",
     )
     parts, call = parts_of(loss, batch), call_of(loss, loss_args, kwargs)
-    one, examples, labels = example_losses(loss, params, parts, call)
+    # A statistic over the batch is no sum over examples, and neither is the loss then.
+    axes = aux_axes(call, params, parts[0]) if loss.has_aux else None
+    one, examples, labels = example_losses(loss, params, parts, call, axes)
 
     def clipped(params, factors):
         h, _ = of_batch(call, params, parts[0])
@@ -162,9 +169,9 @@ def per_example_norms(
 
     Raises:
         TypeError: If params hold a module, or the loss is none.
-        ValueError: If shapes are not as described; for a PRNG key among the arguments
-            of a loss with `split_keys=False`, as the draws of an example are then not
-            those of the batch.
+        ValueError: If shapes are not as described; for a statistic over the batch in
+            aux; for a PRNG key among the arguments of a loss with `split_keys=False`,
+            as the draws of an example are then not those of the batch.
 
     Examples:
         >>> import jax.numpy as jnp
