@@ -26,6 +26,7 @@ from fsam_optax._engine.plan import make_plan, most_held, run
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.squares import looped
 from fsam_optax._engine.sums import reduced, Steps, widened
+from fsam_optax._engine.unrolling import unrolled
 
 
 class Program(NamedTuple):
@@ -143,6 +144,7 @@ def _rewritten(program, what, report):
     n_params = len(closed.out_avals) - n_outputs
     varies = [i >= n_params for i in range(len(given))]
     flat = jax.make_jaxpr(flatten(closed, varies))(*given)
+    flat = unrolled(flat, varies, n_outputs)
     jaxpr = flat.jaxpr
     outputs, wanted = jaxpr.outvars[:n_outputs], jaxpr.outvars[n_outputs:]
     constants = dict(zip(jaxpr.constvars, flat.consts, strict=True))

@@ -18,7 +18,7 @@ from fsam_optax._engine.jaxpr import (
     loop_flow,
     read,
 )
-from fsam_optax._engine.normal import as_it_is, NORMAL, without_moves
+from fsam_optax._engine.normal import as_it_is, NORMAL, windows_by_rows, without_moves
 from fsam_optax._engine.primitives import (
     BRANCHES,
     CALLS,
@@ -28,6 +28,7 @@ from fsam_optax._engine.primitives import (
     REMATERIALISED,
     SOLVE,
     SUMS,
+    UPDATE,
 )
 
 
@@ -55,7 +56,7 @@ def _run(jaxpr, consts, args, varies):
         if name in CALLS:
             out = _run(*body_of(eqn), values, list(map(flow.varies, eqn.invars)))
         elif name in REMATERIALISED:
-            values = _barrier(eqn, values)
+            values = _barrier(flow, eqn, values)
             out = _run(*body_of(eqn), values, list(map(flow.varies, eqn.invars)))
         elif name == SOLVE:
             out = _solve(flow, eqn, values)
@@ -69,11 +70,17 @@ def _run(jaxpr, consts, args, varies):
     return [read(env, v) for v in jaxpr.outvars]
 
 
-def _barrier(eqn, values):
+def _barrier(flow, eqn, values):
     guard = eqn.params.get("prevent_cse", True)
     if not eqn.params.get("differentiated", True) or guard is False:
         return values
     chosen = [guard] * len(values) if guard is True else list(guard)
+    # The numbers of layers are to stay known.
+    floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in map(jnp.asarray, values)]
+    chosen = [
+        b and (flow.varies(v) or f)
+        for b, v, f in zip(chosen, eqn.invars, floating, strict=True)
+    ]
     held = iter(
         lax.optimization_barrier([x for x, b in zip(values, chosen, strict=True) if b])
     )
@@ -155,7 +162,7 @@ def _products(flow, v):
         if flow.is_zero(x):
             continue
         eqn, moved = without_moves(flow, x)
-        if eqn is None or not _contracts(flow, eqn):
+        if eqn is None or name_of(eqn) == UPDATE or not _contracts(flow, eqn):
             return None
         found.append((moved, eqn))
     return found
@@ -199,43 +206,91 @@ def _scan(before, eqn, values):
         if (terms := _accumulated(flow, inputs[n_consts + k], outputs[k]))
     }
     factors = [v for terms in sums.values() for _, e in terms for v in _factors(e)]
+    given = dict(zip(inputs, values, strict=True))
+    xs = inputs[n_consts + n_carry :]
+    stacked = [v for v in dict.fromkeys(factors) if v not in xs]
     keep = [k for k in range(n_carry) if k not in sums]
-    consts, carry, xs = np.split(np.arange(len(values)), [n_consts, n_consts + n_carry])
-    rows = {inputs[i]: values[i] for i in xs}
-    stacked = [v for v in dict.fromkeys(factors) if v not in rows]
-    wanted = [outputs[k] for k in keep] + list(outputs[n_carry:]) + stacked
-    needed = flow.ancestors(wanted)
-
-    def step(state, x):
-        env = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
-        env.update((inputs[i], values[i]) for i in consts)
-        env.update((inputs[n_consts + k], c) for k, c in zip(keep, state, strict=True))
-        env.update((inputs[i], leaf) for i, leaf in zip(xs, x, strict=True))
-        evaluate(flat.jaxpr.eqns, env, needed)
-        out = [read(env, v) for v in wanted]
-        return out[: len(keep)], out[len(keep) :]
-
-    state, ys = lax.scan(
-        step,
-        [values[carry[k]] for k in keep],
-        [values[i] for i in xs],
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
+    rows = {v: given[v] for v in xs}
+    final, ys = _in_loops(
+        eqn, flat, varies, given, keep, [*outputs[n_carry:], *stacked]
     )
-    n_ys = len(outputs) - n_carry
-    rows.update(zip(stacked, ys[n_ys:], strict=True))
-    out: list[Any] = [None] * n_carry
-    for k, value in zip(keep, state, strict=True):
-        out[k] = value
+    rows.update(zip(stacked, ys[len(outputs) - n_carry :], strict=True))
+    out: list[Any] = [final.get(k) for k in range(n_carry)]
     contracted: dict[int, Any] = {}
     for k, terms in sums.items():
-        out[k] = values[carry[k]]
+        out[k] = values[n_consts + k]
         for moved, e in terms:
             if id(e) not in contracted:
-                contracted[id(e)] = _contract_steps(e, *(rows[v] for v in _factors(e)))
+                contracted[id(e)] = STACKED[name_of(e)][1](e, *_stacks(e, rows))
             out[k] = lax.add(out[k], _moved_back(flow, moved, contracted[id(e)]))
-    return out + ys[:n_ys]
+    return out + ys[: len(outputs) - n_carry]
+
+
+def _in_loops(eqn, flat, varies, given, keep, stacked):
+    """Evaluates a loop: some of what it carries, by number, and what it stacks.
+
+    What is the same for all examples comes out of loops of its own, such as the number
+    of the layer, which then is known to be.
+    """
+    jaxpr = flat.jaxpr
+    n_consts, n_carry = loop_counts(eqn)
+    state = jaxpr.invars[n_consts : n_consts + n_carry]
+    flow = Dataflow(jaxpr, (v for v, b in zip(jaxpr.invars, varies, strict=True) if b))
+
+    def origins(roots):
+        """Returns what the loop carries of which `roots` are made, and its inputs."""
+        carried: set[int] = set()
+        while True:
+            found = flow.ancestors([*roots, *(jaxpr.outvars[k] for k in carried)])
+            more = {k for k, v in enumerate(state) if v in found}
+            if more <= carried:
+                return sorted(carried), found
+            carried |= more
+
+    def kind(v):
+        """Tells apart what has a loop of its own: indices, by what they are made of."""
+        if flow.varies(v) or not any(varies):
+            return True, frozenset()
+        if jnp.issubdtype(v.aval.dtype, jnp.floating):
+            return False, frozenset()
+        return False, frozenset(origins([v])[1].intersection(jaxpr.invars))
+
+    groups: dict[Any, list[tuple[bool, int]]] = {}
+    for k in keep:
+        groups.setdefault(kind(jaxpr.outvars[k]), []).append((True, k))
+    for i, v in enumerate(stacked):
+        groups.setdefault(kind(v), []).append((False, i))
+    final, ys = {}, [None] * len(stacked)
+    for members in groups.values():
+        chosen = [stacked[i] for last, i in members if not last]
+        own = [k for last, k in members if last]
+        carried, needed = origins([*chosen, *(jaxpr.outvars[k] for k in own)])
+        carried = sorted({*carried, *own})
+        results = [jaxpr.outvars[k] for k in carried]
+        xs = [v for v in jaxpr.invars[n_consts + n_carry :] if v in needed]
+
+        def step(now, x, carried=carried, results=results, chosen=chosen, xs=xs):
+            env = dict(zip(jaxpr.constvars, flat.consts, strict=True))
+            env.update((v, given[v]) for v in jaxpr.invars[:n_consts])
+            env.update(zip((state[k] for k in carried), now, strict=True))
+            env.update(zip(xs, x, strict=True))
+            evaluate(jaxpr.eqns, env, flow.ancestors([*results, *chosen]))
+            return [read(env, v) for v in results], [read(env, v) for v in chosen]
+
+        now, found = lax.scan(
+            step,
+            [given[state[k]] for k in carried],
+            [given[v] for v in xs],
+            length=eqn.params["length"],
+            reverse=eqn.params["reverse"],
+            unroll=eqn.params["unroll"],
+        )
+        final.update((k, x) for k, x in zip(carried, now, strict=True) if k in own)
+        ys_of = iter(found)
+        for last, i in members:
+            if not last:
+                ys[i] = next(ys_of)
+    return final, ys
 
 
 def _accumulated(flow, before, after):
@@ -262,18 +317,27 @@ def _accumulated(flow, before, after):
 
 def _contracts(flow, eqn):
     condition = STACKED.get(name_of(eqn), (None, None))[0]
-    literal = any(isinstance(v, Literal) for v in _factors(eqn))
+    literal = any(isinstance(v, Literal) for v in _operands(eqn)[:2])
     return condition is not None and not literal and condition(flow, eqn)
 
 
+def _operands(eqn):
+    """Returns the operands of a contraction, without the zeros that it adds to."""
+    return eqn.invars[1:] if name_of(eqn) == UPDATE else eqn.invars[-2:]
+
+
 def _factors(eqn):
-    """Returns the operands of a contraction, without the zeros scattered into."""
-    return eqn.invars[-2:]
+    """Returns those of the operands that are variables."""
+    return [v for v in _operands(eqn) if not isinstance(v, Literal)]
 
 
-def _contract_steps(eqn, a, g):
-    """Applies a contraction to operands stacked over steps, and sums over them."""
-    return STACKED[name_of(eqn)][1](eqn, a, g)
+def _stacks(eqn, rows):
+    """Returns the operands, stacked over the steps of a loop."""
+    length = len(rows[_operands(eqn)[0]])
+    return [
+        jnp.full(length, v.val) if isinstance(v, Literal) else rows[v]
+        for v in _operands(eqn)
+    ]
 
 
 def _stacked_product(eqn, a, g):
@@ -317,6 +381,29 @@ def _stacked_convolution(eqn, a, g):
     return out
 
 
+def _indexes(flow, eqn):
+    zeros, rows, *_ = eqn.invars
+    return flow.is_zero(zeros) and rows.aval.shape != zeros.aval.shape
+
+
+def _stacked_update(eqn, rows, *start):
+    """Adds what is put at an index at each step, such as the gradient of a layer."""
+    out = eqn.outvars[0].aval
+    size = rows.shape[1:]
+    indexed = tuple(d for d, n in enumerate(size) if n != out.shape[d])
+    index = jnp.stack([jnp.asarray(start[d], jnp.int32) for d in indexed], -1)
+    window = tuple(d for d in range(len(size)) if d not in indexed)
+    numbers = lax.ScatterDimensionNumbers(tuple(range(1, rows.ndim)), (), indexed)
+    return windows_by_rows(
+        jnp.zeros(out.shape, out.dtype),
+        index,
+        rows,
+        numbers,
+        lax.GatherScatterMode.CLIP,
+        (*indexed, *window),
+    )
+
+
 # What a loop adds up at each step can be done once: name -> whether this can, and how.
 STACKED: dict[str, tuple[Callable, Callable]] = {
     "dot_general": (lambda flow, eqn: True, _stacked_product),
@@ -325,4 +412,5 @@ STACKED: dict[str, tuple[Callable, Callable]] = {
         lambda flow, eqn: eqn.params["feature_group_count"] == 1,
         _stacked_convolution,
     ),
+    UPDATE: (_indexes, _stacked_update),
 }

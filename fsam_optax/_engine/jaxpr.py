@@ -14,7 +14,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
-from fsam_optax._engine.primitives import BARRIER, KEEPS_ZEROS, LOOP, name_of, SUMS
+from fsam_optax._engine.primitives import (
+    BARRIER,
+    CALLS,
+    CONTRACTIONS,
+    KEEPS_ZEROS,
+    LOOP,
+    name_of,
+    REMATERIALISED,
+    SUMS,
+)
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -92,7 +101,7 @@ class Dataflow:
                     v for v, b in zip(eqn.outvars, varies, strict=True) if b
                 )
             elif any(varies):
-                self.varying.update(eqn.outvars)
+                self.varying.update(_varying_outputs(self, eqn))
 
     def varies(self, v: Any) -> bool:
         """Tells whether the value differs from one example to the next."""
@@ -162,6 +171,21 @@ class Dataflow:
         return terms
 
 
+def _varying_outputs(flow, eqn):
+    """Returns the outputs that differ, of an equation with an input that does."""
+    name = name_of(eqn)
+    if name not in (LOOP, *CALLS, *REMATERIALISED):
+        return eqn.outvars
+    if name == LOOP:
+        body = loop_flow(flow, eqn)
+    else:
+        jaxpr, _ = body_of(eqn)
+        given = zip(jaxpr.invars, eqn.invars, strict=True)
+        body = Dataflow(jaxpr, (x for x, v in given if flow.varies(v)))
+    inner = body.jaxpr.outvars
+    return [v for v, x in zip(eqn.outvars, inner, strict=True) if body.varies(x)]
+
+
 def depends(fn: Callable, *likes: Any) -> bool:
     """Tells whether the outputs of `fn` depend on its operands."""
     jaxpr = jax.make_jaxpr(fn)(*likes).jaxpr
@@ -214,18 +238,38 @@ def largest_before(flow: Dataflow) -> dict[Any, int]:
 def arising(flow: Dataflow, v: Any) -> int:
     """Returns the size of a variable if it arises here, from smaller ones, or else 1.
 
-    What a loop stacks counts by the step.
+    What a loop stacks counts by the step, unless it is a product as the gradient of a
+    weight is.
     """
     eqn = flow.made_by(v)
     if eqn is None or not flow.varies(v):
         return 1
+    if name_of(eqn) == LOOP and id(eqn) in flow.loop_sizes:
+        return flow.loop_sizes[id(eqn)][eqn.outvars.index(v)]
+    read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
     if name_of(eqn) != LOOP:
-        read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
         formed = max(size(v), _padded_size(eqn))
         return formed if formed > read_here else 1
-    if id(eqn) not in flow.loop_sizes:
-        flow.loop_sizes[id(eqn)] = _sizes_by_output(loop_flow(flow, eqn), eqn)
-    return flow.loop_sizes[id(eqn)][eqn.outvars.index(v)]
+    body = loop_flow(flow, eqn)
+    sizes = _sizes_by_output(body, eqn)
+    for k, (x, y) in enumerate(zip(eqn.outvars, body.jaxpr.outvars, strict=True)):
+        if size(x) > max(read_here, sizes[k]) and _is_product(body, y):
+            sizes[k] = size(x)
+    flow.loop_sizes[id(eqn)] = sizes
+    return sizes[eqn.outvars.index(v)]
+
+
+def _is_product(flow: Dataflow, v: Any) -> bool:
+    """Tells whether a variable is moved from a contraction of what varies."""
+    for x in flow.summands(v):
+        while (eqn := flow.made_by(x)) is not None:
+            varying = [y for y in eqn.invars if flow.varies(y)]
+            if name_of(eqn) in CONTRACTIONS and len(varying) > 1:
+                return True
+            if len(varying) != 1 or name_of(eqn) == LOOP:
+                break
+            (x,) = varying
+    return False
 
 
 def _padded_size(eqn: Any) -> int:

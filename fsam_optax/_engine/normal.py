@@ -70,7 +70,7 @@ def _row(flow, eqn, values):
     indexed = tuple(d for d, n in enumerate(rows.shape) if n != zeros.shape[d])
     window = tuple(d for d in range(rows.ndim) if d not in indexed)
     index = [jnp.asarray(start[d], jnp.int32) for d in indexed]
-    y = _window_by_rows(
+    y = windows_by_rows(
         zeros,
         jnp.stack(index) if index else jnp.zeros(0, jnp.int32),
         rows,
@@ -81,7 +81,7 @@ def _row(flow, eqn, values):
     return [y]
 
 
-def _window_by_rows(zeros, index, rows, numbers, mode, dims):
+def windows_by_rows(zeros, index, rows, numbers, mode, dims):
     """Scatters windows of several rows as so many rows; `dims` are split if indexed."""
     shape, clips = zeros.shape, mode == lax.GatherScatterMode.CLIP
     kept = [d for d in range(len(shape)) if d not in numbers.inserted_window_dims]
@@ -153,7 +153,7 @@ def _rows_of_tables(flow, eqn, values):
         (*batch, *numbers.scatter_dims_to_operand_dims),
     )
     mode = eqn.params["mode"]
-    return [_window_by_rows(tables, index, rows, numbers, mode, several)]
+    return [windows_by_rows(tables, index, rows, numbers, mode, several)]
 
 
 def _split(shape, rows, numbers):

@@ -32,7 +32,13 @@ from fsam_optax._engine.layers import is_stacked, Loop, plan_loop, run_loop
 from fsam_optax._engine.moves import Moved, moved
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.rules import chosen, fallback, joined, reduction
-from fsam_optax._engine.sources import parameter_side, Site, Source, Summation
+from fsam_optax._engine.sources import (
+    maps_weight,
+    parameter_side,
+    Site,
+    Source,
+    Summation,
+)
 from fsam_optax._engine.sums import reduced
 
 
@@ -111,11 +117,13 @@ def make_plan(
         key: Site(flow, base.terms, whats[key], inside, before)
         for key, base in bases.items()
     }
+    maps = {id(e) for e in flow.jaxpr.eqns if maps_weight(flow, e, inside)}
     parts, others = {}, []
     for key, site in sites.items():
         v, *more = site.terms
         eqn = flow.made_by(v)
-        formed_inside = is_stacked(eqn, v) or is_common_choice(flow, eqn)
+        stacked = is_stacked(eqn, v) and id(eqn) not in maps
+        formed_inside = stacked or is_common_choice(flow, eqn)
         if not more and flow.varies(v) and formed_inside:
             parts.setdefault(id(eqn), (eqn, []))[1].append(eqn.outvars.index(v))
         elif (source := chosen(site)) is not None:

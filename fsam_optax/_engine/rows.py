@@ -20,13 +20,12 @@ from jax.extend.core import Literal
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import Dataflow, is_real, size
-from fsam_optax._engine.primitives import name_of
+from fsam_optax._engine.primitives import name_of, SCATTER
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import looped, mapped, square
 from fsam_optax._engine.sums import power, widened
 
 
-SCATTER = "scatter-add"
 # A table of so many entries a row is filled for each example, rather than rows sorted.
 SMALL_TABLE = 32
 BLOCK = 32  # Rows that are summed at a time where many fall on one entry.
@@ -110,8 +109,18 @@ def embedding(site: Site) -> Source | None:
         else:
             rule = _squares if site.what.by_example else _reduction
             reduce = rule(site, indexed, lookups)
+            work += _merging_work(rows, math.prod(bounds), math.prod(window), indexed)
         return Source("embedding", work, tuple(operands), reduce)
     return _at_known_places(site, indexed, lookups, known)
+
+
+def _merging_work(rows, entries, width, indexed):
+    """Returns the operations by which rows of the same place are added and squared."""
+    places = 8.0 * rows * len(indexed)
+    if rows > 1:
+        by_table = entries <= SMALL_TABLE * rows
+        places += entries if by_table else 2 * rows * math.log2(rows)
+    return places + (4.0 if rows > 1 else 2.0) * rows * width
 
 
 def _flat(index, bounds, lookup):

@@ -6,8 +6,15 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from fsam_optax._engine.jaxpr import Dataflow, size
-from fsam_optax._engine.primitives import LINEAR_MOVES, name_of, SUMS
+from fsam_optax._engine.jaxpr import Dataflow, loop_flow, size
+from fsam_optax._engine.primitives import (
+    CONTRACTIONS,
+    LINEAR_MOVES,
+    LOOP,
+    name_of,
+    SCATTER,
+    SUMS,
+)
 from fsam_optax._engine.work import operations
 
 
@@ -128,6 +135,8 @@ class Site:
                 v in self.inside for v in eqn.invars if not isinstance(v, Literal)
             )
             work += operations(eqn) / (self.what.examples if shared else 1)
+        if all(name_of(self.flow.made_by(v)) == SCATTER for v in self.terms):
+            return max(work, 1.0)  # Rows are added to one table for all examples.
         return max(work, float(size(self.terms[0])))
 
 
@@ -143,16 +152,51 @@ def parameter_side(flow: Dataflow, wanted: Iterable[Any]) -> set[Any]:
     for eqn in reversed(flow.jaxpr.eqns):
         varying = [v for v in eqn.invars if flow.varies(v)]
         used = [v for v in eqn.outvars if v in flow.uses]
-        linear = LINEAR_MAPS.get(name_of(eqn))
-        if (
-            linear is not None
-            and all(v in found and v not in outside for v in used)
-            and linear([flow.varies(v) for v in eqn.invars])
-        ):
+        if all(v in found and v not in outside for v in used) and is_linear(flow, eqn):
             found.update(varying)
         else:
             outside.update(varying)
     return found - outside
+
+
+def is_linear(flow: Dataflow, eqn: Any) -> bool:
+    """Tells whether an equation is a linear map that all examples share."""
+    linear = LINEAR_MAPS.get(name_of(eqn))
+    if linear is not None:
+        return linear([flow.varies(v) for v in eqn.invars])
+    return name_of(eqn) == LOOP and linear_loop(flow, eqn)
+
+
+def maps_weight(flow: Dataflow, eqn: Any, inside: set[Any]) -> bool:
+    """Tells whether an equation is a loop that maps the gradient of a weight.
+
+    Linearly, with products: what such a loop does should not be done for each example.
+
+    Args:
+        flow: The program.
+        eqn: The equation.
+        inside: See `parameter_side`.
+    """
+    if name_of(eqn) != LOOP:
+        return False
+    varying = [v for v in eqn.invars if flow.varies(v)]
+    if not all(v in inside for v in varying) or not linear_loop(flow, eqn):
+        return False
+    region = flow.equations(flow.ancestors(varying, stop=flow.varying - inside))
+    return any(
+        name_of(e) in CONTRACTIONS and not is_linear(flow, e)
+        for e in region
+        if any(map(flow.varies, e.outvars))
+    )
+
+
+def linear_loop(flow: Dataflow, eqn: Any) -> bool:
+    """Tells whether a loop is such a map, and one that multiplies matrices."""
+    body = loop_flow(flow, eqn)
+    eqns = [e for e in body.jaxpr.eqns if any(map(body.varies, e.invars))]
+    return any(name_of(e) in CONTRACTIONS for e in eqns) and all(
+        is_linear(body, e) for e in eqns
+    )
 
 
 def _one(varies):
