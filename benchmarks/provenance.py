@@ -11,15 +11,22 @@ from typing import Any
 
 
 HERE = pathlib.Path(__file__).resolve().parent
-PACKAGES = ("jax", "optax", "flax", "numpy", "torch", "kfac_jax")
+PACKAGES = {name: name for name in ("jax", "optax", "flax", "numpy", "torch")} | {
+    "kfac_jax": "kfac-jax",
+    "backpack": "backpack-for-pytorch",
+    "nngeometry": "nngeometry",
+    "laplace": "laplace-torch",
+    "asdl": "asdfghjkl",
+    "curvlinops": "curvlinops-for-pytorch",
+}
 
 
 def of(command: str) -> dict[str, Any]:
     """Returns what a reader needs to repeat a cell."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
-        if name in sys.modules:
-            versions[name] = importlib.metadata.version(name.replace("_", "-"))
+    for module, name in PACKAGES.items():
+        if module in sys.modules:
+            versions[module] = importlib.metadata.version(name)
     device = f"CPU, {os.cpu_count()} cores"
     if "jax" in sys.modules:
         found = sys.modules["jax"].devices()[0]

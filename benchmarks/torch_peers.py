@@ -1,75 +1,27 @@
 # pyright: reportMissingImports=false
-"""Question: what do the same steps and Fisher diagonals cost in PyTorch?
+"""Question: what do the same steps cost in PyTorch?
 
 Each row is divided by the plain row of the same model and mode in the same round, as in
-`step_time.py` and `fisher_cost.py`: what is compared between libraries is overhead, not
-frameworks. It wants an environment of its own:
+`step_time.py`: what is compared between libraries is overhead, not frameworks. It wants
+an environment of its own:
 
-    pip install torch==2.13.0 numpy packaging rich
-    pip install --no-deps backpack-for-pytorch unfoldNd einops pytorch_optimizer
+    pip install torch==2.13.0+cpu flax rich .
+    pip install --no-deps pytorch_optimizer
     python benchmarks/torch_peers.py
 
-`torch.compile` is used for the steps where it works. BackPACK: diagonals by the
-extensions SumGradSquared (empirical), DiagGGNMC (one drawn label) and DiagGGNExact.
+`torch.compile` is used where it works.
 """
 
-import statistics
 import sys
-import time
 from functools import partial
 
+import cost
 import harness
 import show
-import torch
-from torch import nn
+from peer_models import cnn, mlp, resnet, torch
 
 
-def mlp():
-    first, second = nn.Linear(784, 512), nn.Linear(512, 512)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(512, 10))
-
-
-def cnn():
-    layers = []
-    for before, after in ((3, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
-
-
-def normalized(before, features, size, stride=1):
-    convolution = nn.Conv2d(
-        before, features, size, stride, padding=size // 2, bias=False
-    )
-    return [convolution, nn.BatchNorm2d(features)]
-
-
-class Block(nn.Module):
-    """Two convolutions and a shortcut, as in `models.ResNet`."""
-
-    def __init__(self, before, features, stride):
-        super().__init__()
-        first = normalized(before, features, 3, stride)
-        second = normalized(features, features, 3)
-        self.path = nn.Sequential(*first, nn.ReLU(), *second)
-        self.relu = nn.ReLU()
-        short = normalized(before, features, 1, stride) if stride > 1 else []
-        self.shortcut = nn.Sequential(*short)
-
-    def forward(self, x):
-        return self.relu(self.path(x) + self.shortcut(x))
-
-
-def resnet():
-    stem = [*normalized(3, 16, 3), nn.ReLU()]
-    blocks, before = [], 16
-    for stage in range(4):
-        for block in range(2):
-            stride = 2 if stage and not block else 1
-            blocks.append(Block(before, 16 * 2**stage, stride))
-            before = 16 * 2**stage
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10)]
-    # Fixed BatchNorm statistics.
-    return nn.Sequential(*stem, *blocks, *head).eval()
+nn = torch.nn
 
 
 class Transformer(nn.Module):
@@ -101,64 +53,11 @@ PROBLEMS = {
     "mlp": (mlp, (784,), 128),
     "mlp-512": (mlp, (784,), 512),
     "cnn": (cnn, (3, 32, 32), 128),
-    "resnet": (resnet, (3, 32, 32), 32),
+    # Fixed BatchNorm statistics.
+    "resnet": (lambda: resnet().eval(), (3, 32, 32), 32),
     "transf.": (Transformer, (64,), 32),
     "tiny": (mlp, (784,), 4),
 }
-
-
-def ratios(runs, repeats):
-    """Returns the median time of each run relative to the first in the same round."""
-    times = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    first = next(iter(times.values()))
-    pairs = {name: zip(record, first, strict=True) for name, record in times.items()}
-    return {n: statistics.median(t / b for t, b in of) for n, of in pairs.items()}
-
-
-def diagonals(make, x, y, repeats):
-    """Returns the cost of BackPACK's diagonals beside a gradient."""
-    from backpack import backpack, extend, extensions
-
-    plain, model = make(), extend(make(), use_converter=make is resnet).eval()
-    loss_fn = nn.CrossEntropyLoss()
-    extended_loss = extend(nn.CrossEntropyLoss())
-
-    def gradient():
-        plain.zero_grad()
-        loss_fn(plain(x), y).backward()
-
-    def with_extension(extension):
-        def run():
-            model.zero_grad()
-            with backpack(extension):
-                extended_loss(model(x), y).backward()
-
-        return run
-
-    runs, failed = {"gradient": gradient}, {}
-    for name, extension in {
-        "gradient and empirical (SumGradSquared)": extensions.SumGradSquared(),
-        "gradient and one drawn label (DiagGGNMC)": extensions.DiagGGNMC(),
-        "gradient and exact (DiagGGNExact)": extensions.DiagGGNExact(),
-    }.items():
-        run = with_extension(extension)
-        try:
-            run()
-            for parameter, value in model.named_parameters():
-                # Layers that it does not know are left out with a warning.
-                if not hasattr(value, extension.savefield):
-                    raise NotImplementedError(f"no diagonal of {parameter}")
-        except Exception as error:
-            failed[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
-        else:
-            runs[name] = run
-    return {**ratios(runs, repeats), **failed}
 
 
 def steps(make, x, y, repeats, compiled):
@@ -239,7 +138,7 @@ def steps(make, x, y, repeats, compiled):
         "pytorch_optimizer SAM, adaptive": sam(rho=0.5, adaptive=True),
         "ASAM, the official algorithm": official_asam(),
     }
-    return ratios(runs, repeats)
+    return {n: facts["ratio"] for n, facts in cost.ratios(runs, repeats).items()}
 
 
 def everything(name, repeats):
@@ -251,7 +150,6 @@ def everything(name, repeats):
         x = torch.randint(1000, (batch, *shape))
     found = {}
     for group, measured in {
-        "diagonals": partial(diagonals, make, x, y, repeats),
         "steps, eager": partial(steps, make, x, y, repeats, False),
         "steps, compile": partial(steps, make, x, y, repeats, True),
     }.items():
@@ -272,7 +170,7 @@ def experiment(run: harness.Run) -> None:
         name: run.cell(everything, name, options.repeats, model=name, **settings)
         for name in options.models
     }
-    for group in ("diagonals", "steps, eager", "steps, compile"):
+    for group in ("steps, eager", "steps, compile"):
         rows = []
         for row in dict.fromkeys(row for r in results.values() for row in r[group]):
             cells = [r[group].get(row, "-") for r in results.values()]

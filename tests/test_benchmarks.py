@@ -107,7 +107,7 @@ SCRIPTS = sorted(
 
 
 # Each in an environment of its own.
-PEERS = {"torch_peers": "torch", "kfac_peers": "kfac_jax"}
+PEERS = {"torch_peers": "torch", "diagonal_peers": "torch", "kfac_peers": "kfac_jax"}
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
