@@ -260,7 +260,8 @@ def experiment(run: harness.Run) -> None:
                 [name, *(written(r[library][kind]) for library in LIBRARIES)]
                 for name, r in results.items()
             ]
-            show.table(f"{title}: {kind}", ["", *LIBRARIES], rows, first=20)
+            if any(any(row[1:]) for row in rows):
+                show.table(f"{title}: {kind}", ["", *LIBRARIES], rows, first=20)
 
 
 def add_options(add):
