@@ -264,19 +264,15 @@ def experiment(run: harness.Run) -> None:
                 show.table(f"{title}: {kind}", ["", *LIBRARIES], rows, first=20)
 
 
-def add_options(add):
-    add("--cases", nargs="*", choices=CASES, default=list(CASES))
-    add("--models", nargs="*", choices=[*MODELS, *CASES], default=list(MODELS))
-    add("--draws", type=harness.whole, default=50)
-    add("--repeats", type=harness.whole, default=5)
-    add("--threads", type=harness.whole, default=1)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"cases": ["dense"], "models": ["dense"], "draws": 5, "repeats": 2}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"cases": ["dense"], "models": ["dense"], "draws": 5, "repeats": 2},
+    cases={"nargs": "*", "choices": CASES, "default": [*CASES]},
+    models={"nargs": "*", "choices": [*MODELS, *CASES], "default": [*MODELS]},
+    draws=50,
+    repeats=3,
+    threads=1,
+)
 
 
 if __name__ == "__main__":

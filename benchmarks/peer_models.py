@@ -78,25 +78,24 @@ class Own(nn.Module):
         )
 
 
+def normalized(before, features, size, stride=1):
+    convolution = nn.Conv2d(
+        before, features, size, stride, padding=size // 2, bias=False
+    )
+    return [convolution, nn.BatchNorm2d(features)]
+
+
 class Block(Own):
     """Two convolutions and a shortcut, as in `models.ResNet`."""
 
     def __init__(self, before, features, stride):
         super().__init__()
-        self.path = nn.Sequential(
-            nn.Conv2d(before, features, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(features),
-            nn.ReLU(),
-            nn.Conv2d(features, features, 3, padding=1, bias=False),
-            nn.BatchNorm2d(features),
-        )
+        first = normalized(before, features, 3, stride)
+        second = normalized(features, features, 3)
+        self.path = nn.Sequential(*first, nn.ReLU(), *second)
         self.relu = nn.ReLU()
-        self.shortcut = nn.Sequential()
-        if stride > 1:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, features, 1, stride, bias=False),
-                nn.BatchNorm2d(features),
-            )
+        short = normalized(before, features, 1, stride) if stride > 1 else []
+        self.shortcut = nn.Sequential(*short)
 
     def compute(self, call, own, softmax, x):
         return call("relu", call("path", x) + call("shortcut", x))
@@ -174,8 +173,7 @@ def cnn(channels=(3, 32, 64, 64), size=32, classes=10):
 
 
 def resnet(width=16, stages=4, blocks=2, classes=10):
-    stem = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-    layers, before = [*stem, nn.ReLU()], width
+    layers, before = [*normalized(3, width, 3), nn.ReLU()], width
     for stage in range(stages):
         for block in range(blocks):
             stride = 2 if stage and not block else 1
