@@ -1,6 +1,7 @@
 """The loss that knows its model: its rules, over every estimator."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -566,3 +567,58 @@ def test_explain_needs_no_cotangents():
     leaves = fsam.explain(nll, PARAMS, (X, Y), KEY)
     assert [leaf.rule for leaf in leaves] == ["outer product"] * 2
     assert fsam.explain(net, fsam.categorical, PARAMS, (X, Y)) == leaves
+
+
+# Statistics of the batch, of which a single example has none.
+
+
+def normalised(p, x):
+    h = jnp.tanh(x @ p["in"])
+    return ((h - h.mean(0)[None]) / jnp.sqrt(h.var(0)[None] + 0.1)) @ p["out"]
+
+
+def normalised_inside(p, x):
+    return jax.jit(jax.checkpoint(normalised))(p, x)
+
+
+ONE_BY_ONE = {
+    "exact": lambda nll: fsam.diagonal(fsam.fisher_exact(nll), PARAMS, (X, Y)),
+    "drawn": lambda nll: fsam.diagonal(fsam.fisher_i1(nll, key=KEY), PARAMS, (X, Y)),
+    "one pass": lambda nll: value_grad_and_fisher(nll, PARAMS, (X, Y), (), {}),
+    "norms": lambda nll: fsam.per_example_norms(nll, PARAMS, (X, Y)),
+}
+
+
+@pytest.mark.parametrize("how", ONE_BY_ONE)
+@pytest.mark.parametrize("apply_fn", [normalised, normalised_inside])
+def test_statistics_of_the_batch_are_warned_of(how, apply_fn):
+    nll = fsam.negative_log_likelihood(apply_fn, fsam.categorical)
+    with pytest.warns(UserWarning, match="reduces over the examples.*check_separable"):
+        ONE_BY_ONE[how](nll)
+
+
+def steps_first(p, x):
+    """As many steps as examples, one after the other, and their mean."""
+    steps = jnp.stack([net(p, x) * t for t in range(len(X))])
+    return steps.mean(0)
+
+
+@pytest.mark.parametrize("how", ONE_BY_ONE)
+def test_reductions_that_mix_no_examples_are_not_warned_of(how):
+    def aside(p, x):
+        normalised(p, x)  # Nobody reads it.
+        return net(p, x) + jnp.max(jnp.arange(len(x))) * 0
+
+    for apply_fn in (net, steps_first, aside):
+        nll = fsam.negative_log_likelihood(apply_fn, fsam.categorical)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ONE_BY_ONE[how](nll)
+
+
+def test_the_loss_itself_may_take_statistics_of_the_batch():
+    nll = fsam.negative_log_likelihood(normalised, fsam.categorical)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f = fsam.value_and_grad(nll, fsam.euclidean_ball(0.1))
+        f(PARAMS, f.init(PARAMS), (X, Y))

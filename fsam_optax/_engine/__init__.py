@@ -11,6 +11,7 @@ from fsam_optax._engine.explanation import (
     explain as explain,
     explain_loss as explain_loss,
     explain_squares as explain_squares,
+    over_examples as over_examples,
 )
 from fsam_optax._engine.jaxpr import depends as depends
 from fsam_optax._engine.power_sums import (

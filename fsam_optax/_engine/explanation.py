@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Literal
 
 from fsam_optax._common.checks import check_function, check_leaves
 from fsam_optax._engine.jaxpr import body_of, Dataflow
@@ -172,7 +173,8 @@ def _remarks(fn, params, examples):
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
     jaxpr = jax.make_jaxpr(fn)(params, one).jaxpr
     n_params = len(jax.tree.leaves(params))
-    if not over_one(jaxpr, [False] * n_params + [True] * len(jax.tree.leaves(one))):
+    varies = [False] * n_params + [True] * len(jax.tree.leaves(one))
+    if not over_leading(jaxpr, varies, [True] * len(jaxpr.outvars), 1):
         return ()
     return (
         "A reduction over a leading axis of size one looks like a statistic of the "
@@ -181,23 +183,68 @@ def _remarks(fn, params, examples):
     )
 
 
-def over_one(jaxpr: Any, varies: list[bool]) -> bool:
-    """Tells whether values of the example are reduced over a leading axis of one."""
+def over_leading(
+    jaxpr: Any, varies: Sequence[bool], needed: Sequence[bool], size: int
+) -> bool:
+    """Tells whether inputs are reduced over a leading axis of this size.
+
+    Of real numbers, and on the way to an output that is needed.
+    """
     given = (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
     flow = Dataflow(jaxpr, given)
-    for eqn in jaxpr.eqns:
+    read = {
+        v for v, b in zip(jaxpr.outvars, needed, strict=True) if b and _is_variable(v)
+    }
+    for eqn in reversed(jaxpr.eqns):
+        outputs = [v in read for v in eqn.outvars]
+        if not any(outputs):
+            continue
+        read.update(v for v in eqn.invars if _is_variable(v))
         varying = [flow.varies(v) for v in eqn.invars]
-        shape = getattr(eqn.invars[0].aval, "shape", ()) if eqn.invars else ()
+        aval = eqn.invars[0].aval if eqn.invars else None
+        shape = getattr(aval, "shape", ())
         if (
             name_of(eqn) in REDUCTIONS
             and varying[0]
-            and shape[:1] == (1,)
-            and len(shape) > 1
+            and shape[:1] == (size,)
+            and (len(shape) > 1 or size > 1)
             and 0 in eqn.params["axes"]
+            and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)
         ):
             return True
-        if name_of(eqn) in (*CALLS, *REMATERIALISED) and over_one(
-            body_of(eqn)[0], varying
+        if name_of(eqn) in (*CALLS, *REMATERIALISED) and over_leading(
+            body_of(eqn)[0], varying, outputs, size
         ):
             return True
     return False
+
+
+def _is_variable(v):
+    return not isinstance(v, Literal)
+
+
+def over_examples(
+    apply_fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
+) -> bool:
+    """Tells whether a model reduces over the examples of a batch, as BatchNorm does.
+
+    By the jaxpr of the batch: reductions along a leading axis of its size. A second
+    one, of another number of examples, tells their axis from others of that size.
+    """
+
+    def reduces(inputs, number):
+        jaxpr = jax.make_jaxpr(apply_fn)(params, inputs).jaxpr
+        varies = [False] * len(jax.tree.leaves(params))
+        varies += [True] * len(jax.tree.leaves(inputs))
+        return over_leading(jaxpr, varies, [True] * len(jaxpr.outvars), number)
+
+    number = jnp.shape(jax.tree.leaves(inputs)[0])[0]
+    if number < 2 or not reduces(inputs, number):
+        return False
+    more = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((number + 1, *jnp.shape(x)[1:]), x.dtype), inputs
+    )
+    try:
+        return reduces(more, number + 1)
+    except Exception:  # A model for this number of examples alone.
+        return True

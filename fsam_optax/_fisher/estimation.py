@@ -20,7 +20,13 @@ from fsam_optax._fisher.negative_log_likelihood import (
     parts_of,
 )
 from fsam_optax._fisher.one_pass import arrays_of
-from fsam_optax._fisher.outputs import aux_axes, of_batch, of_example, row_numbers
+from fsam_optax._fisher.outputs import (
+    aux_axes,
+    of_batch,
+    of_example,
+    row_numbers,
+    warn_of_statistics,
+)
 
 
 class EstimatorState(NamedTuple):
@@ -164,8 +170,10 @@ def _problem(nll, real, parts, example_weights, whole, args, kwargs) -> Problem:
     targets = targets if jax.tree.leaves(targets) else None
 
     @functools.cache
-    def axes():  # Raises for statistics over the batch, of which one example has none.
-        return aux_axes(call, complete(real), inputs) if nll.has_aux else None
+    def axes():  # For statistics over the batch, of which one example has none.
+        own = aux_axes(call, complete(real), inputs) if nll.has_aux else None
+        warn_of_statistics(call, complete(real), inputs)
+        return own
 
     return Problem(
         likelihood=nll.likelihood,

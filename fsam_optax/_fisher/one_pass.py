@@ -24,6 +24,7 @@ from fsam_optax._fisher.outputs import (
     count_examples,
     of_example,
     row_numbers,
+    warn_of_statistics,
 )
 
 
@@ -103,6 +104,7 @@ def example_losses(
     """
     inputs = parts[0]
     labels = labels_of(nll, outputs_like(nll, params, inputs, call), parts)
+    warn_of_statistics(call, params, inputs)
     rows = row_numbers(inputs) if call.one_by_one else None
 
     def one(params, example):

@@ -1,5 +1,6 @@
 """Running a model: on a whole batch, and on one example with keys of its own."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from fsam_optax._common.checks import is_nnx_state, leaf_shape, shape_of
 from fsam_optax._common.keys import fold_keys, has_keys
 from fsam_optax._common.mapped_axes import is_key
-from fsam_optax._engine import depends
+from fsam_optax._engine import depends, over_examples
 from fsam_optax._fisher.likelihoods import Likelihood
 
 
@@ -156,6 +157,22 @@ def aux_axes(call: Call, params: Any, inputs: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(is_own, one, two)
+
+
+def warn_of_statistics(call: Call, params: Any, inputs: Any) -> None:
+    """Warns of outputs that take a statistic of the batch, which is to run by examples.
+
+    Of one example it is another one, and the model is another model.
+    """
+    if over_examples(lambda p, x: call(p, x)[0], params, inputs):
+        warnings.warn(
+            "`apply_fn` reduces over the examples of the batch, as BatchNorm does in "
+            "training mode, but they are run one by one: the statistic is that of a "
+            "single example, and what comes out is of another model. Use fixed "
+            "statistics, such as `use_running_average=True`; `check_separable("
+            "apply_fn, params, inputs)` tells whether examples mix.",
+            stacklevel=2,
+        )
 
 
 def check_outputs(h: Any, likelihood: Likelihood, inputs: Any) -> None:
