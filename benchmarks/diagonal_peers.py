@@ -18,12 +18,15 @@ operators, whose diagonal is read off their products with the identity.
 """
 
 import copy
+import importlib
 import itertools
+import pathlib
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import cost
 import harness
@@ -97,7 +100,9 @@ def nngeometry(problem: Problem, kind: str) -> Callable:
     from nngeometry.object import PMatDiag
 
     model, loss = copy.deepcopy(problem.model), problem.loss(reduction="none")
-    options: dict = {"variant": "regression" if problem.real else "classif_logits"}
+    options: dict[str, Any] = {
+        "variant": "regression" if problem.real else "classif_logits"
+    }
     if kind == EMPIRICAL:
         # It has no name for it; the square of the loss's own derivative it is.
         def losses(x, y):
@@ -108,15 +113,29 @@ def nngeometry(problem: Problem, kind: str) -> Callable:
     return lambda: make(model, problem.loader(), PMatDiag, **options).get_diag()
 
 
-def laplace(backend: str, problem: Problem, kind: str) -> Callable:
-    from laplace import curvature, Laplace
+@cache
+def laplace_torch() -> tuple[Any, Any]:
+    """Imports laplace-torch; a recipe in this folder has its name."""
+    before, own = list(sys.path), sys.modules.pop("laplace", None)
+    sys.path[:] = [p for p in before if pathlib.Path(p).resolve() != harness.HERE]
+    try:
+        names = "laplace", "laplace.curvature"
+        package, curvature = map(importlib.import_module, names)
+    finally:
+        sys.path[:] = before
+        if own is not None:
+            sys.modules["laplace"] = own
+    return package, curvature
 
+
+def laplace(backend: str, problem: Problem, kind: str) -> Callable:
+    package, curvature = laplace_torch()
     model = copy.deepcopy(problem.model)
     size = sum(p.numel() for p in model.parameters()) * len(problem.x) * 4
     size *= 1 if kind == EMPIRICAL else model(problem.x[:1]).shape[-1]
     if backend == "Curvlinops" and size > LARGEST:
         raise MemoryError(f"{size / 1e9:.1f} GB of Jacobians")
-    posterior = Laplace(
+    posterior = package.Laplace(
         model,
         "regression" if problem.real else "classification",
         subset_of_weights="all",

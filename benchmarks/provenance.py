@@ -15,7 +15,7 @@ PACKAGES = {name: name for name in ("jax", "optax", "flax", "numpy", "torch")} |
     "kfac_jax": "kfac-jax",
     "backpack": "backpack-for-pytorch",
     "nngeometry": "nngeometry",
-    "laplace": "laplace-torch",
+    "laplace.curvature": "laplace-torch",
     "asdl": "asdfghjkl",
     "curvlinops": "curvlinops-for-pytorch",
 }
@@ -26,7 +26,7 @@ def of(command: str) -> dict[str, Any]:
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for module, name in PACKAGES.items():
         if module in sys.modules:
-            versions[module] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
     device = f"CPU, {os.cpu_count()} cores"
     if "jax" in sys.modules:
         found = sys.modules["jax"].devices()[0]
