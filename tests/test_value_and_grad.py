@@ -145,6 +145,8 @@ def test_extra_args_go_to_the_perturbation_and_not_to_the_loss():
     spy = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
     call(value_and_grad(loss, spy), extra_args={"fisher": "f"})
     assert_close(seen.pop("grad_fn")(PARAMS), gradient(PARAMS, BATCH), rtol=1e-6)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    assert_equal(seen.pop("displaced")(zero), PARAMS)
     told = {"batch": BATCH, "fisher": "f", "loss_args": (), "loss_kwargs": {}}
     assert seen == {**told, "params": PARAMS}
     call(value_and_grad(loss, spy), extra_args={"batch": "other"})
