@@ -563,3 +563,18 @@ def test_modules():
     np.testing.assert_allclose(before, expected, rtol=1e-5)
     mean = nnx.grad(lambda net: nll(net, batch))(net)
     assert_close(jax.tree.leaves(grads), jax.tree.leaves(mean))
+
+
+def test_explain_counts_what_entries_that_count_apart_cost():
+    x, mask = normal(1, 3, 50), normal(2, 50, 40) > 0
+
+    def cost(weight):
+        def loss_fn(w, x):
+            return jnp.sum(jnp.tanh(x @ weight(w)))
+
+        (leaf,) = explain_squares(loss_fn, normal(0, 50, 40), x)
+        assert leaf.rule == OUTER
+        return leaf.cost
+
+    assert cost(lambda w: w) < 0.1
+    assert cost(lambda w: jnp.where(mask, w, 0)) >= 1

@@ -103,11 +103,10 @@ def _by_example(site, group):
     what = site.what
     positions, batch = sum(group.positions()), group.volume(group.batch)
     sides = [group.volume(side) for side in group.sides]
-    work = gram_work(positions, batch, sides)
+    uniform = what.uniform and _keeps(site, group)
+    work = gram_work(positions, batch, sides, uniform)
     if positions > 1 and (
-        not what.uniform
-        or not _keeps(site, group)
-        or work > 2.0 * batch * math.prod(sides) * (positions + IN_LOOPS)
+        not uniform or work > 2.0 * batch * math.prod(sides) * (positions + IN_LOOPS)
     ):
         return None
 

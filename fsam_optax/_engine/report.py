@@ -39,7 +39,9 @@ class Leaf(NamedTuple):
         path: Key path of the parameter.
         shape: Its shape.
         rule: "outer product", "shared dense", "convolution", "embedding", "reduction",
-            "constant" or "fallback"; several, joined by commas, for one that has parts.
+            "constant", "Gram matrices" and the like, "mapped" where a linear map of a
+            product is formed, or "fallback"; several, joined by commas, for one that
+            has parts.
         cost: Operations of the rule, relative to those of the gradient of this
             parameter alone; infinity if the program could not be looked into.
         note: Why it falls back, and what to write instead.

@@ -91,10 +91,13 @@ def mapped(one: Callable, steps: Steps | None) -> Callable:
     return reduce
 
 
-def gram_work(positions: int, batch: int, sides: Sequence[int]) -> float:
-    """Returns the operations of `gram`, where all entries count the same."""
+def gram_work(
+    positions: int, batch: int, sides: Sequence[int], uniform: bool = True
+) -> float:
+    """Returns the operations of `gram`; `uniform` if all entries count the same."""
     if positions == 1:
-        return 2.0 * batch * sum(sides)
+        weighed = 0 if uniform else math.prod(sides)
+        return 2.0 * batch * (sum(sides) + weighed)
     return 2.0 * batch * positions**2 * (sum(sides) + 1)
 
 
