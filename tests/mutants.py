@@ -469,6 +469,12 @@ MUTANTS = [
         "engine",
         ("if not error <= tolerance * scale:", "if error > scale:"),
     ),
+    *_mutants(
+        "_engine/explanation.py",
+        "negative_log_likelihood",
+        ("if not any(outputs):", "if not outputs:"),
+        ("return reduces(more, number + 1)", "return True"),
+    ),
     # What studies.
     *_mutants(
         "_study/sharpness.py",
