@@ -43,6 +43,7 @@ SQUARED = diagonals.squared(8)
 DIAGONALS = (SIGNS, diagonals.EMPIRICAL, SQUARED, ONES)
 WEIGHTS, ADAPTER = "weights", "adapter"
 ENGLISH, GERMAN = range(2)
+HALF = "Adam, half the gradients"  # as many steps as SAM takes
 TITLES = {"base": "Adam", "both": "Adam, both corpora", "slow": "Adam, smaller rates"}
 
 
@@ -107,7 +108,8 @@ def fine_tuning(method, data, options):
     of the English half, are not seen.
     """
     data = jax.tree.map(lambda *sides: jnp.concatenate(sides), *(d.batch for d in data))
-    steps = options.gradients // methods.METHODS[method].passes
+    half, method = method == HALF, "base" if method == HALF else method
+    steps = options.gradients // (2 if half else methods.METHODS[method].passes)
 
     @jax.jit
     def tune(net, start, pull, point, first, seed):
@@ -243,6 +245,8 @@ def experiment(run: harness.Run) -> None:
     best, _, edges = best_of("base", [{"rate": r} for r in options.rates], german)
     rows["base"] = best | {"edges": edges}, seeds_of("base", **best)
     rate = best["rate"]
+    best, _, edges = best_of(HALF, [{"rate": r} for r in options.rates], german)
+    rows[HALF] = best | {"edges": edges}, seeds_of(HALF, **best)
     for method in options.methods:
         points = [{"rho": r, "rate": k * rate} for k in (1, 2) for r in options.radii]
         best, _, edges = best_of(method, points, german)
@@ -330,6 +334,7 @@ def draw(rows, curves, path):
         axis.plot(german, english, color=show.BLACK, lw=1, label=TITLES["slow"])
         for key, marker in (
             ("base", "o"),
+            (HALF, "D"),
             ("SAM", "s"),
             (EMPIRICAL, "^"),
             ("both", "*"),
