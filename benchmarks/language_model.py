@@ -342,7 +342,7 @@ def draw(rows, curves, path):
             if key in rows:
                 english, german = mean(key)
                 label = TITLES.get(key, key).removesuffix(", relative")
-                axis.plot(german, english, marker, color=show.BLACK, ms=8, label=label)
+                axis.plot(german, english, marker, color=show.BLACK, ms=6, label=label)
         axis.axhline(mean("start")[ENGLISH], color=show.BLACK, lw=1, ls=":")
         axis.set_xlabel("German, nats a token")
         axis.set_title(f"the pull is on the {place}")
