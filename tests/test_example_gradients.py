@@ -147,7 +147,7 @@ def test_random_programs(seed):
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of single examples")
-@pytest.mark.parametrize("chunk_bytes", [1, 500, None])
+@pytest.mark.parametrize("chunk_bytes", [1, 500])
 @pytest.mark.parametrize("name", ["parts_of_one_parameter", "rounded_on_the_way"])
 def test_a_few_examples_at_a_time(name, chunk_bytes):
     loss_fn, params, batch, _ = programs.PROGRAMS[name]
@@ -386,8 +386,10 @@ def test_statistics_over_the_batch_are_an_error(function):
     getattr(fsam_nnx, function)(nll, model, batch, **options)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["convolutional", "transformer"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("convolutional", AxisType.Auto), ("transformer", AxisType.Explicit)],
+)
 def test_devices_take_their_own_examples_and_exchange_nothing(monkeypatch, name, kind):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     count = importlib.import_module("compiled").count

@@ -99,7 +99,8 @@ def joint(
         work = 2.0 * IN_LOOPS * size(site.terms[0])
         for e in own[k]:
             large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
-            work += operations(e) * (IN_LOOPS if large else 1.0) / users[id(e)]
+            each = operations(e) * (IN_LOOPS if large else 1.0) + _laid_out(e)
+            work += each / users[id(e)]
         found.append(Source(rule, work, operands, reduce, held, part=k))
     return found
 
@@ -152,6 +153,13 @@ def _windows(eqn):
     taps = math.prod(eqn.outvars[0].aval.shape[d] for d in spec.out_spec[2:])
     rows = math.prod(eqn.invars[1].aval.shape[d] for d in spec.rhs_spec[1:])
     return taps * rows * eqn.invars[0].aval.shape[spec.lhs_spec[0]]
+
+
+def _laid_out(eqn):
+    """Entries that windows are laid out in, where few products read each of them."""
+    if name_of(eqn) in WINDOWS and eqn.params["batch_group_count"] > 1:
+        return float(_working_size(eqn))
+    return 0.0
 
 
 WINDOWS = {"conv_general_dilated": _windows}
