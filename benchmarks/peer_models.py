@@ -310,9 +310,9 @@ def make_problem(
 
 MODELS = {
     "mlp": partial(make_problem, mlp, (784,), 128),
-    "cnn": partial(make_problem, cnn, (3, 32, 32), 128),
-    "resnet": partial(make_problem, resnet, (3, 32, 32), 32),
-    "transf.": partial(make_problem, transformer, (64,), 32, tokens=1000),
+    "cnn": partial(make_problem, cnn, (3, 32, 32), 32),
+    "resnet": partial(make_problem, resnet, (3, 32, 32), 8),
+    "transf.": partial(make_problem, transformer, (64,), 8, tokens=1000),
 }
 
 
