@@ -229,6 +229,21 @@ def convolution_under_windows_that_overlap(w, x):
     )
 
 
+POOLED = {"w": normal(0, 3, 3, 2, 4), "b": normal(2, 4)}
+
+
+@program(POOLED, normal(1, 3, 6, 6, 2), "convolution", "reduction")
+def convolution_under_average_pooling(p, x):
+    y = lax.conv_general_dilated(
+        x[None], p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    y = jnp.maximum(y + p["b"].reshape(1, 1, 1, -1), 0)
+    window = (1, 2, 2, 1)
+    return jnp.sum(
+        jnp.tanh(lax.reduce_window(y, 0.0, lax.add, window, window, "VALID"))
+    )
+
+
 RNN = {"w": normal(0, 4, 4), "u": normal(1, 3, 4), "b": normal(2, 4)}
 
 

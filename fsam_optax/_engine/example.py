@@ -21,7 +21,14 @@ from fsam_optax._engine.columns import (
     over_cotangents,
 )
 from fsam_optax._engine.flatten import flatten
-from fsam_optax._engine.jaxpr import Dataflow, evaluate, largest, read, size
+from fsam_optax._engine.jaxpr import (
+    Dataflow,
+    evaluate,
+    laid_out,
+    largest,
+    read,
+    size,
+)
 from fsam_optax._engine.plan import make_plan, most_held, run
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.squares import looped
@@ -158,10 +165,13 @@ def _rewritten(program, what, report):
     made = cotangents(h)
 
     kept = set(jaxpr.invars)
+    windows = [1]
     for eqn in jaxpr.eqns:
         if not forward.isdisjoint(eqn.outvars):
             kept.update(eqn.outvars)
-    limit = max([largest(flow, kept), *(size(v) for v in kept if flow.varies(v))])
+            windows += [laid_out(eqn)] if flow.varies(eqn.outvars[0]) else []
+    activations = (size(v) for v in kept if flow.varies(v))
+    limit = max(largest(flow, kept), *windows, *activations)
     what = dataclasses.replace(what, limit=limit)
     plan = make_plan(flow, consts, wanted, outputs, what)
 

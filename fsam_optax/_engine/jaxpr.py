@@ -225,6 +225,22 @@ def largest(flow: Dataflow, found: set[Any]) -> int:
     return max((arising(flow, v) for v in found), default=1)
 
 
+def laid_out(eqn: Any) -> int:
+    """Returns the size of what windows move over, which the transpose has as an array.
+
+    It is larger than what they read and than what they return. 0 for all but windows.
+    """
+    if not name_of(eqn).startswith("reduce_window"):
+        return 0
+    p, sizes = eqn.params, []
+    for d, n in enumerate(eqn.invars[0].aval.shape):
+        n = max(p["base_dilation"][d] * (n - 1) + 1, 0)
+        # Read with its padding; going back, with all windows that reach an entry.
+        reach = p["window_dilation"][d] * (p["window_dimensions"][d] - 1)
+        sizes.append(n + max(sum(p["padding"][d]), reach))
+    return math.prod(sizes)
+
+
 def largest_before(flow: Dataflow) -> dict[Any, int]:
     """Returns, by variable, the size of the largest array that arises on the way."""
     sizes: dict[Any, int] = {}
@@ -248,8 +264,7 @@ def arising(flow: Dataflow, v: Any) -> int:
         return flow.loop_sizes[id(eqn)][eqn.outvars.index(v)]
     read_here = max((size(x) for x in eqn.invars if flow.varies(x)), default=0)
     if name_of(eqn) != LOOP:
-        formed = max(size(v), _padded_size(eqn))
-        return formed if formed > read_here else 1
+        return size(v) if size(v) > read_here else 1
     body = loop_flow(flow, eqn)
     sizes = _sizes_by_output(body, eqn)
     for k, (x, y) in enumerate(zip(eqn.outvars, body.jaxpr.outvars, strict=True)):
@@ -270,22 +285,6 @@ def _is_product(flow: Dataflow, v: Any) -> bool:
                 break
             (x,) = varying
     return False
-
-
-def _padded_size(eqn: Any) -> int:
-    """Returns the size of what windows move over, which the transpose has as an array.
-
-    Windows that overlap make it larger than what they read and than what they return.
-    """
-    if not name_of(eqn).startswith("reduce_window"):
-        return 0
-    params, shape = eqn.params, eqn.invars[0].aval.shape
-    return math.prod(
-        low + max(dilation * (n - 1) + 1, 0) + high
-        for n, (low, high), dilation in zip(
-            shape, params["padding"], params["base_dilation"], strict=True
-        )
-    )
 
 
 def _sizes_by_output(body: Dataflow, eqn: Any) -> list[int]:
