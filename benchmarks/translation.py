@@ -262,7 +262,7 @@ class Model(NamedTuple):
 
     def features(self, params, pairs, key=None):
         """Returns those of all tokens of sentence pairs."""
-        memory = self.encode(params, *pairs[:2], key)
+        memory = self.encode(params, pairs.source, pairs.source_part, key)
         target = pairs.inputs, pairs.part
         return self.decode(params, *target, memory, pairs.source_part, key)
 
