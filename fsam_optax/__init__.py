@@ -101,6 +101,7 @@ from fsam_optax._step.value_and_grad import (
     ValueAndGrad as ValueAndGrad,
     ValueAndGradState as ValueAndGradState,
 )
+from fsam_optax._study.directions import random_direction as random_direction
 from fsam_optax._study.second_order import (
     dense_empirical_fisher as dense_empirical_fisher,
     dense_fisher as dense_fisher,
@@ -182,6 +183,7 @@ __all__ = [
     "perturbation",
     "poisson",
     "power_sums",
+    "random_direction",
     "refresh_every",
     "reuse",
     "sam",

@@ -1,5 +1,7 @@
 """Measures of sharpness, against closed forms, trust regions and sums over labels."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -433,3 +435,39 @@ def test_wrong_directions_are_refused():
         fsam.loss_over_plane(bowl, PARAMS, EPS, {}, jnp.arange(2), jnp.arange(2))
     with pytest.raises(TypeError, match="scalar loss"):
         fsam.loss_along(lambda w: w["b"], PARAMS, EPS, jnp.arange(2))
+
+
+def test_random_directions_are_as_long_as_each_filter():
+    rng = np.random.default_rng(0)
+    w = {
+        "conv": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32),
+        "half": jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16),
+        "stacked": jnp.asarray(rng.normal(size=(6, 4, 5)), jnp.float32),
+        "zero": jnp.zeros((3, 2)),
+        "bias": jnp.ones(4),
+    }
+    layers = {"stacked": 0}
+    d = fsam.random_direction(
+        w, jax.random.key(1), layer_axis=lambda path, _: layers.get(path[0].key)
+    )
+    for name, over in {"conv": (0, 1, 2), "half": 0, "stacked": 1, "zero": 0}.items():
+        a, b = (np.asarray(x[name], float) for x in (d, w))
+        tolerance = 1e-2 if name == "half" else 1e-5
+        lengths = [np.sqrt(np.sum(x**2, over)) for x in (a, b)]
+        np.testing.assert_allclose(*lengths, rtol=tolerance)
+        assert d[name].dtype == w[name].dtype
+    assert not np.any(d["bias"]) and np.std(d["conv"]) > 0.5
+    # Filters that are rescaled are followed by their direction, and so is the loss.
+    scale = jnp.array([0.1, 1.0, 10.0, 1e3])
+    other = fsam.random_direction(
+        w | {"conv": w["conv"] * scale[None, None, None]}, jax.random.key(1)
+    )
+    np.testing.assert_allclose(
+        other["conv"] / scale[None, None, None], d["conv"], rtol=1e-5
+    )
+    wrongs: list[Any] = [0, jnp.ones(2)]
+    for wrong in wrongs:
+        with pytest.raises(TypeError, match="`key` must be a PRNG key"):
+            fsam.random_direction(w, wrong)
+    with pytest.raises(ValueError, match="`filter_axis` is 7"):
+        fsam.random_direction(w, jax.random.key(0), filter_axis=7)

@@ -232,6 +232,7 @@ FUNCTIONS = {
     "kl_divergence_quadratic": {},
     "loss_along": {},
     "loss_over_plane": {},
+    "random_direction": {},
     "averaged": {},
     "bsam": {},
     "displaced": {},

@@ -63,7 +63,7 @@ def _axes(name: str, axes: Any, path: Any, ndim: int, of: str) -> tuple[int, ...
     return tuple(int(axis) % ndim for axis in axes)
 
 
-def _group_axes(
+def group_axes(
     scope: str, filter_axis: Axes, layer_axis: Axes, path: Any, w: Any
 ) -> tuple[int, ...] | None:
     """Returns the axes over which |w| is a norm; None if it is that of each element."""
@@ -100,7 +100,7 @@ def adaptive(
 
     def magnitude(path, w):
         w = jnp.asarray(w, widen(w))
-        axes = _group_axes(scope, filter_axis, layer_axis, path, w)
+        axes = group_axes(scope, filter_axis, layer_axis, path, w)
         if axes is None:
             return w * jnp.sign(w)  # |w|, with derivative 0 at 0 in every jax.
         if len(axes) == w.ndim:

@@ -402,8 +402,8 @@ def loss_over_plane(
 ) -> jax.Array:
     """Evaluates the loss over a plane: loss(w + alpha d + beta e) on a grid.
 
-    Directions are taken as they are. Random ones say little of networks that differ
-    by a rescaling of their weights, unless they are rescaled alike, by filter.
+    Directions are taken as they are. Those of `random_direction` have the lengths of
+    the filters, so that networks which differ by a rescaling can be compared.
 
     Args:
         loss_fn: `loss_fn(params)` returns a scalar; close it over a batch.
