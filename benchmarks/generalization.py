@@ -203,11 +203,13 @@ def experiment(run: harness.Run) -> None:
         m: {"rho": options.rho.get(m, 0.0), "rate": options.learning_rate[m]}
         for m in options.methods
     }
+    keys = {m: {"method": m, **point, **settings} for m, point in points.items()}
     problem, found = cache(partial(make_problem, options)), {}
+    if not all(run.holds(**key) for key in keys.values()):
+        problem()  # Data that cannot be had end the run before anything trains.
     for method, point in points.items():
         compute = lambda m, p: train(m, problem(), options, **p)  # noqa: E731
-        key = {"method": method, **point, **settings}
-        found[method] = run.cell(compute, method, point, **key)
+        found[method] = run.cell(compute, method, point, **keys[method])
     costs = {}
     for name in ("tiny",) if options.smoke else ("mlp", "cnn"):
         repeats = 2 if options.smoke else 5
