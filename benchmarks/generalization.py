@@ -41,11 +41,6 @@ import fsam_optax as fsam
 
 
 OPTIMIZERS = {"sgd": 0.05, "adamw": 1e-3}  # and their usual learning rates
-FISHER = [
-    f"Fisher SAM, {f}, {t}"
-    for f in ("squared", "empirical")
-    for t in ("relative", "absolute")
-]
 # Few images, so that there is something to overfit; rate and rho chosen by --tune.
 DIGITS = {"train_size": 300, "batch_size": 30, "augment": False}
 DIGITS_CHOICE = {
@@ -64,6 +59,7 @@ RADII = {
     "ASAM": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "relative": (0.1, 0.2, 0.4),
     "absolute": (0.0075, 0.015, 0.03),
+    "MSAM": (0.3, 0.6, 1.2, 2.4, 4.8, 9.6),
 }
 BASE_RATES = tuple(np.geomspace(0.002, 0.5, 24).tolist())
 
@@ -72,7 +68,8 @@ def tune(run: harness.Run, names, settings) -> None:
     """Tries 24 settings of each method on training images that nothing trains on."""
     problem, rows = cache(partial(make_problem, run.options, tune=True)), []
     for method in names:
-        radii = () if method == "base" else RADII[method.split(", ")[-1]]
+        radii = RADII.get(method.split(", ")[-1], RADII["SAM"])
+        radii = () if method == "base" else radii
         points = methods.grid(method, RATES, radii)
         if not radii:
             points = [{"rho": 0.0, "rate": rate} for rate in BASE_RATES]
@@ -275,7 +272,7 @@ def defaults(found: argparse.Namespace) -> dict[str, Any]:
         "out": Path("results") / f"{found.data}-{found.model}-{found.optimizer}",
     }
     if found.tune:
-        chosen |= {"methods": ["base", "SAM", "ASAM", *FISHER], "seeds": 2}
+        chosen |= {"methods": list(methods.METHODS), "seeds": 2}
     if found.data == "digits":
         chosen |= DIGITS
         if found.optimizer == "sgd":
