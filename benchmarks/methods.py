@@ -62,7 +62,10 @@ METHODS = {
         for form, radii in (("relative", RADII), ("absolute", ABSOLUTE))
     },
     "GSAM": Method(settings={"descent": fsam.surrogate_gap(0.1)}),
-    "WSAM": Method(settings={"descent": fsam.extrapolate(9.0)}),
+    # It goes nine times as far as from one gradient to the other.
+    "WSAM": Method(
+        tuple(rho / 8 for rho in RADII), settings={"descent": fsam.extrapolate(9.0)}
+    ),
     "Friendly SAM": Method(ball=friendly),
     "MSAM": Method(tuple(6 * rho for rho in RADII), passes=1),
 }
