@@ -3,6 +3,7 @@
 Nothing is run here; `test_devices.py` and `test_engine.py` compare the numbers.
 """
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from fsam_optax import (
     categorical,
+    clipped_gradient,
+    dataset_diagonal,
     diagonal,
     fisher_empirical,
     fisher_exact,
@@ -22,8 +25,10 @@ from fsam_optax import (
     fisher_i1,
     fisher_i2,
     negative_log_likelihood,
+    per_example_norms,
     power_sums,
 )
+from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
 
 EXAMPLES, WIDTH, CLASSES, TOKENS = 64, 8, 3, 5
@@ -32,7 +37,11 @@ ESTIMATORS = {
     "empirical": fisher_empirical,
     "exact": fisher_exact,
     "i1": lambda *model: fisher_i1(*model, key=KEY),
+    "exact, by column": lambda *model: fisher_exact(*model, chunk_bytes=1),
     "hutchinson": lambda *model: fisher_hutchinson(*model, key=KEY),
+    "hutchinson, by draw": lambda *model: fisher_hutchinson(
+        *model, key=KEY, num_samples=5, standard_error=True, chunk_bytes=1
+    ),
     "gnb with error": lambda *model: fisher_gnb(*model, key=KEY, standard_error=True),
     "i2": lambda *model: fisher_i2(*model, key=KEY, hessian="hutchinson"),
 }
@@ -70,6 +79,10 @@ def transformer(params, x):
 
     x, _ = jax.lax.scan(layer, jnp.einsum("btc,cd->btd", x, params["in"]), params["l"])
     return jnp.einsum("btd,cd->btc", x, params["in"][:CLASSES])
+
+
+def linear(params, x):
+    return jnp.einsum("btc,cd->btd", x, params["w"])
 
 
 def shapes(mesh, batch, weights):
@@ -144,14 +157,45 @@ def test_data_parallel_work_is_divided_and_only_sums_are_exchanged(count, model,
     assert each["all-reduce"] <= gradient["all-reduce"] + 8
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator_divides_its_work(count, name):
+def with_nll(fn):
+    return lambda model: (
+        lambda params, batch: fn(
+            negative_log_likelihood(model, categorical), params, batch
+        )
+    )
+
+
+PASSES = {name: functools.partial(estimate, name) for name in ESTIMATORS} | {
+    "one pass": with_nll(lambda nll, p, b: value_grad_and_fisher(nll, p, b, (), {})),
+    "norms": with_nll(per_example_norms),
+    "clipped": with_nll(lambda nll, p, b: clipped_gradient(nll, p, b, max_norm=0.1)),
+    "data set": with_nll(lambda nll, p, b: dataset_diagonal(fisher_exact(nll), p, [b])),
+}
+# How often all parameters are added up over devices, if not once.
+REDUCED = {"i2": 3, "one pass": 2, "norms": 0}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_divides_its_work_and_reduces_once(count, name):
+    """However many cotangents an example has, and however few there are at a time."""
     model, params, batch = shapes(mesh(AxisType.Auto), "data", None)["convolutional"]
-    fn = estimate(name, model)
+    fn = PASSES[name](model)
     whole = count(fn, alone(params), alone(batch))
     each = count(fn, params, batch)
     assert each["products"] <= 1.05 * whole["products"] / 8
-    assert not {"all-gather", "all-to-all", "collective-permute"} & set(each)
+    sums = REDUCED.get(name, 1) * sum(x.size * 4 for x in jax.tree.leaves(params))
+    assert each.pop("all-reduce", 0) <= sums + 16
+    assert set(each) == {"products"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_columns_are_summed_up_before_devices_are(count, kind):
+    model, params, batch = shapes(mesh(kind), "data", None)["transformer"]
+    if kind == AxisType.Explicit:  # No shardings can be named within an estimator.
+        model, params, batch = linear, {"w": params["in"]}, batch
+    each = count(estimate("exact, by column", model), params, batch)
+    assert each["all-reduce"] <= sum(x.size * 4 for x in jax.tree.leaves(params)) + 16
+    assert set(each) == {"products", "all-reduce"}
 
 
 @pytest.mark.parametrize("model", ["convolutional", "transformer"])
@@ -194,10 +238,12 @@ def test_weights_that_are_gathered_where_they_are_used(count, examples):
         jax.grad(negative_log_likelihood(model, categorical)), params, batch
     )
     squares = count(estimate("empirical", model), params, batch)
-    assert squares["all-gather"] <= gradient["all-gather"]
-    assert squares["all-reduce"] <= gradient["all-reduce"] + 8
     assert squares["products"] <= 1.02 * gradient["products"]
-    assert not {"all-to-all", "collective-permute"} & set(squares)
+    columns = count(estimate("exact, by column", model), params, batch)
+    for found in squares, columns:
+        assert found["all-gather"] <= gradient["all-gather"]
+        assert found["all-reduce"] <= gradient["all-reduce"] + 8
+        assert not {"all-to-all", "collective-permute"} & set(found)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

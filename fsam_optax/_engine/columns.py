@@ -1,15 +1,24 @@
 """Many cotangents of one example, as many at a time as a budget of memory allows."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
-from fsam_optax._engine.jaxpr import body_of, Dataflow, loop_counts, size
+from fsam_optax._engine.jaxpr import (
+    body_of,
+    Dataflow,
+    evaluate,
+    loop_counts,
+    read,
+    size,
+)
 from fsam_optax._engine.sums import DEFAULT_CHUNK_BYTES, widened
 
 
@@ -119,7 +128,11 @@ def at_a_time(
 
 
 def over_cotangents(
-    pull: Callable, cotangents: Cotangents, weight: jax.Array, number: int
+    pull: Callable,
+    cotangents: Cotangents,
+    weight: jax.Array,
+    number: int,
+    devices: int = 1,
 ) -> Any:
     """Returns the sum over cotangents of what `pull` returns for each of them.
 
@@ -129,7 +142,15 @@ def over_cotangents(
         cotangents: The cotangents.
         weight: Weight of the example.
         number: How many at a time.
+        devices: How many devices the examples may be spread over. Each then sums up
+            all cotangents of its own, before the sums of all are added.
     """
+    if devices > 1 and cotangents.number > 1:
+        return _by_part(
+            lambda weight: over_cotangents(pull, cotangents, weight, number),
+            weight,
+            devices,
+        )
     count, take = cotangents
 
     def some(start):
@@ -153,3 +174,36 @@ def over_cotangents(
         lambda i, sums: jax.tree.map(jnp.add, sums, some(i * number)),
         zeros,
     )
+
+
+def _by_part(fn: Callable, weight: jax.Array, devices: int) -> Any:
+    """Returns `fn(weight)`, which the next map sums over, by equal parts of the batch.
+
+    The examples of a part are neighbours, on devices that hold no others, and what
+    belongs to it stays there. What `fn` closes over may be mapped too.
+    """
+    closed, like = jax.make_jaxpr(fn, return_shape=True)(weight)
+    jaxpr = closed.jaxpr
+    made = {v for eqn in jaxpr.eqns for v in eqn.outvars}
+
+    def inner(weight, *consts):
+        env = dict(zip(jaxpr.constvars, consts, strict=True))
+        env[jaxpr.invars[0]] = weight
+        evaluate(jaxpr.eqns, env, made)
+        return [read(env, v) for v in jaxpr.outvars]
+
+    run = custom_vmap(inner)
+
+    @run.def_vmap
+    def rule(n, mapped, *operands):
+        axes = [0 if m else None for m in mapped]
+        parts = math.gcd(n, devices)
+        operands = [
+            x.reshape(parts, n // parts, *x.shape[1:]) if m else x
+            for m, x in zip(mapped, operands, strict=True)
+        ]
+        each = jax.vmap(inner, axes, None)
+        sums = [jnp.sum(x, 0) for x in jax.vmap(each, axes)(*operands)]
+        return sums, [False] * len(sums)
+
+    return jax.tree.structure(like).unflatten(run(weight, *closed.consts))

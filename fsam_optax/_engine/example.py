@@ -173,6 +173,10 @@ def _rewritten(program, what, report):
     activations = (size(v) for v in kept if flow.varies(v))
     limit = max(largest(flow, kept), *windows, *activations)
     what = dataclasses.replace(what, limit=limit)
+    devices = what.devices
+    if made.number > 1:
+        # Several cotangents are summed up by device: no rule has to care.
+        what = dataclasses.replace(what, devices=1)
     plan = make_plan(flow, consts, wanted, outputs, what)
 
     columns = jaxpr.invars[len(known) :]
@@ -187,7 +191,7 @@ def _rewritten(program, what, report):
         each, beside = held_by_column(flow, columns, plan.needed)
         most = most_held(plan)
         number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
-    sums = over_cotangents(pull, made, weight, number)
+    sums = over_cotangents(pull, made, weight, number, devices)
     if report is not None:
         report[:] = [plan.rules(k) for k in range(len(wanted))]
     return sums, h
@@ -201,7 +205,8 @@ def _as_it_is(program, what, report):
     made = cotangents(lax.stop_gradient(h))
     gradients = closed.out_avals[n_outputs:]
     held = sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in gradients)
-    steps = Steps(held, what.chunk_bytes, what.devices)
+    devices = what.devices
+    steps = Steps(held, what.chunk_bytes, 1 if made.number > 1 else devices)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what, steps)
     if report is not None:
         report[:] = [[Used("fallback", math.inf, 1.0)] for _ in gradients]
@@ -216,4 +221,4 @@ def _as_it_is(program, what, report):
 
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
     number = at_a_time(made.number, each, 0, held, what.examples, what.chunk_bytes)
-    return over_cotangents(pull, made, weight, number), h
+    return over_cotangents(pull, made, weight, number, devices), h
