@@ -124,11 +124,36 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: trains, draws, kills or spawns; run by `make test-slow`"
     )
+    config.addinivalue_line(
+        "markers",
+        "short(*cases): of a test with many cases, one for each path; the others are "
+        "slow. A name stands for all cases that begin with it and a hyphen",
+    )
     if mode := config.getoption("--mode"):
         jax.config.update(MODES[mode], True)
 
 
+def leave_to_the_slow(items):
+    """Marks as slow what no case of its marker `short` names.
+
+    Returns the names that are those of no case.
+    """
+    named, found = set(), set()
+    for item in items:
+        if marker := item.get_closest_marker("short"):
+            test, case = item.nodeid.partition("[")[0], item.callspec.id
+            matching = {c for c in marker.args if f"{case}-".startswith(f"{c}-")}
+            named |= {(test, c) for c in marker.args}
+            found |= {(test, c) for c in matching}
+            if not matching:
+                item.add_marker("slow")
+    return sorted(named - found)
+
+
 def pytest_collection_modifyitems(config, items):
+    unknown = leave_to_the_slow(items)
+    if unknown and not any("::" in arg for arg in config.args):
+        raise pytest.UsageError(f"These cases, named as short, are none: {unknown}.")
     reasons = CANNOT_HOLD.get(config.getoption("--mode"), {})
     pages = pathlib.Path(__file__).parents[1] / "docs"
     for item in items:

@@ -88,6 +88,7 @@ def assert_same(tree, expected):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.short("flax")
 @pytest.mark.parametrize("how", ["orbax", "flax"])
 def test_fault_28_every_state_comes_back_bit_for_bit(tmp_path, how):
     like = {name: tx.init(PARAMS) for name, tx in TRANSFORMATIONS.items()}
@@ -141,6 +142,7 @@ def trainer(rho=None, front_end="value_and_grad"):
     return init, step
 
 
+@pytest.mark.short("flax-sharpness_aware")
 @pytest.mark.parametrize(
     ("how", "front_end"), [("orbax", "value_and_grad"), ("flax", "sharpness_aware")]
 )
@@ -166,6 +168,7 @@ def ball(rho):
     return optax.with_extra_args_support(fsam.euclidean_ball(rho))
 
 
+@pytest.mark.short("schedule")
 @pytest.mark.parametrize(
     ("rho", "expected"),
     [(0.3, 0.3), (optax.linear_schedule(1.0, 2.0, 10), 1.1)],

@@ -245,6 +245,24 @@ def test_unknown_extra_args_change_nothing(tx):
     assert program(value=None, nonsense={}) == program()
 
 
+# What repeats a path of another is in the slow suite.
+ONE_FOR_EACH_PATH = pytest.mark.short(
+    "adaptive_ellipsoid_layers",
+    "fisher_ellipsoid_average",
+    "multi_step",
+    "fisher_i2",
+    "refresh_every",
+    "scale_by_inverse_fisher",
+    "sharpness_aware_every",
+    "reuse",
+    "displaced",
+    "looksam",
+    "bsam",
+    "value_and_grad_micro",
+)
+
+
+@ONE_FOR_EACH_PATH
 def test_100_donated_steps_are_one_trace(tx, caplog):
     traces = []
 
@@ -288,6 +306,7 @@ def test_a_state_from_jit_can_be_donated(tx):
     assert_equal(step(jax.jit(tx.init)(PARAMS)), step(tx.init(PARAMS)))
 
 
+@ONE_FOR_EACH_PATH
 def test_ensembles_of_scans_of_conds_agree_with_loops(tx):
     def body(carry, scale):
         params, state = carry
@@ -359,6 +378,9 @@ def test_dtypes_are_kept_and_strong(x64, name, dtype):
     assert not any(x.weak_type for x in jax.tree.leaves(new_state))
 
 
+@pytest.mark.short(
+    "adaptive_ellipsoid_filter", "fisher_ellipsoid_average", "sam", "msam", "gsam"
+)
 @pytest.mark.parametrize(
     "name",
     # In `looksam` a schedule counts the perturbed steps, an injected one all of them.
@@ -462,6 +484,9 @@ def test_chain_on_either_side(tx):
 STEPS = [name for name in PATHS if CASES[name].kind in ("step", "gradient")]
 
 
+@pytest.mark.short(
+    "scale_by_inverse_fisher", "displaced", "looksam", "value_and_grad_micro"
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_apply_if_finite(name):
     factory, kwargs, _ = CASES[name]
@@ -495,6 +520,9 @@ def test_serialised_state_resumes_bit_for_bit(tx, how):
     assert_equal(update(tx, loaded), update(tx, state))
 
 
+@pytest.mark.short(
+    "sharpness_aware_every", "displaced", "looksam", "value_and_grad_micro"
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_descends(name):
     tx = transformation(name)

@@ -143,6 +143,7 @@ def products(step, state):
 GRADIENT = 8
 
 
+@pytest.mark.short("asam-oracle", "fisher_sam-transformation")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_a_step_is_two_gradients(name, front_end):
@@ -195,6 +196,7 @@ def test_a_cached_fisher_costs_nothing_between_its_refreshes():
     assert products(step, state) - conditional == 2 * GRADIENT
 
 
+@pytest.mark.short("fisher_sam-8-2.25-transformation", "asam-2-0.25-oracle")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize(
     ("name", "more_passes", "copies"),
@@ -284,6 +286,7 @@ def test_metrics_can_be_left_out():
     assert state.metrics is None and state.sharpness > 0
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("looped", [False, True])
 def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch, looped):
     """However deep the model is: tracing takes as long a layer."""

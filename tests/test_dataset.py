@@ -54,6 +54,7 @@ def at_once(estimator):
     )
 
 
+@pytest.mark.short("exact-4", "empirical-14")
 @pytest.mark.parametrize("size", [1, 4, 14])
 @pytest.mark.parametrize("estimator", [EXACT, EMPIRICAL], ids=["exact", "empirical"])
 def test_a_data_set_is_one_big_batch(estimator, size):
@@ -61,6 +62,7 @@ def test_a_data_set_is_one_big_batch(estimator, size):
     close(found, at_once(estimator)[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.short("3")
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_the_standard_error_is_that_of_all_draws_at_once(num_samples):
     estimator = I1(num_samples=num_samples)

@@ -122,6 +122,7 @@ def expected(name):
 SCALES = np.float32([1.0, 1e-20, 1e-30, 1e25, 0.0])
 
 
+@pytest.mark.short("inf", "per_leaf", "filter", "fisher")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_of_eps_by_all_that_it_depends_on(name):
     """By g, w, F, rho and eta, in both modes, many scales of g at once."""
@@ -220,6 +221,7 @@ def test_second_derivatives():
     np.testing.assert_array_equal(hessians[1], np.zeros((3, 3)))
 
 
+@pytest.mark.short("{'ord': 3}-0.0", "{}-1e-22")
 @pytest.mark.parametrize("scale", [1e-22, 0.0])
 @pytest.mark.parametrize("options", [{}, {"per_leaf": True}, {"ord": 3}], ids=str)
 def test_on_parameters_sharded_by_hand(options, scale):
@@ -289,6 +291,7 @@ STEPS = {
 }
 
 
+@pytest.mark.short("optimizer", "oracle")
 @pytest.mark.parametrize("name", STEPS)
 def test_of_training_through_a_step_that_finds_no_gradient(name):
     """By w, rho and the learning rate. The last two steps hardly move w."""

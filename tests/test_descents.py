@@ -104,6 +104,9 @@ RULES = {
 }
 
 
+@pytest.mark.short(
+    "reuse-float16", "surrogate_gap-bfloat16", "surrogate_gap_clean-float32"
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", RULES)
 def test_equal_gradients_give_that_gradient(name, dtype):
@@ -114,6 +117,7 @@ def test_equal_gradients_give_that_gradient(name, dtype):
     assert_equal(d, arrays(G, dtype))
 
 
+@pytest.mark.short("float16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_gradients_that_differ_by_rounding_leave_no_direction(dtype):
     descent = reuse(0.7)
@@ -136,6 +140,7 @@ def test_ends_are_exact():
     assert_equal(descend(reuse(0.0), G, G, state=state, plain=True)[0], g)
 
 
+@pytest.mark.short("0.3", "9.0")
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 9.0])
 def test_a_traced_weight_gives_the_same_numbers(alpha):
     def traced(factory):

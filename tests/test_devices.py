@@ -196,6 +196,7 @@ def test_jit_on_a_sharded_batch_is_one_device():
     assert grads["k"].sharding.is_fully_replicated
 
 
+@pytest.mark.short("untyped-adaptive")
 @pytest.mark.parametrize(
     ("how", "name"),
     [("typed", "fisher"), ("untyped", "adaptive"), ("pmap", "euclidean")],
@@ -206,6 +207,7 @@ def test_synchronised_sam(how, name):
     check(spread(how, step), init, name, parts=1)
 
 
+@pytest.mark.short("untyped-2")
 @pytest.mark.parametrize(("how", "every"), [("typed", 1), ("untyped", 2), ("pmap", 2)])
 def test_m_sharp_sam_by_transformation(how, every):
     # The caller does not: each device has a perturbation of its own.
@@ -213,6 +215,7 @@ def test_m_sharp_sam_by_transformation(how, every):
     check(spread(how, step), init, "fisher", DEVICES, every)
 
 
+@pytest.mark.short("typed-2-2", "pmap-2-None")
 @pytest.mark.parametrize(
     ("how", "every", "micro_batches"),
     [
@@ -282,6 +285,7 @@ def test_devices_and_their_micro_batches_are_numbered(micro_batches):
     assert grads == 2 + np.mean(np.arange(replicas))
 
 
+@pytest.mark.short("typed-sam", "untyped-m-sharp")
 @pytest.mark.parametrize("synchronised", [False, True], ids=["m-sharp", "sam"])
 @pytest.mark.parametrize("how", ["typed", "untyped", "pmap"])
 def test_fault_26_nan_on_one_replica(how, synchronised):
@@ -314,6 +318,7 @@ def test_fault_26_nan_on_one_replica(how, synchronised):
         assert np.all(np.isfinite(average["k"])) and np.any(average["k"])
 
 
+@pytest.mark.short("typed")
 @pytest.mark.parametrize("how", ["typed", "untyped", "pmap"])
 def test_fault_26_nan_on_one_replica_of_the_oracle(how):
     batch = (BATCH[0].at[-1, 0].set(jnp.nan), BATCH[1])
@@ -380,6 +385,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.short("3", "per leaf", "masked", "layer")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_fault_27_sharded_and_replicated_leaves_mixed(name):
     assert_close(by_hand(name)(SHARDED_GRADS, SHARDED), alone(name), 2e-6)
@@ -413,6 +419,7 @@ def test_fault_26_all_shards_scale_what_all_have_out_of_range(factor):
     )
 
 
+@pytest.mark.short("1.5")
 @pytest.mark.parametrize("ord", [2, 1.5, jnp.inf])
 def test_the_dual_norm_of_shards_has_its_derivative(ord):
     def slope(leaf, shard_axes=None):
@@ -431,6 +438,7 @@ def test_the_dual_norm_of_shards_has_its_derivative(ord):
         assert_close(jax.jit(found)(SHARDED_GRADS), slope(leaf)(SHARDED_GRADS), 1e-5)
 
 
+@pytest.mark.short("Explicit-layer", "Auto-layer")
 @pytest.mark.parametrize(
     ("axes", "name"),
     [
@@ -583,6 +591,7 @@ def trained_on_one_device():
     return by_either("value_and_grad", net, NET, LABELLED)
 
 
+@pytest.mark.short("mixed-Explicit-value_and_grad", "uneven-Explicit-sharpness_aware")
 @pytest.mark.parametrize(
     ("name", "kind", "front_end"),
     [
@@ -603,6 +612,7 @@ def test_fault_27_training_is_that_of_one_device(name, kind, front_end):
             assert tree[leaf].sharding.is_equivalent_to(w.sharding, w.ndim), leaf
 
 
+@pytest.mark.short("layer")
 @pytest.mark.parametrize("name", ["2", "layer", "fisher"])
 def test_fault_27_axes_that_the_devices_do_not_divide(name):
     mesh = jax.make_mesh((3,), ("d",), axis_types=(AxisType.Auto,))
@@ -633,6 +643,7 @@ COLLECTIVE = re.compile(
 )
 
 
+@pytest.mark.short("per leaf-Explicit", "relative fisher-Auto", "euclidean-Auto")
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 8), reason="XLA of jax 0.7 makes one for each leaf"
 )
@@ -685,6 +696,7 @@ def estimated_on_one_device(name):
     return jax.jit(lambda p, b: diagonal(ESTIMATORS[name], p, b))(NET, LABELLED)
 
 
+@pytest.mark.short("i2-Explicit", "empirical-Auto", "exact-Auto")
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_fault_27_estimators_on_sharded_batch_and_parameters(name, kind):
@@ -695,6 +707,7 @@ def test_fault_27_estimators_on_sharded_batch_and_parameters(name, kind):
     assert_close(result, estimated_on_one_device(name), 1e-5)
 
 
+@pytest.mark.short("empirical-True", "exact-False")
 @pytest.mark.parametrize(
     ("name", "check_vma"), [("empirical", True), ("exact", True), ("exact", False)]
 )
@@ -717,6 +730,7 @@ def with_micro_batches(name):
     return jax.jit(f)(NET, f.init(NET), LABELLED)
 
 
+@pytest.mark.short("i1-pmap")
 @pytest.mark.parametrize(
     ("name", "how"), [("empirical", "typed"), ("i1", "untyped"), ("i1", "pmap")]
 )

@@ -638,6 +638,7 @@ def mesh(kind):
     return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
 
 
+@pytest.mark.short("AxisType.Explicit")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_over_devices(kind):
     devices = mesh(kind)
@@ -655,6 +656,7 @@ def test_sharded_over_devices(kind):
         assert jax.typeof(sums["w0"]).sharding.spec == P(None, "model")
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_on_each_device_of_a_shard_map(check_vma):
     tables = {"table": normal(0, 7, 6), **MLP}
@@ -683,6 +685,7 @@ def test_on_each_device_of_a_shard_map(check_vma):
 # Numbers.
 
 
+@pytest.mark.short("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     params, x = jax.tree.map(lambda w: w.astype(dtype), (MLP, X))
@@ -771,6 +774,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+@pytest.mark.short("clip-int8", "fill-uint8")
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
 @pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
 def test_narrow_indices(dtype, mode):
@@ -997,6 +1001,7 @@ def random_program(seed):
     return loss_fn, params, normal(seed, 3, 5, 4)
 
 
+@pytest.mark.short("0", "2", "5")
 @pytest.mark.parametrize("seed", range(8))
 def test_random_programs(seed):
     loss_fn, params, batch = random_program(seed)

@@ -138,6 +138,7 @@ def estimate(name, model):
     return lambda params, batch: diagonal(estimator, params, batch)
 
 
+@pytest.mark.short("transformer-AxisType.Explicit", "convolutional-AxisType.Auto")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("model", ["convolutional", "transformer"])
 def test_data_parallel_work_is_divided_and_only_sums_are_exchanged(count, model, kind):
@@ -175,6 +176,7 @@ PASSES = {name: functools.partial(estimate, name) for name in ESTIMATORS} | {
 REDUCED = {"i2": 3, "one pass": 2, "norms": 0}
 
 
+@pytest.mark.short("exact", "gnb with error", "one pass", "norms", "data set")
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_divides_its_work_and_reduces_once(count, name):
     """However many cotangents an example has, and however few there are at a time."""
@@ -198,6 +200,7 @@ def test_columns_are_summed_up_before_devices_are(count, kind):
     assert set(each) == {"products", "all-reduce"}
 
 
+@pytest.mark.short("data-model-convolutional", "batch0-data-convolutional")
 @pytest.mark.parametrize("model", ["convolutional", "transformer"])
 @pytest.mark.parametrize(
     "batch, weights", [(("data", "model"), "data"), ("data", "model")]
@@ -220,6 +223,7 @@ def test_sharded_parameters_are_gathered_as_by_the_gradient(
     assert squares["products"] <= 1.1 * gradient["products"]
 
 
+@pytest.mark.short("8")
 @pytest.mark.parametrize("examples", [8, 24])
 def test_weights_that_are_gathered_where_they_are_used(count, examples):
     """Fully sharded as in training: also with one example on a device."""
@@ -246,6 +250,7 @@ def test_weights_that_are_gathered_where_they_are_used(count, examples):
         assert not {"all-to-all", "collective-permute"} & set(found)
 
 
+@pytest.mark.short("AxisType.Auto")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_batch_that_the_mesh_does_not_divide(kind):
     """Twelve examples over four devices of eight, in steps of any size."""

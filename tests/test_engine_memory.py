@@ -63,6 +63,7 @@ LARGE = {
 }
 
 
+@pytest.mark.short("1000 classes")
 @pytest.mark.parametrize("name", LARGE)
 def test_the_columns_of_the_exact_fisher_keep_to_the_budget(name):
     model, params, x = LARGE[name]
@@ -123,6 +124,7 @@ POSITIONS = normal(6, 3, 4)
 WEIGHTS = np.asarray(RNG.uniform(size=(6, 3)) * (RNG.uniform(size=(6, 3)) > 0.3))
 
 
+@pytest.mark.short("False-700", "True-1", "True-None")
 @pytest.mark.parametrize("chunk_bytes", [1, 700, 5000, None])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, weighted):

@@ -604,6 +604,7 @@ USES = {
 }
 
 
+@pytest.mark.short("0", "1", "4")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
 @pytest.mark.parametrize("seed", range(14))
 def test_random_parametrisations(seed):

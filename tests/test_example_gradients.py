@@ -127,6 +127,7 @@ def test_rules(name):
     assert_close(squares, in_full(loss_fn, params, batch))
 
 
+@pytest.mark.short("0", "1", "2", "3")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs(seed):
@@ -200,6 +201,7 @@ def weighed_loss(real, example):
     return -jnp.sum(jnp.where(y < 0, 0, w * log_p))
 
 
+@pytest.mark.short("examples", "labels")
 @pytest.mark.parametrize("weights", ["none", "examples", "labels"])
 def test_labels_and_weights(weights):
     """The gradients that these are norms of add up to D times that of the loss."""
@@ -325,6 +327,7 @@ def test_maps_of_the_caller_and_no_derivative():
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_on_each_device_of_a_shard_map(check_vma):
     loss_fn, params, batch, _ = programs.PROGRAMS["parts_of_one_parameter"]
@@ -340,6 +343,7 @@ def test_on_each_device_of_a_shard_map(check_vma):
     np.testing.assert_allclose(jax.jit(run)(params, batch), expected, rtol=1e-5)
 
 
+@pytest.mark.short("False")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_clipped_on_each_device_of_a_shard_map(check_vma):
     nll = negative_log_likelihood(lambda w, x: x @ w, categorical)
@@ -374,6 +378,7 @@ def test_a_key_that_examples_do_not_split_is_an_error(function):
         function(nll, normal(0, 3, 4), batch, **options)
 
 
+@pytest.mark.short("clipped_gradient")
 @pytest.mark.parametrize("function", ["per_example_norms", "clipped_gradient"])
 def test_statistics_over_the_batch_are_an_error(function):
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
@@ -386,6 +391,7 @@ def test_statistics_over_the_batch_are_an_error(function):
     getattr(fsam_nnx, function)(nll, model, batch, **options)
 
 
+@pytest.mark.short("convolutional-AxisType.Auto")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("convolutional", AxisType.Auto), ("transformer", AxisType.Explicit)],
@@ -408,6 +414,7 @@ def test_devices_take_their_own_examples_and_exchange_nothing(monkeypatch, name,
     assert sharding.is_equivalent_to(NamedSharding(mesh(kind), P("data")), 1)
 
 
+@pytest.mark.short("AxisType.Explicit")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_over_devices(kind):
     devices = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
@@ -427,6 +434,7 @@ def test_sharded_over_devices(kind):
 # Numbers and cost.
 
 
+@pytest.mark.short("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_squared_in_float32(dtype):
     """Gradients of 1e3 in half precision, whose squares float16 does not hold."""
@@ -501,6 +509,7 @@ def test_norms_cost_less_than_a_gradient():
 # Clipping.
 
 
+@pytest.mark.short("nll")
 @pytest.mark.parametrize("form", ["nll", "loss"])
 def test_clipped_gradient(form):
     real = {"table": PARAMS["table"], "w": PARAMS["w"]}
@@ -536,6 +545,7 @@ def test_clipped_gradient(form):
 # Modules.
 
 
+@pytest.mark.slow
 def test_modules():
     class Net(nnx.Module):
         def __init__(self, rngs):

@@ -120,6 +120,7 @@ def as_oracle(f, base):
 BASE = optax.sgd(0.1, momentum=0.9)
 
 
+@pytest.mark.short("gsam", "looksam")
 @pytest.mark.parametrize("name", METHODS)
 def test_both_front_ends_agree_bit_for_bit(name):
     perturbation, options = METHODS[name]
@@ -156,6 +157,9 @@ IDENTITIES = {
 }
 
 
+@pytest.mark.short(
+    "gsam 0", "extrapolate 1", "reuse, every 1", "average 0", "friendly 0"
+)
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_identities_bit_for_bit(name):
     options, is_ = IDENTITIES[name]
@@ -166,6 +170,7 @@ def test_identities_bit_for_bit(name):
     assert_equal(params, expected)
 
 
+@pytest.mark.short("looksam", "gsam", "multi_step", "wsam")
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("random",)])
 def test_a_radius_of_0_is_the_base_bit_for_bit(name):
     _, options = METHODS[name]
@@ -215,6 +220,7 @@ def bernoulli(step):
     return jax.random.bernoulli(jax.random.fold_in(jax.random.key(3), step), 0.5)
 
 
+@pytest.mark.short("bernoulli", "late")
 @pytest.mark.parametrize(
     ("every", "counts"),
     [
@@ -247,6 +253,7 @@ def test_each_method_takes_the_gradients_it_should():
 DESCENTS = ("gsam", "wsam", "looksam", "vasso")
 
 
+@pytest.mark.short("looksam", "wsam")
 @pytest.mark.parametrize("name", DESCENTS)
 def test_parts_descend_by_themselves(name):
     perturbation, options = METHODS[name]
@@ -269,6 +276,7 @@ def test_parts_descend_by_themselves(name):
     assert_close(again, jax.tree.map(lambda *x: sum(x) / 4, *parts))
 
 
+@pytest.mark.short("looksam-True", "vasso-False")
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", DESCENTS)
 def test_eight_devices_are_eight_parts(name, check_vma):
@@ -296,6 +304,7 @@ def test_eight_devices_are_eight_parts(name, check_vma):
         assert_close(other.perturbation, state.perturbation)
 
 
+@pytest.mark.short("looksam-auto", "multi_step-explicit")
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 @pytest.mark.parametrize("name", [*DESCENTS, "multi_step", "friendly"])
 def test_sharded_under_jit(name, mode):
@@ -418,6 +427,7 @@ def far_from_zero(dtype):
     return jax.tree.map(lambda w: (jnp.sign(w) * (abs(w) + 1)).astype(dtype), PARAMS)
 
 
+@pytest.mark.short("float32")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_displaced_equals_lagged_bit_for_bit(dtype):
     ascent = optax.chain(optax.trace(0.9), optax.scale(-1.0), euclidean_ball(0.3))
@@ -547,6 +557,7 @@ def test_lagged_keeps_what_is_not_finite_out_of_its_memory():
 # From a checkpoint in the middle of a cycle.
 
 
+@pytest.mark.short("looksam-pickle", "bsam-flax", "friendly_sam-pickle")
 @pytest.mark.parametrize("how", ["pickle", "flax"])
 @pytest.mark.parametrize("name", ["looksam", "friendly_sam", "msam", "bsam"])
 def test_resumes_bit_for_bit(name, how):

@@ -247,6 +247,7 @@ def test_fault_05_huge_and_tiny_gradients(name, factor):
         np.testing.assert_allclose(state.dual_norm, factor * length(GRADS), rtol=1e-5)
 
 
+@pytest.mark.short("2-1.0", "1.5-0.0", "inf-1.0")
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 0.0])
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 @pytest.mark.parametrize("ord", [2, 1.5, jnp.inf])
@@ -348,6 +349,7 @@ def test_fault_07_bfloat16_parameters(front_end):
     np.testing.assert_allclose(np.linalg.norm(perturbed - clean), 1e-3, rtol=1e-2)
 
 
+@pytest.mark.short("average")
 @SOME
 def test_fault_08_mixed_dtypes(x64, geometry):
     dtypes = {"a": jnp.float32, "b": jnp.bfloat16, "c": jnp.float16, "d": jnp.float64}
@@ -368,6 +370,7 @@ def test_fault_08_mixed_dtypes(x64, geometry):
     assert {m.dtype for m in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.short("element", "average")
 @SOME
 def test_fault_08_float64_is_exact(x64, geometry):
     params = {n: jnp.asarray(np.asarray(w, np.float64)) for n, w in PARAMS.items()}
@@ -502,6 +505,7 @@ def test_fault_14_rho_out_of_range(geometry, rho):
             alias(optax.sgd(0.1), rho)
 
 
+@pytest.mark.short("average")
 @SOME
 def test_fault_14_traced_rho_is_not_branched_on(geometry):
     eps = jax.jit(lambda rho: ascend(geometry(rho))[0])(-0.5)
@@ -640,6 +644,7 @@ def test_fault_20_batch_of_0_and_no_weight_for_the_engine():
             assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, PARAMS)
 
 
+@pytest.mark.short("empirical-2")
 @pytest.mark.parametrize(
     ("name", "micro_batches"), [("empirical", 2), ("i1", None)], ids=str
 )
@@ -677,6 +682,7 @@ def test_fault_20_fisher_sam_without_weights_is_sam():
         np.testing.assert_allclose(weightless[leaf], expected[leaf], rtol=1e-6)
 
 
+@pytest.mark.short("dense_empirical_fisher", "dense_ggn")
 @pytest.mark.parametrize(
     "matrix", ["dense_fisher", "dense_ggn", "dense_empirical_fisher"]
 )
@@ -820,6 +826,7 @@ def test_fault_22_batch_norm_and_dropout_see_each_batch_once():
     np.testing.assert_allclose(statistics["mean"], 3 * (1 - 0.9**3), rtol=1e-5)
 
 
+@pytest.mark.short("element")
 @SOME
 def test_fault_23_no_tracer_leaks_and_no_second_trace(geometry):
     tx = sharpness_aware(optax.adam(0.1), geometry(0.5), every=2)
@@ -994,6 +1001,7 @@ def draws(name, steps=40, examples=32):
     return run
 
 
+@pytest.mark.short("i2, probed", "i1", "gnb")
 @pytest.mark.parametrize("name", SAMPLED)
 def test_fault_30_seeds_repeat_and_keys_are_never_reused(name):
     run = draws(name)
@@ -1010,6 +1018,7 @@ def test_fault_30_seeds_repeat_and_keys_are_never_reused(name):
         assert len(np.unique(diagonals)) == diagonals.size
 
 
+@pytest.mark.short("average")
 @SOME
 def test_fault_31_numpy_and_python_inputs(geometry):
     params = {"k": np.float32([[1.0, -2.0]]), "s": 2.0, "d": np.float64(3.0)}
@@ -1031,6 +1040,7 @@ def test_fault_31_numpy_and_python_inputs(geometry):
     assert_equal(result, expected)
 
 
+@pytest.mark.short("bfloat16")
 @pytest.mark.parametrize("scalar", [np.float16, np.float32, np.float64, jnp.bfloat16])
 def test_fault_31_numpy_scalars(scalar):
     params = {"s": scalar(3.0), "v": np.full(2, 2.0, np.float32)}

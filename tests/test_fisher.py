@@ -198,6 +198,7 @@ def truth(model, likelihood, values):
 # What they estimate.
 
 
+@pytest.mark.short("sequence", "binary")
 def test_exact_is_the_sum_over_all_labels(case):
     model, likelihood, _ = case
     estimate = evaluate(fisher_exact(model, likelihood), batch=(X, None))
@@ -240,6 +241,7 @@ def with_fixed_label(model, likelihood, estimator, y, **options):
     return jax.tree.map(lambda d: d * jnp.sum(p), estimate)
 
 
+@pytest.mark.short("fisher_i2-sequence", "fisher_i1-binary")
 @pytest.mark.parametrize(
     ("estimator", "case"),
     [
@@ -258,6 +260,7 @@ def test_i1_and_i2_are_unbiased_over_labels(estimator, case):
     close(jax.tree.map(lambda s: jnp.sum(s, 0) / len(X), shares), truth(*case))
 
 
+@pytest.mark.short("sequence")
 @pytest.mark.parametrize("case", ["classes", "binary", "sequence"])
 def test_hutchinson_is_unbiased_over_signs(case):
     model, likelihood, _ = case = CASES[case]
@@ -297,6 +300,7 @@ def test_gnb_is_the_scaled_square_of_the_gradient_at_the_drawn_labels():
     close(evaluate(fisher_gnb(tanh_net, fixed, key=KEY)), expected)
 
 
+@pytest.mark.short("i1", "gnb")
 @pytest.mark.parametrize("make", ["i1", "hutchinson", "gnb", "i2, probed"])
 def test_the_draws_themselves_are_unbiased(make):
     """Over many seeds, each entry is within 5 standard errors of the exact one."""
@@ -316,6 +320,7 @@ def test_the_draws_themselves_are_unbiased(make):
 # I2.
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("y", [0, 2])
 def test_i2_is_minus_the_diagonal_of_the_hessian_at_the_drawn_labels(y):
     fixed = categorical._replace(sample=lambda key, h: jnp.full(h.shape[:-1], y))
@@ -359,6 +364,7 @@ ENTRANCES = {
 }
 
 
+@pytest.mark.short("dense at two positions", "convolution", "reparametrised")
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_i2_over_all_signs_is_minus_the_diagonal_of_the_hessian(entrance, monkeypatch):
     enter, number = ENTRANCES[entrance]
@@ -395,6 +401,7 @@ def test_i2_over_all_signs_is_minus_the_diagonal_of_the_hessian(entrance, monkey
     close(jnp.mean(shares, axis=0), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_probes_of_each_example_leave_little_error():
     """Off the diagonal, a Hessian by the weights is full of products of inputs."""
     params = jax.random.normal(jax.random.key(7), (2, 12, 12)) / 4
@@ -428,6 +435,7 @@ def test_probes_of_each_example_leave_little_error():
     assert 3 * error(model) < error(reused)
 
 
+@pytest.mark.slow
 def test_i2_has_the_standard_error_of_its_draws():
     estimator = fisher_i2(
         tanh_net, categorical, key=KEY, num_samples=100, standard_error=True
@@ -449,6 +457,7 @@ def test_i2_has_the_standard_error_of_its_draws():
     assert jnp.isinf(state.standard_error["w1"]).all()
 
 
+@pytest.mark.short("i2, probed-relu_net", "i2-relu_net")
 @pytest.mark.parametrize(
     ("make", "model"),
     [("i2", relu_net), ("i2, probed", relu_net), ("i2, probed", tanh_net)],
@@ -531,6 +540,7 @@ def test_a_sure_model_has_no_fisher(make):
 ALWAYS_ONE = categorical._replace(sample=lambda key, h: jnp.ones(h.shape[:-1], int))
 
 
+@pytest.mark.short("hutchinson", "exact")
 @pytest.mark.parametrize("make", ["empirical", "exact", "i1", "hutchinson"])
 def test_mean_does_not_depend_on_repetition(make):
     """The scale is per example: the same batch twice has the same diagonal."""
@@ -542,6 +552,7 @@ def test_mean_does_not_depend_on_repetition(make):
     close(evaluate(estimator, batch=twice), evaluate(estimator))
 
 
+@pytest.mark.short("gnb", "i2")
 @pytest.mark.parametrize("make", ["empirical", "gnb", "i2"])
 def test_examples_of_weight_zero_do_not_count(make):
     estimator = ESTIMATORS[make](tanh_net, ALWAYS_ONE)
@@ -568,6 +579,7 @@ def test_weighted_gnb_is_unbiased():
     close(mean_over_leading(jax.jit(jax.vmap(share))(labels), p), exact, rtol=1e-4)
 
 
+@pytest.mark.short("i2", "empirical")
 @pytest.mark.parametrize("make", ["empirical", "exact", "i1", "i2"])
 def test_weights_give_the_weighted_mean(make):
     estimator = ESTIMATORS[make](tanh_net, ALWAYS_ONE)
@@ -634,6 +646,7 @@ def test_standard_error_is_that_of_the_mean_of_the_squares():
     assert fisher_i1(tanh_net, categorical, key=KEY).init(PARAMS).standard_error is None
 
 
+@pytest.mark.short("hutchinson")
 @pytest.mark.parametrize("name", ["i1, two draws", "hutchinson"])
 def test_standard_error_is_not_below_the_error_of_the_draws(name):
     estimator, _, _ = compiled(name)
@@ -697,6 +710,7 @@ def test_standard_error_of_gnb_over_all_labels():
 # Dtypes and structures.
 
 
+@pytest.mark.short("i2", "gnb")
 @pytest.mark.parametrize("name", ["empirical", "exact", "hutchinson", "gnb", "i2"])
 def test_any_pytree_of_any_dtype_will_do(name):
     """The arrays may be NumPy's; a number that is not real is no parameter."""
@@ -736,6 +750,7 @@ def test_no_gradient_flows_through(make):
 # Keys and state.
 
 
+@pytest.mark.short("i2", "gnb")
 def test_three_updates_are_one_trace(name):
     run(name, steps=1)
     traces = compiled(name)[-1]
@@ -768,6 +783,7 @@ def test_state_survives_a_file(sampled, tmp_path):
     equal(run(sampled, steps=1, state=state)[0], expected[1:])
 
 
+@pytest.mark.short("gnb", "i1")
 @pytest.mark.parametrize("name", ["i1", "hutchinson", "gnb"])
 def test_scan_and_vmap_over_seeds_agree_with_single_updates(name):
     estimator, _, _ = compiled(name)
@@ -854,6 +870,7 @@ def test_wrong_arguments_are_named():
 # Combinations.
 
 
+@pytest.mark.short("tree")
 @pytest.mark.parametrize(
     "labels",
     [
@@ -874,6 +891,7 @@ def test_each_group_gets_its_own_estimator(labels):
     close(evaluate(estimator), {k: (body if k[1] == "1" else head)[k] for k in PARAMS})
 
 
+@pytest.mark.short("exact")
 @pytest.mark.parametrize("make", ["exact", "hutchinson", "i2"])
 def test_groups_work_with_caches_and_averages(make):
     estimator = ESTIMATORS[make](tanh_net, categorical)
@@ -982,6 +1000,7 @@ def test_diagonal_needs_an_estimator_that_reads_no_gradient():
         diagonal(lambda x: x, PARAMS, BATCH)  # type: ignore
 
 
+@pytest.mark.short("gnb")
 @pytest.mark.parametrize("name", ["exact", "gnb"])
 def test_sharding_over_eight_devices_changes_nothing(name):
     devices = np.array(jax.devices()).reshape(-1)

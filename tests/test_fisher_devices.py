@@ -64,6 +64,7 @@ def on_one_device():
     return jax.jit(everything)(PARAMS, (X, Y, W), SCALE)
 
 
+@pytest.mark.short("AxisType.Explicit")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_batches_give_what_one_device_gives(kind):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
@@ -107,6 +108,7 @@ def test_devices_weighed_by_their_divisors_are_the_whole():
     close(jax.jit(mapped)(PARAMS, (X, Y, W)), (value, grads, fisher, exact))
 
 
+@pytest.mark.short("AxisType.Auto")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_state_is_sharded_as_the_parameter_is(kind):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))

@@ -48,6 +48,7 @@ def run(perturbation, steps=3, **options):
     return values, params, optax.tree.get(state, "dual_norm")
 
 
+@pytest.mark.short("averaged-options2", "refreshed-options3")
 @pytest.mark.parametrize(
     ("around", "options"),
     [
@@ -70,6 +71,7 @@ def test_one_pass_equals_two(around, options):
     )
 
 
+@pytest.mark.slow
 def test_a_fisher_of_the_callers_is_preferred():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     f = fsam.value_and_grad(

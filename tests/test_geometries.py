@@ -161,6 +161,7 @@ def in_blocks(path, leaf):
     return 0 if path[0].key == "blocks" else None
 
 
+@pytest.mark.short("0-filter", "-1-layer")
 @pytest.mark.parametrize("scope", ["element", "filter", "layer"])
 @pytest.mark.parametrize("filter_axis", [-1, 0])
 def test_stacked_layers_have_the_scales_of_layers_apart(scope, filter_axis):
@@ -277,6 +278,7 @@ def test_bad_arguments_of_adaptive_are_rejected(kwargs, match):
 # Fisher
 
 
+@pytest.mark.short("True-jit", "False-jit")
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_fisher_at_eta_0_is_sam_bit_for_bit(relative, jit):

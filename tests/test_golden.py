@@ -29,6 +29,7 @@ def train(tx, gradient, params, batches):
     return params
 
 
+@pytest.mark.short("samsung_asam_rho1.0_eta0.1")
 @pytest.mark.parametrize(
     ("name", "perturbation"),
     [

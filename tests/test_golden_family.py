@@ -130,6 +130,7 @@ def test_gsam(x64):
         assert_close(params, name)
 
 
+@pytest.mark.short("gsam_torch_rhomax0.6_rhomin0.1_alpha0.4_coslr")
 @pytest.mark.parametrize(
     "name",
     [
@@ -298,6 +299,7 @@ def test_momentum_sam_in_adamw(x64):
 # Geometries and masks.
 
 
+@pytest.mark.short("samon_no_l2_rho0.3", "asamon_elementwise_only_l2_rho1.0_eta0.01")
 @pytest.mark.parametrize(
     ("name", "ascent"),
     [
@@ -337,6 +339,7 @@ def test_sam_on_by_layer(x64):
     assert_close(params, "asamon_layerwise_rho0.3_eta0.1")
 
 
+@pytest.mark.short("unified_rho0.2_lambd1overt")
 @pytest.mark.parametrize(
     ("name", "weight"),
     [
@@ -371,6 +374,7 @@ def adversarial_weights(gamma):
     )
 
 
+@pytest.mark.short("awp_gamma0.1")
 @pytest.mark.parametrize(
     ("name", "ascent"),
     [
@@ -486,6 +490,7 @@ def test_lookbehind(x64):
 # An optimizer of its own.
 
 
+@pytest.mark.short("alone")
 @pytest.mark.parametrize("how", ["alone", "vmap"])
 def test_bayesian_sam(x64, how):
     name = "bsam_lr0.05_b0.9_0.99_wd0.0005_rho0.02_N64_s0.1_damp0.01_m1"

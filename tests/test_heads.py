@@ -78,6 +78,7 @@ def covariance_of(likelihood, h):
     return whole
 
 
+@pytest.mark.short("heads")
 def test_score_is_the_derivative_of_log_prob(case):
     likelihood, h, labels, _ = case
     expected = jax.vmap(jax.grad(likelihood.log_prob), (None, 0))(h, labels)
@@ -86,6 +87,7 @@ def test_score_is_the_derivative_of_log_prob(case):
     )
 
 
+@pytest.mark.short("variance")
 def test_moments_are_those_of_the_score(case):
     likelihood, h, labels, p = case
     scores = flat(scores_of(likelihood, h, labels))
@@ -132,6 +134,7 @@ def test_divergence_is_the_mean_difference_of_log_probabilities(case):
     np.testing.assert_allclose(likelihood.divergence(h, k), expected, rtol=1e-4)
 
 
+@pytest.mark.short("variance")
 def test_draws_have_the_moments_of_the_score(case):
     likelihood, h, _, _ = case
     keys = jax.random.split(jax.random.key(0), 20_000)

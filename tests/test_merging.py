@@ -16,6 +16,7 @@ def loss_fn(w, batch):
     return jnp.mean(batch @ w)
 
 
+@pytest.mark.short("first-nan", "second-zero")
 @pytest.mark.parametrize("bad", [0.0, jnp.nan], ids=["zero", "nan"])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
 def test_a_skipped_micro_batch_does_not_count(bad, first):
@@ -52,6 +53,7 @@ NLL = fsam.negative_log_likelihood(lambda w, x: x @ w, fsam.categorical)
 IMPOSSIBLE = jnp.ones((4, 3)), jnp.array([0, 1, 7, 1])
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("lagged", [True, False])
 def test_an_impossible_label_in_one_micro_batch_is_nan_in_all(lagged):
     w = jnp.ones((3, 2))

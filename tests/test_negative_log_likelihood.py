@@ -113,6 +113,7 @@ def by_hand(log_probs, params, a, m):
 # One divisor, and what the weights mean.
 
 
+@pytest.mark.short("examples", "labels")
 @pytest.mark.parametrize("weights", ["none", "examples", "labels"])
 def test_loss_gradient_and_fisher_are_means_over_the_labels(weights):
     nll = fsam.negative_log_likelihood(sequence, fsam.categorical)
@@ -138,6 +139,7 @@ def test_loss_gradient_and_fisher_are_means_over_the_labels(weights):
     np.testing.assert_allclose(total_weight(nll, PARAMS, batch, (), {}), w.sum())
 
 
+@pytest.mark.short("empirical")
 @pytest.mark.parametrize("name", STEADY)
 def test_unequal_parts_weighed_by_their_divisors_are_the_whole(name):
     nll = fsam.negative_log_likelihood(sequence, fsam.categorical)
@@ -199,6 +201,7 @@ def test_weight_0_hides_any_label_in_value_and_gradient(label):
     close(one_pass(nll, hidden), one_pass(nll, shown))
 
 
+@pytest.mark.short("i2-nan", "exact-77", "gnb-77")
 @LABELS
 def test_weight_0_hides_any_label_in_the_fisher(make, label):
     nll, hidden, shown = hidden_and_not(label)
@@ -238,6 +241,7 @@ def test_an_absent_label_is_one_that_is_not_there():
     close(run(PARAMS, (X, ABSENT)), run(PARAMS, (X[:5], Y[:5])))
 
 
+@pytest.mark.short("i2", "exact")
 def test_an_absent_label_is_not_there_in_the_fisher(make):
     nll = fsam.negative_log_likelihood(net, fsam.categorical)
     weights = (np.arange(6) < 5).astype("float32")
@@ -300,6 +304,7 @@ def test_soft_labels_are_expectations_over_labels():
 # Batches, arguments, keys, aux.
 
 
+@pytest.mark.short("i1", "exact")
 def test_a_batch_is_any_pytree(make):
     def unpack(batch):
         return batch["image"], batch["label"], batch["mask"]
@@ -320,6 +325,7 @@ def keys_in(kind):
     }[kind]
 
 
+@pytest.mark.short("in a dict", "legacy")
 @pytest.mark.parametrize("kind", ["typed", "legacy", "in a dict"])
 def test_every_example_draws_by_its_own_key_in_every_pass(kind):
     args, kwargs = keys_in(kind)
@@ -348,6 +354,7 @@ def test_every_example_draws_by_its_own_key_in_every_pass(kind):
     close(apart, expected[2])
 
 
+@pytest.mark.short("i2", "empirical")
 def test_estimators_see_the_arguments_of_the_model(make):
     nll = fsam.negative_log_likelihood(dropped, fsam.categorical, has_aux=True)
     fixed = fsam.negative_log_likelihood(
@@ -589,6 +596,7 @@ ONE_BY_ONE = {
 }
 
 
+@pytest.mark.short("normalised_inside-exact", "normalised-norms")
 @pytest.mark.parametrize("how", ONE_BY_ONE)
 @pytest.mark.parametrize("apply_fn", [normalised, normalised_inside])
 def test_statistics_of_the_batch_are_warned_of(how, apply_fn):
@@ -603,6 +611,7 @@ def steps_first(p, x):
     return steps.mean(0)
 
 
+@pytest.mark.short("norms", "drawn")
 @pytest.mark.parametrize("how", ONE_BY_ONE)
 def test_reductions_that_mix_no_examples_are_not_warned_of(how):
     def aside(p, x):

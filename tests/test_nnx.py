@@ -89,6 +89,7 @@ def assert_same(a, b, rtol=0.0):
     )
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("every", [1, 2])
 def test_every_node_is_left_as_flax_leaves_it(every):
     batch = make_batch()
@@ -152,6 +153,7 @@ def test_shared_nodes_stay_one():
     )
 
 
+@pytest.mark.short("nnx.jit")
 @pytest.mark.parametrize("how", ["nnx.jit", "jax.jit"])
 def test_trains_under_jit(how):
     batch = make_batch()
@@ -247,6 +249,7 @@ def test_statistics_as_long_as_the_batch_are_no_batch():
         f(model, f.init(model), (x, y), x)
 
 
+@pytest.mark.slow
 def test_devices_average_what_the_clean_pass_left():
     batch = make_batch()
     f = fsam_nnx.value_and_grad(loss_fn, BALL, axis_name="i")
@@ -285,6 +288,7 @@ def test_means_of_narrow_statistics_count_many_labels(dtype):
     np.testing.assert_array_equal(np.asarray([found, *each], np.float32), 3.5)
 
 
+@pytest.mark.short("devices", "one")
 @pytest.mark.parametrize("parts", ["micro_batches", "devices", "one"])
 def test_statistics_are_weighted_as_the_parts_of_the_batch_are(parts):
     class Normed(nnx.Module):

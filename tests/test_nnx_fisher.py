@@ -107,6 +107,7 @@ def test_explanations_name_the_variables():
     assert model.dropout.rngs.count[...] == 0
 
 
+@pytest.mark.short("gnb", "i1")
 @pytest.mark.parametrize("name", ["exact", "i1", "i2", "gnb", "hutchinson"])
 def test_estimators_are_those_of_the_parameters(name):
     model = Net(norm=True)
@@ -151,6 +152,7 @@ def test_fisher_sam_with_batch_norm_in_training_mode():
     assert_close(grads, nnx.grad(log_loss)(moved, BATCH), 1e-4)
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("micro_batches", [None, 2])
 def test_one_pass_is_the_gradient_and_the_estimator(micro_batches):
     results = []

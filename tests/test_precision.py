@@ -69,6 +69,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16", MIXED], ids=st
 # What the loss sees.
 
 
+@pytest.mark.short("value_and_grad", "lagged")
 @pytest.mark.parametrize("front_end", ["sharpness_aware", "value_and_grad", "lagged"])
 def test_the_inner_points_of_several_ascents_are_those_that_the_loss_sees(front_end):
     params, ones = cast(PARAMS, "bfloat16"), jax.tree.map(jnp.ones_like, PARAMS)
@@ -131,6 +132,7 @@ def seen(tx, params, grads, perturb_dtype):
     return moved
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 1.0])
 def test_the_loss_sees_a_perturbation_of_length_rho(dtype, rho):
@@ -143,6 +145,7 @@ def test_the_loss_sees_a_perturbation_of_length_rho(dtype, rho):
     np.testing.assert_allclose(np.linalg.norm(oracles.flat(relative)), rho, rtol=1e-2)
 
 
+@pytest.mark.short("value_and_grad")
 @pytest.mark.parametrize("front_end", ["sharpness_aware", "value_and_grad"])
 def test_half_precision_steps_are_those_of_float32(front_end):
     """To half precision, and only if w + eps is not rounded."""
@@ -174,6 +177,7 @@ def test_half_precision_steps_are_those_of_float32(front_end):
 KERNELS = adaptive_ellipsoid(0.5, mask={"k1": True, "k2": True, "b": False})
 
 
+@pytest.mark.short("ASAM", "SAM-float16")
 @pytest.mark.parametrize(
     ("dtype", "geometry", "unmoved", "cosine", "length"),
     [
@@ -257,6 +261,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.short("empirical-float16")
 @pytest.mark.parametrize("dtype", STATED)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_accumulate_in_float32(reference, name, dtype):
@@ -295,6 +300,7 @@ def scaled_step(name):
     return run
 
 
+@pytest.mark.short("Fisher SAM, damped", "ASAM")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_scale_of_the_loss_changes_no_perturbation(name):
     value, grads, state = scaled_step(name)(1.0)

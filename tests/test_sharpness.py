@@ -76,6 +76,7 @@ def rise_at(e, hessian):
     return oracles.flat(GRADS) @ e + e @ hessian @ e / 2
 
 
+@pytest.mark.short("fisher", "box", "adaptive")
 def test_one_step_on_a_quadratic_is_its_closed_form(geometry):
     tx, t, ord, extra = geometry
     scale = dict(zip(SHAPES, np.split(t, [3]), strict=True))
@@ -102,6 +103,7 @@ def trust_region(t, hessian):
     return rise_at(t * (vectors @ z), hessian)
 
 
+@pytest.mark.short("fisher", "indefinite")
 @pytest.mark.parametrize(
     "name, hessian",
     [
@@ -132,6 +134,7 @@ def test_no_corner_of_a_box_is_higher():
         np.testing.assert_allclose(found, highest, rtol=1e-5)
 
 
+@pytest.mark.short("adaptive")
 @pytest.mark.parametrize("name", ["cubic", "box", "adaptive"])
 def test_the_ascent_stays_in_the_ball_and_never_falls(name):
     tx, scale, ord = GEOMETRIES[name]
@@ -186,6 +189,7 @@ def drawn():
     return optax.GradientTransformation(lambda params: jax.random.key(3), update)
 
 
+@pytest.mark.short("euclidean", "drawn")
 @pytest.mark.parametrize(
     "tx",
     [
@@ -328,6 +332,7 @@ def test_divergences_are_sums_over_all_labels(name, model):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.short("poisson")
 @pytest.mark.parametrize("name", ["categorical", "poisson"])
 def test_the_prediction_is_the_quadratic_form_of_the_fisher(name, x64):
     wide, eps = (

@@ -116,6 +116,7 @@ METHODS = {
 }
 
 
+@pytest.mark.short("sgd-fisher_sam", "adam-sam")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", BASES)
 def test_trains_as_by_hand(x64, base, method):
@@ -176,6 +177,7 @@ PERTURBATIONS = {
 }
 
 
+@pytest.mark.short("layer-False", "inf-True")
 @pytest.mark.parametrize(
     ("geometry", "jit"),
     [("euclidean", False), ("layer", False), ("inf", True), ("fisher", True)],
@@ -307,6 +309,7 @@ def test_metrics_show_what_is_perturbed_though_the_base_freezes_it():
     assert_close(norms["b"], 0.5, rtol=1e-6)
 
 
+@pytest.mark.short("3-True")
 @pytest.mark.parametrize(("every", "jit"), [(2, False), (3, True)])
 def test_every_kth_step_is_perturbed_from_the_first_on(every, jit):
     calls = []
@@ -389,6 +392,7 @@ def test_extra_arguments_reach_perturbation_and_base():
     }
 
 
+@pytest.mark.short("base0")
 @pytest.mark.parametrize("base", [optax.polyak_sgd(), optax.lbfgs()])
 def test_bases_that_need_extra_arguments(base):
     tx = sharpness_aware(base, euclidean_ball(0.05))

@@ -121,6 +121,7 @@ def conditional_moments(model, make):
     return mean, variance
 
 
+@pytest.mark.short("sequence-i1", "net-i2")
 @pytest.mark.parametrize(
     ("make", "variance"),
     [(fisher_i1, fisher_variance_i1), (fisher_i2, fisher_variance_i2)],
@@ -132,6 +133,7 @@ def test_variances_are_those_over_all_labels(model, make, variance):
     close(evaluate(variance, model, categorical), expected, rtol=1e-3)
 
 
+@pytest.mark.short("sequence")
 def test_variance_between_inputs_is_that_of_their_fishers(model):
     means, _ = conditional_moments(model, fisher_i1)
     expected = jax.tree.map(lambda m: np.var(m, axis=0), means)
@@ -172,6 +174,7 @@ def test_joint_variance_is_that_over_all_inputs_and_labels(make, variance):
     close(more, jax.tree.map(lambda b, c: (b + c / 2) / 5, between, conditional))
 
 
+@pytest.mark.short("0.5")
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_regression_has_closed_forms_and_tight_bounds(scale):
     """Proposition 5.1: F = |h'|^2, V1 = 2 |h'|^4, V2 = |h''|^2, each / scale^2."""
@@ -215,6 +218,7 @@ def test_binary_classification_has_a_closed_form():
     close(two, v1[None, None])
 
 
+@pytest.mark.short("bernoulli", "sequence")
 @pytest.mark.parametrize(
     ("model", "likelihood"),
     [
@@ -368,6 +372,7 @@ def test_a_sample_variance_needs_two_draws(sampled):
         sampled(net, categorical, PARAMS, X, num_draws=1, key=KEY)
 
 
+@pytest.mark.short("dense_fisher-True", "fisher_variance_i1-False")
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("function", [fisher_variance_i1, dense_fisher])
 def test_a_device_studies_its_own_inputs(function, check_vma):
