@@ -20,6 +20,7 @@ from fsam_optax._common.checks import (
 )
 from fsam_optax._common.kinds import of_estimator
 from fsam_optax._common.norms import divisor
+from fsam_optax._engine import without_explicit_axes
 from fsam_optax._fisher.diagonal import with_key
 from fsam_optax._fisher.estimation import (
     EstimatorState,
@@ -328,5 +329,12 @@ def _filled(batch: Any, size: int | None) -> tuple[Any, Any]:
     rows = np.arange(size) % number
     weights = (np.arange(size) < number).astype(np.float32)
     if number < size:
-        batch = jax.tree.map(lambda x: x[rows], batch)
+        batch = jax.tree.map(lambda x: _taken(x, rows), batch)
     return batch, weights
+
+
+def _taken(x, rows):
+    """Returns rows of an array, sharded as it is."""
+    if not isinstance(x, jax.Array):
+        return x[rows]
+    return without_explicit_axes(lambda x: (x[rows],), (x,), (x,))[0]
