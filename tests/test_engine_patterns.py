@@ -421,6 +421,31 @@ def operations(fn, *args):
     return total(jax.make_jaxpr(fn)(*args).jaxpr.eqns)
 
 
+@pytest.mark.short(
+    "where",
+    "windows_of_rows",
+    "biases_in_a_linear_loop",
+    "branch_by_a_parameter",
+    "product_of_layers",
+    "model_with_a_branch",
+    "checkpointed_layers_by_number",
+    "buckets_of_positions",
+    "small_table",
+    "cumulated",
+    "tables_looked_up_under_vmap",
+    "product_of_rows",
+    "dora_on_tokens",
+    "symmetric_by_index",
+    "known_branch",
+    "toeplitz",
+    "cayley",
+    "branch_by_the_example",
+    "lora_of_layers",
+    "convolution_with_weight_norm",
+    "positions_from_a_start",
+    "tensor_train",
+    "map_over_tokens",
+)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns(name):
     loss_fn, params, batch, rules, bound = PATTERNS[name]
@@ -604,7 +629,7 @@ USES = {
 }
 
 
-@pytest.mark.short("0", "1", "4")
+@pytest.mark.short("1", "3", "6", "7", "10")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
 @pytest.mark.parametrize("seed", range(14))
 def test_random_parametrisations(seed):
