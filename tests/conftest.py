@@ -157,7 +157,8 @@ def pytest_collection_modifyitems(config, items):
     reasons = CANNOT_HOLD.get(config.getoption("--mode"), {})
     pages = pathlib.Path(__file__).parents[1] / "docs"
     for item in items:
-        if pages in item.path.parents:  # They train, as the programs of pages do.
+        # Pages train, and what docstrings show the tests hold.
+        if pages in item.path.parents or isinstance(item, pytest.DoctestItem):
             item.add_marker("slow")
         for name, reason in reasons.items():
             if name in item.nodeid:

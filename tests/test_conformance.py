@@ -247,17 +247,12 @@ def test_unknown_extra_args_change_nothing(tx):
 
 # What repeats a path of another is in the slow suite.
 ONE_FOR_EACH_PATH = pytest.mark.short(
-    "adaptive_ellipsoid_layers",
     "fisher_ellipsoid_average",
-    "multi_step",
     "fisher_i2",
     "refresh_every",
-    "scale_by_inverse_fisher",
     "sharpness_aware_every",
-    "reuse",
     "displaced",
     "looksam",
-    "bsam",
     "value_and_grad_micro",
 )
 
@@ -416,6 +411,7 @@ def test_inject_hyperparams_with_a_schedule_of_rho(name):
     assert len(traces) == 1
 
 
+@pytest.mark.short("euclidean_ball", "fisher_i1")
 @pytest.mark.parametrize(
     "name",
     # Each kind, with a state and without. The oracle makes gradients: it goes before

@@ -168,6 +168,7 @@ def check(step, init, name, parts, every=1, rtol=1e-6):
     assert state.step == 2
 
 
+@pytest.mark.slow
 def test_jit_on_a_sharded_batch_is_one_device():
     perturbation = PERTURBATIONS["fisher"]
     sharding = NamedSharding(MESH, P("d"))
@@ -215,7 +216,7 @@ def test_m_sharp_sam_by_transformation(how, every):
     check(spread(how, step), init, "fisher", DEVICES, every)
 
 
-@pytest.mark.short("typed-2-2", "pmap-2-None")
+@pytest.mark.short("typed-2-2")
 @pytest.mark.parametrize(
     ("how", "every", "micro_batches"),
     [

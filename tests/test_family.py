@@ -253,7 +253,7 @@ def test_each_method_takes_the_gradients_it_should():
 DESCENTS = ("gsam", "wsam", "looksam", "vasso")
 
 
-@pytest.mark.short("looksam", "wsam")
+@pytest.mark.short("looksam")
 @pytest.mark.parametrize("name", DESCENTS)
 def test_parts_descend_by_themselves(name):
     perturbation, options = METHODS[name]
@@ -276,7 +276,7 @@ def test_parts_descend_by_themselves(name):
     assert_close(again, jax.tree.map(lambda *x: sum(x) / 4, *parts))
 
 
-@pytest.mark.short("looksam-True", "vasso-False")
+@pytest.mark.short("looksam-True")
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", DESCENTS)
 def test_eight_devices_are_eight_parts(name, check_vma):
@@ -304,7 +304,7 @@ def test_eight_devices_are_eight_parts(name, check_vma):
         assert_close(other.perturbation, state.perturbation)
 
 
-@pytest.mark.short("looksam-auto", "multi_step-explicit")
+@pytest.mark.short("looksam-auto")
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 @pytest.mark.parametrize("name", [*DESCENTS, "multi_step", "friendly"])
 def test_sharded_under_jit(name, mode):

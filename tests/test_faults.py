@@ -370,7 +370,7 @@ def test_fault_08_mixed_dtypes(x64, geometry):
     assert {m.dtype for m in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.short("element", "average")
+@pytest.mark.short("element", "euclidean")
 @SOME
 def test_fault_08_float64_is_exact(x64, geometry):
     params = {n: jnp.asarray(np.asarray(w, np.float64)) for n, w in PARAMS.items()}
@@ -604,6 +604,7 @@ def test_fault_19_masked_leaves(geometry, value):
     assert state.skipped == 0
 
 
+@pytest.mark.slow
 def test_fault_20_batch_of_1_and_of_0_and_no_weight_for_the_estimators():
     run = all_estimates(logits, categorical)
     with jax.debug_nans(True):
@@ -682,7 +683,7 @@ def test_fault_20_fisher_sam_without_weights_is_sam():
         np.testing.assert_allclose(weightless[leaf], expected[leaf], rtol=1e-6)
 
 
-@pytest.mark.short("dense_empirical_fisher", "dense_ggn")
+@pytest.mark.short("dense_empirical_fisher")
 @pytest.mark.parametrize(
     "matrix", ["dense_fisher", "dense_ggn", "dense_empirical_fisher"]
 )
@@ -753,6 +754,7 @@ def test_fault_21_degenerate_bernoulli_and_poisson():
     assert_zero((yes_or_no, counts))
 
 
+@pytest.mark.short("likelihood1-float16", "likelihood0-float32")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("likelihood", [categorical, bernoulli])
 def test_fault_21_likelihoods_at_extreme_logits(likelihood, dtype):
@@ -826,7 +828,7 @@ def test_fault_22_batch_norm_and_dropout_see_each_batch_once():
     np.testing.assert_allclose(statistics["mean"], 3 * (1 - 0.9**3), rtol=1e-5)
 
 
-@pytest.mark.short("element")
+@pytest.mark.slow
 @SOME
 def test_fault_23_no_tracer_leaks_and_no_second_trace(geometry):
     tx = sharpness_aware(optax.adam(0.1), geometry(0.5), every=2)
@@ -923,6 +925,7 @@ def test_fault_25_multi_steps_of_the_oracle_is_micro_batches():
         np.testing.assert_allclose(update[leaf], -expected[leaf], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fault_25_which_diagonals_are_means_over_micro_batches():
     average = {
         name: optax.chain(estimator, optax.ema(0.5))
@@ -1078,6 +1081,7 @@ def test_fault_32_debug_nans(geometry, factor):
     assert np.all(np.isfinite(eps["k"]))
 
 
+@pytest.mark.slow
 def test_fault_32_estimators_in_float64(x64):
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (PARAMS, X))
     params, x = jax.tree.map(jnp.asarray, wide)
@@ -1108,6 +1112,7 @@ def test_fault_32_float32_leaves_stay_float32_in_x64(x64):
     assert (error["k"].dtype, error["b"].dtype) == (jnp.float32, jnp.float64)
 
 
+@pytest.mark.slow
 def test_fault_32_leaves_that_hold_no_reals_give_float32_in_x64(x64):
     params = {"k": PARAMS["k"].astype(jnp.float32), "n": jnp.arange(3)}
     drawn = fisher_i1(

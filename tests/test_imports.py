@@ -58,6 +58,7 @@ def imported():
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_importing_starts_no_backend(imported):
     assert imported["devices"] == 3
 
@@ -75,6 +76,7 @@ def test_importing_costs_few_modules(imported):
     assert packages.total() - packages["jax"] - packages["fsam_optax"] < 20
 
 
+@pytest.mark.slow
 def test_nnx_is_imported_on_request():
     out, _ = run("import fsam_optax.nnx, sys; print('flax' in sys.modules)")
     assert out == "True\n"

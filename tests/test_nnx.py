@@ -206,6 +206,7 @@ def test_default_normalisation_finds_the_biases():
     np.testing.assert_array_equal(kernel, np.abs(weights))
 
 
+@pytest.mark.slow
 def test_micro_batches_fold_keys_keep_counts_and_average_the_rest():
     x, y = make_batch()
     f = fsam_nnx.value_and_grad(loss_of_nodes, BALL, micro_batches=2)

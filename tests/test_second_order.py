@@ -62,6 +62,7 @@ def in_order(tree):
     return ravel_pytree(tree)[0]
 
 
+@pytest.mark.short("categorical", "bernoulli")
 def test_fisher_is_the_ggn(case):
     """Proposition 1 of Kunstner et al.; the two have no code for it in common."""
     np.testing.assert_allclose(
@@ -69,6 +70,7 @@ def test_fisher_is_the_ggn(case):
     )
 
 
+@pytest.mark.short("poisson", "gaussian")
 def test_diagonals_are_those_of_the_estimators(case):
     model, likelihood, y = case
     for matrix, make in (
@@ -82,6 +84,7 @@ def test_diagonals_are_those_of_the_estimators(case):
         )
 
 
+@pytest.mark.short("sequence", "poisson")
 def test_empirical_fisher_is_the_mean_outer_product_of_the_gradients(case):
     model, likelihood, y = case
     flat, unravel = ravel_pytree(PARAMS)
@@ -117,6 +120,7 @@ def test_hessian_of_a_linear_model_is_the_ggn():
     )
 
 
+@pytest.mark.short("sequence", "gaussian")
 def test_matrices_are_means_over_the_examples(case):
     model, likelihood, y = case
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (X, y))
@@ -140,6 +144,7 @@ def test_empirical_fisher_vanishes_where_the_data_are_fitted_and_the_fisher_does
     )
 
 
+@pytest.mark.short("dense_fisher")
 @pytest.mark.parametrize("matrix", [dense_fisher, dense_ggn])
 def test_one_natural_gradient_step_solves_linear_least_squares(matrix):
     y = jax.random.normal(jax.random.key(5), (4, 1))

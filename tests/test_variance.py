@@ -218,7 +218,7 @@ def test_binary_classification_has_a_closed_form():
     close(two, v1[None, None])
 
 
-@pytest.mark.short("bernoulli", "sequence")
+@pytest.mark.short("sequence")
 @pytest.mark.parametrize(
     ("model", "likelihood"),
     [
