@@ -67,10 +67,10 @@ docs: $(VENV)/docs.stamp
 linkcheck: $(VENV)/docs.stamp
 	$(PY) $(SPHINX) -b linkcheck . docs/_build/linkcheck
 
-# The tests again, each time in another mode of jax.
+# The tests and all their cases again, each time in another mode of jax.
 modes: $(VENV)/test.stamp
 	for mode in checking_leaks debug_nans x64; do \
-	  $(PY) $(PYTEST) -m "not slow" --mode $$mode $(ARGS) || exit 1; \
+	  $(PY) $(PYTEST) -m "not slow or long" --mode $$mode $(ARGS) || exit 1; \
 	done
 
 dist:

@@ -125,16 +125,19 @@ def pytest_configure(config):
         "markers", "slow: trains, draws, kills or spawns; run by `make test-slow`"
     )
     config.addinivalue_line(
+        "markers", "long: guards little beyond others for what it costs; slow too"
+    )
+    config.addinivalue_line(
         "markers",
         "short(*cases): of a test with many cases, one for each path; the others are "
-        "slow. A name stands for all cases that begin with it and a hyphen",
+        "long. A name stands for all cases that begin with it and a hyphen",
     )
     if mode := config.getoption("--mode"):
         jax.config.update(MODES[mode], True)
 
 
-def leave_to_the_slow(items):
-    """Marks as slow what no case of its marker `short` names.
+def leave_cases(items):
+    """Marks as long what no case of its marker `short` names.
 
     Returns the names that are those of no case.
     """
@@ -146,19 +149,22 @@ def leave_to_the_slow(items):
             named |= {(test, c) for c in marker.args}
             found |= {(test, c) for c in matching}
             if not matching:
-                item.add_marker("slow")
+                item.add_marker("long")
     return sorted(named - found)
 
 
 def pytest_collection_modifyitems(config, items):
-    unknown = leave_to_the_slow(items)
+    unknown = leave_cases(items)
     if unknown and not any("::" in arg for arg in config.args):
         raise pytest.UsageError(f"These cases, named as short, are none: {unknown}.")
     reasons = CANNOT_HOLD.get(config.getoption("--mode"), {})
     pages = pathlib.Path(__file__).parents[1] / "docs"
     for item in items:
-        # Pages train, and what docstrings show the tests hold.
-        if pages in item.path.parents or isinstance(item, pytest.DoctestItem):
+        if pages in item.path.parents:  # They train, as the programs of pages do.
+            item.add_marker("slow")
+        elif isinstance(item, pytest.DoctestItem):  # The tests hold what they show.
+            item.add_marker("long")
+        if item.get_closest_marker("long"):
             item.add_marker("slow")
         for name, reason in reasons.items():
             if name in item.nodeid:

@@ -272,7 +272,7 @@ def test_the_program_of_a_ball_for_each_array_grows_with_their_number():
     assert size(32) < 2.2 * size(16)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_metrics_can_be_left_out():
     ball = euclidean_ball(0.05)
     step, state = with_optimizer(ball, every=2)

@@ -108,7 +108,7 @@ def test_by_group_every_group_is_that_of_its_estimator():
     assert not error["out"].any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_only_the_parameters_of_the_mask_are_evaluated():
     mask = {"in": False, "out": True}
     whole = at_once(EXACT)[0]

@@ -560,7 +560,7 @@ def test_clipped_gradient(form):
 # Modules.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_modules():
     class Net(nnx.Module):
         def __init__(self, rngs):

@@ -604,7 +604,7 @@ def test_fault_19_masked_leaves(geometry, value):
     assert state.skipped == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fault_20_batch_of_1_and_of_0_and_no_weight_for_the_estimators():
     run = all_estimates(logits, categorical)
     with jax.debug_nans(True):
@@ -828,7 +828,7 @@ def test_fault_22_batch_norm_and_dropout_see_each_batch_once():
     np.testing.assert_allclose(statistics["mean"], 3 * (1 - 0.9**3), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @SOME
 def test_fault_23_no_tracer_leaks_and_no_second_trace(geometry):
     tx = sharpness_aware(optax.adam(0.1), geometry(0.5), every=2)
@@ -925,7 +925,7 @@ def test_fault_25_multi_steps_of_the_oracle_is_micro_batches():
         np.testing.assert_allclose(update[leaf], -expected[leaf], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fault_25_which_diagonals_are_means_over_micro_batches():
     average = {
         name: optax.chain(estimator, optax.ema(0.5))
@@ -1081,7 +1081,7 @@ def test_fault_32_debug_nans(geometry, factor):
     assert np.all(np.isfinite(eps["k"]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fault_32_estimators_in_float64(x64):
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (PARAMS, X))
     params, x = jax.tree.map(jnp.asarray, wide)
@@ -1112,7 +1112,7 @@ def test_fault_32_float32_leaves_stay_float32_in_x64(x64):
     assert (error["k"].dtype, error["b"].dtype) == (jnp.float32, jnp.float64)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fault_32_leaves_that_hold_no_reals_give_float32_in_x64(x64):
     params = {"k": PARAMS["k"].astype(jnp.float32), "n": jnp.arange(3)}
     drawn = fisher_i1(

@@ -401,7 +401,7 @@ def test_i2_over_all_signs_is_minus_the_diagonal_of_the_hessian(entrance, monkey
     close(jnp.mean(shares, axis=0), expected, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_probes_of_each_example_leave_little_error():
     """Off the diagonal, a Hessian by the weights is full of products of inputs."""
     params = jax.random.normal(jax.random.key(7), (2, 12, 12)) / 4
@@ -435,7 +435,7 @@ def test_probes_of_each_example_leave_little_error():
     assert 3 * error(model) < error(reused)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_i2_has_the_standard_error_of_its_draws():
     estimator = fisher_i2(
         tanh_net, categorical, key=KEY, num_samples=100, standard_error=True

@@ -86,7 +86,7 @@ def test_sharded_batches_give_what_one_device_gives(kind):
         assert aux["h"].sharding.spec[0] == "d"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_weighed_by_their_divisors_are_the_whole():
     """The keys are folded with the device, as the front ends do."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))

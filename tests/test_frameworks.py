@@ -207,7 +207,7 @@ def linear_problem():
     return params, loss
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_equinox_with_an_optimizer():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(6, 3, 4, 1, key=jax.random.key(0))

@@ -71,7 +71,7 @@ def test_one_pass_equals_two(around, options):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fisher_of_the_callers_is_preferred():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     f = fsam.value_and_grad(

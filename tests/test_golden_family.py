@@ -150,7 +150,7 @@ def test_gsam_that_minimises_the_clean_loss(x64):
     assert_close(params, "gsam_bv_minf_rho0.3_alpha0.6")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gsam_in_the_ellipsoid_of_big_vision(x64):
     """Which is none: one factor |w|, and the norm of the gradient without it."""
     times_w = stateless(
@@ -161,7 +161,7 @@ def test_gsam_in_the_ellipsoid_of_big_vision(x64):
     assert_close(params, "gsam_bv_adaptive_rho1.0_alpha0.6")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gsam_in_the_ellipsoid_of_asam(x64):
     ascent = adaptive_ellipsoid(1.0, eta=0.0, normalize=True)
     params, _ = train(sharpness_aware(sgd(), ascent, descent=surrogate_gap(0.4)))
@@ -191,7 +191,7 @@ def test_decoupled_wsam(x64):
     assert_close(params, "wsam_decoupled_rho0.1_gamma0.8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient_norm_penalty(x64):
     ascent, descent = euclidean_ball(0.1), extrapolate(0.8)
     params, _ = train(sharpness_aware(sgd(), ascent, descent=descent))
@@ -223,7 +223,7 @@ def test_looksam(x64):
     assert_close(params, "looksam_rho0.1_alpha0.7_k5_steps12")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cr_sam(x64):
     """A descent that asks for a gradient of its own, on the other side of w."""
 
@@ -399,7 +399,7 @@ def test_multi_step(x64):
     assert_close(params, "multistep_rho0.2_step0.1_n3")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sparse_sam_by_a_fisher_mask(x64):
     """The mask comes after the norm in the authors' code, so that eps is shorter."""
     name = "ssamf_rho0.3_sparsity0.5_freq1"
@@ -413,7 +413,7 @@ def test_sparse_sam_by_a_fisher_mask(x64):
     assert_close(params, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_z_score_filter(x64):
     """Each matrix has a radius of its own, filtered; biases share the whole norm."""
 
@@ -445,7 +445,7 @@ def test_z_score_filter(x64):
     assert_close(params, "zsharp_rho0.2_alpha0.6")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eigen_sam(x64):
     """The eigenvector is an extra argument; before there is one, eps = rho g."""
     name = "eigensam_rho0.2_alpha0.5_freq3"
@@ -468,7 +468,7 @@ def test_eigen_sam(x64):
     assert_close(params, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lookbehind(x64):
     """Two ascents and two steps on a batch; the second ascent goes on from the first.
 

@@ -180,7 +180,7 @@ def test_equal_heads_are_equal():
         fsam.heads({"class": fsam.gaussian})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_heads_that_are_equal_are_not_held_on_to():
     own = fsam.gaussian(jnp.float32(2.0))  # Its functions are closures.
     assert fsam.heads({"a": own}) == fsam.heads({"a": own})

@@ -402,7 +402,7 @@ def test_aux_may_be_the_same_for_all_examples_but_no_statistic():
 # Derivatives.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_one_pass_has_ordinary_derivatives_and_a_constant_fisher():
     nll = fsam.negative_log_likelihood(net, fsam.categorical)
 

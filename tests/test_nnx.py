@@ -206,7 +206,7 @@ def test_default_normalisation_finds_the_biases():
     np.testing.assert_array_equal(kernel, np.abs(weights))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches_fold_keys_keep_counts_and_average_the_rest():
     x, y = make_batch()
     f = fsam_nnx.value_and_grad(loss_of_nodes, BALL, micro_batches=2)
@@ -250,7 +250,7 @@ def test_statistics_as_long_as_the_batch_are_no_batch():
         f(model, f.init(model), (x, y), x)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_average_what_the_clean_pass_left():
     batch = make_batch()
     f = fsam_nnx.value_and_grad(loss_fn, BALL, axis_name="i")

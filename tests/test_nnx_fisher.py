@@ -67,7 +67,7 @@ def squares_of_examples(model):
     return jax.tree.map(lambda g: jnp.mean(g**2, 0), grads)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_diagonal_has_the_statistics_of_the_moment():
     estimator = fsam_nnx.fisher_empirical(evaluate, categorical)
     model = Net(norm=True, dropout=True)
@@ -126,7 +126,7 @@ def test_estimators_are_those_of_the_parameters(name):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fisher_sam_with_batch_norm_in_training_mode():
     ellipsoid = fisher_ellipsoid(1.0, fsam_nnx.fisher_exact(evaluate, categorical))
     f = fsam_nnx.value_and_grad(log_loss, ellipsoid)

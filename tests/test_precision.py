@@ -132,7 +132,7 @@ def seen(tx, params, grads, perturb_dtype):
     return moved
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @DTYPES
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 1.0])
 def test_the_loss_sees_a_perturbation_of_length_rho(dtype, rho):

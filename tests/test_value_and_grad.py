@@ -323,7 +323,7 @@ def test_batches_that_cannot_be_cut_are_rejected(batch, match):
 # With optimizers and transformations
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jit_and_other_transformations_accept_the_oracle_itself():
     f = value_and_grad(loss, euclidean_ball(0.3))
     expected = call(f)
