@@ -1,6 +1,8 @@
 """Estimators over a data set, against one batch of all of it."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +125,39 @@ def test_only_the_parameters_of_the_mask_are_evaluated():
         return str(jaxpr).count("dot_general")
 
     assert products(mask) < products(None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A tree that can be called, as those of Equinox."""
+
+    first: Any
+    last: Any
+
+    def __call__(self):
+        raise AssertionError
+
+
+def test_a_tree_that_can_be_called_is_a_mask():
+    params = Module(PARAMS["in"], PARAMS["out"])
+    nll = fsam.negative_log_likelihood(
+        lambda w, x: model({"in": w.first, "out": w.last}, x), LIKELY
+    )
+    exact, grouped = fsam.fisher_exact(nll), {False: fsam.fisher_empirical(nll)}
+    mask, expected = Module(False, True), at_once(EXACT)[0]
+    found = fsam.dataset_diagonal(exact, params, batches(4), mask=mask)
+    close(found.last, expected["out"])
+    assert found.first == optax.MaskedNode()
+    grouped = fsam.by_group(mask, grouped | {True: exact})
+    found = fsam.diagonal(grouped, params, (X, Y, W))
+    close([found.first, found.last], [at_once(EMPIRICAL)[0]["in"], expected["out"]])
+    for ball in (
+        fsam.euclidean_ball(0.1, mask=mask),
+        fsam.adaptive_ellipsoid(0.1, normalize=mask, mask=mask),
+    ):
+        eps, _ = ball.update(params, ball.init(params), params)
+        assert eps.last.any() and not eps.first.any()
 
 
 def test_one_program_serves_all_batches_and_all_calls():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fsam_optax._common.checks import check_number, leaf_shape
+from fsam_optax._common.checks import check_number, is_function, leaf_shape
 
 
 def check_radius(rho: Any, order: str) -> None:
@@ -67,7 +67,7 @@ def check_signature(name: str, function: Any, *parameters: str) -> None:
 
     Whatever is no function passes.
     """
-    if not callable(function):
+    if not is_function(function):
         return
     try:
         signature = inspect.signature(function)

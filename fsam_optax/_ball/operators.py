@@ -18,6 +18,7 @@ from fsam_optax._common.checks import (
     broadcast_mask,
     check_like,
     check_params,
+    is_function,
     is_real,
     movable,
 )
@@ -119,7 +120,7 @@ def adaptive(
     def normalized(params):
         if normalize is None:
             return jax.tree.map(lambda is_bias: not is_bias, biases(params))
-        if callable(normalize):
+        if is_function(normalize):
             return jax.tree_util.tree_map_with_path(
                 functools.partial(answer, normalize), params
             )

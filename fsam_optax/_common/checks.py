@@ -284,6 +284,18 @@ def check_leaves(tree: Any, name: str, real: bool = False, data: bool = False) -
             )
 
 
+def is_function(given: Any) -> bool:
+    """Tells functions from trees that can be called, as Equinox's modules can."""
+    if not callable(given) or isinstance(given, jax.tree_util.Partial):
+        return callable(given)
+    return jax.tree_util.all_leaves([given])
+
+
+def of_tree(given: Any, tree: Any) -> Any:
+    """Returns `given(tree)` for a function, and what is a tree as it is."""
+    return given(tree) if is_function(given) else given
+
+
 def broadcast_mask(mask: Any, tree: Any, name: str) -> Any:
     """Returns a bool for every leaf of `tree`, from a prefix tree or a callable.
 
@@ -296,7 +308,7 @@ def broadcast_mask(mask: Any, tree: Any, name: str) -> Any:
     Returns:
         A tree of Python bools with the structure of `tree`.
     """
-    mask = mask(tree) if callable(mask) else mask
+    mask = of_tree(mask, tree)
     for path, value in jax.tree_util.tree_leaves_with_path(mask):
         if not isinstance(value, bool | np.bool_):
             where = f" at {jax.tree_util.keystr(path)}" if path else ""

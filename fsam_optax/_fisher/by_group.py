@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from fsam_optax._common.checks import check_transformation
+from fsam_optax._common.checks import check_transformation, of_tree
 from fsam_optax._common.kinds import of_estimator
 
 
@@ -64,7 +64,7 @@ def by_group(
     }
 
     def label_leaves(params):
-        tree = labels(params) if callable(labels) else labels
+        tree = of_tree(labels, params)
         try:
             tree = jax.tree.map(
                 lambda label, subtree: jax.tree.map(lambda _: label, subtree),

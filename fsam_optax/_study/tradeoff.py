@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._common.checks import check_like, check_number
+from fsam_optax._common.checks import check_like, check_number, of_tree
 
 
 def fisher_variance_joint(
@@ -83,7 +83,7 @@ def prefer(
         >>> estimator = by_group(names, {k: estimators[v] for k, v in best.items()})
     """
     check_like("variance_i2", variance_i2, "variance_i1", variance_i1)
-    labels = labels(variance_i1) if callable(labels) else labels
+    labels = of_tree(labels, variance_i1)
     excess: dict[Hashable, float] = {}  # Of I1 over I2.
 
     def add(label, *subtrees):
