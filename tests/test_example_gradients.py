@@ -479,6 +479,36 @@ def test_no_examples_and_no_cancelling_below_zero():
     assert np.all(norms >= 0) and np.all(norms < 1e-3 * largest)
 
 
+def test_rounding_makes_no_square_negative():
+    """Positions of two directions, weighed so that their gradients cancel."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(32, 4, 2))
+    x = directions @ rng.normal(size=(32, 2, 50))
+    left_out, _ = np.linalg.qr(directions, mode="complete")
+    c = left_out[:, :, 2:] @ rng.normal(size=(32, 2, 50))
+
+    def loss_fn(w, example):
+        x, c = example
+        return jnp.sum(c * (x @ w))
+
+    w, batch = normal(0, 50, 50), (x.astype(np.float32), c.astype(np.float32))
+    assert explain_squares(loss_fn, w, batch)[0].rule == GRAM
+    squares = np.asarray(example_squares(loss_fn, w, batch))
+    # Half of them would be below zero.
+    assert np.all(squares >= 0) and np.any(squares == 0)
+    assert np.all(squares < 1e-2)
+
+
+def test_a_number_that_counts_several_times():
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(x * jnp.sum(w)))
+
+    w, x = normal(0, 3), normal(1, 4, 5)
+    (leaf,) = explain_squares(loss_fn, w, x)
+    assert leaf.rule == "reduction"
+    assert_close(example_squares(loss_fn, w, x), in_full(loss_fn, w, x))
+
+
 @pytest.mark.parametrize("kind", [OUTER, GRAM, DENSE, "fallback"])
 def test_no_array_of_all_gradients(kind):
     batch, width = 64, 128
