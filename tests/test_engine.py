@@ -18,6 +18,7 @@ from fsam_optax._engine import (
     loss_power_sums,
     power_sums,
 )
+from fsam_optax._engine.sums import looped, Steps
 
 
 POWERS = (1, 2, 4)
@@ -468,6 +469,19 @@ def test_equals_gradients_formed_in_full_where_it_falls_back(name, chunk_bytes):
     assert leaf.rule == "fallback" and leaf.note in str(rules)
 
 
+@pytest.mark.parametrize("budget", [None, 8, 24])
+def test_loops_sum_up_the_rest_and_all_weights(budget):
+    """Of 7 examples 3 at a time; along the second axis only the weights differ."""
+    weight, x = normal(0, 7, 2), normal(1, 7, 3)
+    out = [jax.ShapeDtypeStruct((3,), jnp.float32)]
+    reduce = looped(lambda x: [x], out, POWERS, Steps(8, budget, 1))
+    has = [(True, True), (True, False)]
+    (found,) = jax.jit(lambda *args: reduce(has, *args))(weight, x)
+    for p, sums in zip(POWERS, found, strict=True):
+        expected = np.einsum("nk,ni->i", weight, np.asarray(x) ** p)
+        np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 500, 1000, 10**6])
 def test_chunks_that_do_not_divide_the_batch(chunk_bytes):
     params, x = {"w": normal(0, 4, 5)}, normal(1, 7, 3, 4)
@@ -789,7 +803,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@pytest.mark.short("fill-uint8", "clip-uint8")
+@pytest.mark.short("fill-uint8", "clip-int8")
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
 @pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
 def test_narrow_indices(dtype, mode):

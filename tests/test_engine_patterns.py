@@ -431,6 +431,8 @@ def operations(fn, *args):
     "checkpointed_layers_by_number",
     "buckets_of_positions",
     "small_table",
+    "large_table",
+    "columns_looked_up_one_by_one_under_vmap",
     "cumulated",
     "tables_looked_up_under_vmap",
     "product_of_rows",
