@@ -213,6 +213,9 @@ def print_tables(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
     show.table(f"{title}: temporaries", headings, list(entries(memory)), first=32)
     both = list(entries(compilation))
     show.table(f"{title}: tracing and compilation", headings, both, first=32)
+    if any("operations" in f for facts in results.values() for f in facts.values()):
+        counts = list(entries(lambda facts, base: f"{facts.get('operations', 1):.2f}"))
+        show.table("Counted operations, in gradients", headings, counts, first=32)
     if any("passes" in f for facts in results.values() for f in facts.values()):
         counts = list(entries(lambda facts, base: str(facts["passes"])))
         title = "Reads and writes of arrays like the largest parameter"

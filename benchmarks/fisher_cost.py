@@ -6,12 +6,13 @@ way is `vmap(grad)` squared, which forms an array of batch x parameters.
 
     python benchmarks/fisher_cost.py                      # all models but GPT-2
     python benchmarks/fisher_cost.py --models mlp cnn
-    python benchmarks/fisher_cost.py --models gpt2 --repeats 1
+    python benchmarks/fisher_cost.py --models gpt2 --repeats 1   # minutes, 5 GB
     python benchmarks/fisher_cost.py --growth             # with batch, width, classes
     python benchmarks/fisher_cost.py --norms              # norms of single examples
 """
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ import cost
 import harness
 import jax
 import jax.numpy as jnp
+import methods
 import zoo
 from cost import MLP, Problem, problem
 
@@ -31,7 +33,10 @@ MODELS = {
     "unet": lambda: zoo.pixel_problem(zoo.UNet(), 8, 32),
     "vit": lambda: problem(zoo.ViT(), (32, 32, 3), 32),
     "mamba": lambda: zoo.language_problem(zoo.Mamba(), 16, 64),
-    "gpt2": zoo.gpt2,
+    "gpt2": lambda: zoo.gpt2(2, 256),
+}
+SMOKE = cost.SMOKE | {
+    "gpt2 tiny": lambda: zoo.gpt2(2, 4, width=16, heads=2, depth=2, vocabulary=20)
 }
 GROWTH = {
     **{f"batch {n}": (MLP(), n) for n in (16, 64, 256, 1024)},
@@ -61,7 +66,10 @@ LARGE = (
 )
 LARGE += ("fisher_empirical", "gradient and fisher_empirical", "fisher_hutchinson")
 ROWS: dict[str, tuple[str, ...]] = {m: LARGE for m in ("unet", "vit", "mamba")}
-ROWS["gpt2"] = (LARGE[0], *LARGE[2:5])
+# GPT-2 has steps beside diagonals. Processor time, since a round takes minutes.
+SAM, ONE_PASS = "SAM, both gradients", "Fisher SAM, both gradients"
+STEPS = {SAM: "SAM", ONE_PASS: "Fisher SAM, empirical, relative"}
+ROWS["gpt2"] = ROWS["gpt2 tiny"] = (LARGE[0], *LARGE[3:], *STEPS)
 
 
 def make_rows(model: Problem) -> dict[str, Callable]:
@@ -108,6 +116,10 @@ def make_rows(model: Problem) -> dict[str, Callable]:
         estimator = make(model.apply, likelihood, **options)
         return lambda params, batch: fsam.diagonal(estimator, params, batch)
 
+    def both_gradients(row):
+        f = step(model, row)
+        return lambda params, batch: f(params, f.init(params), batch)[1]
+
     key = {"key": jax.random.key(0)}
     return {
         "gradient": jax.grad(loss),
@@ -128,14 +140,53 @@ def make_rows(model: Problem) -> dict[str, Callable]:
         "norms: vmap(grad)": naive_norms,
         "per_example_norms": partial(fsam.per_example_norms, loss),
         "clipped_gradient": partial(fsam.clipped_gradient, loss, max_norm=1.0),
+        **{row: both_gradients(row) for row in STEPS},
+    }
+
+
+def step(model: Problem, row: str) -> Any:
+    """Returns the front end of a step."""
+    method = methods.METHODS[STEPS[row]]
+    loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
+    ball = method.ball(0.1)
+    return fsam.value_and_grad(loss, ball, metrics=False, **method.settings)
+
+
+def operations(model: Problem) -> dict[str, float]:
+    """Returns counted operations in gradients, loops as often as they run.
+
+    They are those that the front ends tell of a step; a diagonal is one that Fisher SAM
+    takes for its ball, whose own operations are among them.
+    """
+    loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
+
+    def told(f):
+        return [x.cost for x in f.explain(model.params, model.batch).passes]
+
+    def apart(estimator):
+        ball = fsam.fisher_ellipsoid(0.1, estimator)
+        return told(fsam.value_and_grad(loss, ball, metrics=False))[1]
+
+    signs = fsam.fisher_hutchinson(loss, key=jax.random.key(0))
+    found = {row: told(step(model, row)) for row in STEPS}
+    return {
+        "fisher_empirical": apart(fsam.fisher_empirical(loss)),
+        "fisher_hutchinson": apart(signs),
+        "gradient and fisher_empirical": found[ONE_PASS][0],
+        **{row: sum(costs) for row, costs in found.items()},
     }
 
 
 def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ()) -> Any:
-    """Returns time ratio, compile seconds and temporary megabytes of each row."""
+    """Returns time ratio, compile seconds and temporary megabytes of each row.
+
+    Of GPT-2 processor time, and counted operations beside it.
+    """
     programs, facts = {}, {}
+    skipped = SKIPPED.get(name, ()) + (() if rows else (*STEPS,))
+    large = name.startswith("gpt2")
     for row, run in make_rows(model).items():
-        if (not rows or row in rows) and row not in SKIPPED.get(name, ()):
+        if (not rows or row in rows) and row not in skipped:
             programs[row], facts[row] = cost.compiled(run, model.params, model.batch)
     runs = {
         row: partial(run, model.params, model.batch) for row, run in programs.items()
@@ -146,15 +197,18 @@ def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ())
     for group in ([r for r in rest if ":" not in r], [r for r in rest if ":" in r]):
         if group:
             group = {row: runs[row] for row in (first, *group)}
-            for row, found in cost.ratios(group, repeats).items():
+            clock = time.process_time if large else time.perf_counter
+            for row, found in cost.ratios(group, repeats, clock).items():
                 facts[row] |= found
+    for row, count in operations(model).items() if large else ():
+        facts[row]["operations"] = count
     return facts
 
 
 def experiment(run: harness.Run) -> None:
     """Measures what the results do not hold, and prints the table."""
     options = run.options
-    problems = {name: (cost.SMOKE | MODELS)[name] for name in options.models}
+    problems = {name: (SMOKE | MODELS)[name] for name in options.models}
     rows: tuple[str, ...] = NORM_ROWS if options.norms else ()
     if options.growth:
         rows = GROWTH_ROWS
@@ -178,14 +232,14 @@ def experiment(run: harness.Run) -> None:
 
 def add_options(add):
     names = [name for name in MODELS if name != "gpt2"]
-    add("--models", nargs="+", choices=[*MODELS, *cost.SMOKE], default=names)
+    add("--models", nargs="+", choices=[*MODELS, *SMOKE], default=names)
     add("--growth", action="store_true", help="growth of the cost")
     add("--norms", action="store_true", help="norms of single examples")
     add("--repeats", type=harness.whole, default=5)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    smoke = {"models": list(cost.SMOKE), "repeats": 2}
+    smoke = {"models": list(SMOKE), "repeats": 2}
     return harness.main(
         __doc__, experiment, arguments, options=add_options, smoke=smoke
     )
