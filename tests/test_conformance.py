@@ -163,7 +163,32 @@ ALIASES = {"perturbation", "sam", "asam", "fisher_sam", "gsam", "wsam", "msam"}
 PATHS = [name for name in CASES if name not in ALIASES]
 
 
-@pytest.fixture(params=PATHS)
+# What the others do these do too.
+REPRESENTED = {
+    "euclidean_ball",
+    "adaptive_ellipsoid",
+    "adaptive_ellipsoid_filter",
+    "fisher_ellipsoid",
+    "squared_gradient",
+    "given",
+    "fisher_exact",
+    "fisher_empirical",
+    "fisher_hutchinson",
+    "fisher_gnb",
+    "sharpness_aware",
+    "fisher_sam_drawn",
+    "extrapolate",
+    "friendly_sam",
+    "value_and_grad",
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.long] if name in REPRESENTED else [])
+        for name in PATHS
+    ]
+)
 def case(request):
     return CASES[request.param]
 
@@ -349,7 +374,10 @@ def test_tree_map_params(tx):
     assert sevens == like_params
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float32", marks=pytest.mark.long), "float64"],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_dtypes_are_kept_and_strong(x64, name, dtype):
     case = CASES[name]

@@ -52,10 +52,17 @@ GEOMETRIES = {
 }
 
 
+# The short tests take a ball, a scope and an average.
+LONG = [pytest.mark.long]
 FISHER = [GEOMETRIES["fisher"], GEOMETRIES["average"]]
 
 
-@pytest.fixture(params=GEOMETRIES)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name in ("inf", "filter", "average") else LONG)
+        for name in GEOMETRIES
+    ]
+)
 def geometry(request):
     return GEOMETRIES[request.param]
 
