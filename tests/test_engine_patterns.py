@@ -152,6 +152,7 @@ weight("cayley", [PAIRS], 3.5, w=FIXED)(
 weight("soft_threshold", [OUTER], w=FIXED)(
     lambda p: jnp.sign(p["w"]) * jax.nn.relu(jnp.abs(p["w"]) - 0.1)
 )
+weight("leaky", [OUTER], w=FIXED)(lambda p: jnp.where(p["w"] > 0, p["w"], p["w"] / 8))
 weight("choice_by_a_parameter", [OUTER, "constant"], w=FIXED, k=SCALAR)(
     lambda p: jnp.where(p["k"] > 0, p["w"], 2 * p["w"])
 )
@@ -423,6 +424,7 @@ def operations(fn, *args):
 
 @pytest.mark.short(
     "where",
+    "leaky",
     "windows_of_rows",
     "biases_in_a_linear_loop",
     "branch_by_a_parameter",
