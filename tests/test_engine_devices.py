@@ -18,6 +18,7 @@ from fsam_optax import (
     clipped_gradient,
     dataset_diagonal,
     diagonal,
+    explain,
     fisher_empirical,
     fisher_exact,
     fisher_gnb,
@@ -188,6 +189,19 @@ def test_every_pass_divides_its_work_and_reduces_once(count, name):
     sums = REDUCED.get(name, 1) * sum(x.size * 4 for x in jax.tree.leaves(params))
     assert each.pop("all-reduce", 0) <= sums + 16
     assert set(each) == {"products"}
+
+
+def test_products_multiplied_out_are_reduced_once(count):
+    """Each pair of a weight's few positions is a product of its own."""
+    _, params, (x, labels) = shapes(mesh(AxisType.Auto), "data", None)["transformer"]
+    x, labels = (v.update(shape=(EXAMPLES, 3, *v.shape[2:])) for v in (x, labels))
+    fn = estimate("empirical", linear)
+    params, batch = {"w": params["in"]}, (x, labels)
+    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), (params, batch))
+    rules = {leaf.rule for leaf in explain(linear, categorical, *zeros)}
+    assert rules == {"sum of outer products"}
+    each = count(fn, params, batch)
+    assert each["all-reduce"] <= 4 * WIDTH**2 + 16
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fsam_optax._engine.grouping import Group
 from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.sums import by_device
 
 
 MOST_POSITIONS = 4
@@ -163,4 +164,5 @@ def multiplied_out(
     pairs = n * (n + 1) / 2 + n * len(single)
     work = sum(t.work for g in groups for t in g.terms)
     work += 2.0 * pairs * base.volume(base.labels)
+    reduce = by_device(reduce, site.what.devices)
     return Source("sum of outer products", work, operands, reduce, 0, prepare)

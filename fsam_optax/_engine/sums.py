@@ -55,6 +55,30 @@ def reduced(reduce: Callable, axes: int, summed: bool = True) -> Callable:
     return over(None, axes)
 
 
+def by_device(reduce: Callable, devices: int) -> Callable:
+    """Returns a rule of several sums that adds them up before it adds up devices.
+
+    Each of the sums would be exchanged by itself: a compiler may not know that they are
+    terms of one. The examples of equal parts of the batch are taken apart, and stay on
+    their devices.
+    """
+
+    def by_part(has, weight, *operands):
+        _, *others = has
+        parts = math.gcd(len(weight), devices) if weight.ndim else 1
+        if parts == 1:
+            return reduce(has, weight, *operands)
+        axes = [0, *(0 if h[0] else None for h in others)]
+        operands = [
+            x if axis is None else x.reshape(parts, -1, *x.shape[1:])
+            for axis, x in zip(axes, (weight, *operands), strict=True)
+        ]
+        found = jax.vmap(functools.partial(reduce, has), axes)(*operands)
+        return jax.tree.map(lambda x: jnp.sum(x, 0), found)
+
+    return by_part
+
+
 def power(x: jax.Array, p: int) -> jax.Array:
     """Returns x**p for p = 1, 2 or 4."""
     return x if p == 1 else power(x * x, p // 2)
