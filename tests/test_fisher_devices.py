@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import fsam_optax as fsam
 from fsam_optax._common.mapped_axes import vary
+from fsam_optax._fisher import dataset
 from fsam_optax._fisher.negative_log_likelihood import total_weight
 from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
@@ -143,3 +144,27 @@ def test_state_is_sharded_as_the_parameter_is(kind):
             assert like_w
             for leaf in (*like_w, diagonal):
                 assert leaf.sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_short_last_batch_stays_on_its_devices(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    rows = NamedSharding(mesh, P("d"))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    nll = fsam.negative_log_likelihood(
+        lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"], fsam.categorical
+    )
+    whole = (np.tile(X, (2, 1))[:24], np.tile(Y, 2)[:24])
+    batches = [
+        jax.tree.map(lambda x, s=s: x[s], whole) for s in (slice(16), slice(16, 24))
+    ]
+    batches = [jax.device_put(batch, rows) for batch in batches]
+    batch, weights = dataset._filled(batches[1], batches[0])
+    assert weights is not None and weights.sum() == 8
+    assert all(x.sharding.is_equivalent_to(rows, x.ndim) for x in batch)
+    compiled = getattr(dataset._step, "_cache_size")  # noqa: B009
+    before = compiled()
+    found = fsam.dataset_diagonal(fsam.fisher_empirical(nll), params, batches)
+    if kind == AxisType.Auto:
+        assert compiled() == before + 1
+    close(found, fsam.diagonal(fsam.fisher_empirical(nll), PARAMS, whole))

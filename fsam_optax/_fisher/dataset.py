@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fsam_optax._common.checks import (
     broadcast_mask,
@@ -150,11 +152,11 @@ def dataset_diagonal(
     kept = tuple(jax.tree.leaves(keep))
     now: Any = state
     if now is None:
-        now = _start(estimator, chosen, key, standard_error)
-    size = None
+        now = _spread_out(_start(estimator, chosen, key, standard_error), params)
+    first = None
     for batch in batches:
-        size = _size_of(batch) if size is None else size
-        batch, filled = _filled(batch, size)
+        first = batch if first is None else first
+        batch, filled = _filled(batch, first)
         now = _step(estimator, fixed, kept, now, params, batch, extra, filled)
         if progress is not None:
             progress(now)
@@ -316,25 +318,51 @@ def _size_of(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _filled(batch: Any, size: int | None) -> tuple[Any, Any]:
-    """Returns a batch filled up to a size, and the weights of its examples.
+def _filled(batch: Any, first: Any) -> tuple[Any, Any]:
+    """Returns a batch filled up to the size of the first, and its examples' weights.
 
-    The weights are None for a batch that is not shorter, or has arrays of other
-    lengths, which is then compiled for by itself.
+    It is sharded over devices as the first one is. The weights are None for a batch
+    that is not shorter, or has arrays of other lengths, which is then compiled for by
+    itself.
     """
-    number = _size_of(batch)
+    size, number = _size_of(first), _size_of(batch)
     if size is None or not number or number > size:
         return batch, None
     # Ones for a batch of full length, so that all are one program.
     rows = np.arange(size) % number
     weights = (np.arange(size) < number).astype(np.float32)
     if number < size:
-        batch = jax.tree.map(lambda x: _taken(x, rows), batch)
+        likes = jax.tree.leaves(first)
+        leaves, tree = jax.tree.flatten(batch)
+        if len(likes) != len(leaves):
+            likes = [None] * len(leaves)
+        leaves = [_rows_like(x, rows, y) for x, y in zip(leaves, likes, strict=True)]
+        batch = tree.unflatten(leaves)
     return batch, weights
 
 
-def _taken(x, rows):
-    """Returns rows of an array, sharded as it is."""
+def _rows_like(x: Any, rows: np.ndarray, like: Any) -> Any:
+    """Returns rows of an array, on the devices of another one."""
     if not isinstance(x, jax.Array):
         return x[rows]
-    return without_explicit_axes(lambda x: (x[rows],), (x,), (x,))[0]
+    x = jax.jit(lambda x: without_explicit_axes(lambda x: x[rows], (x,), x))(x)
+    if not isinstance(like, jax.Array) or isinstance(like, Tracer):
+        return x
+    return jax.device_put(x, like.sharding)
+
+
+def _spread_out(state: DatasetState, params: Any) -> DatasetState:
+    """Returns the state on all devices of the parameters, as a step leaves it.
+
+    Or else the first step would be a program of its own.
+    """
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    shardings = [x.sharding for x in arrays if not isinstance(x, Tracer)]
+    named = [s for s in shardings if isinstance(s, NamedSharding) and s.num_devices > 1]
+    if not named:
+        return state
+    everywhere = NamedSharding(named[0].mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: x if x.sharding.num_devices > 1 else jax.device_put(x, everywhere),
+        state,
+    )
