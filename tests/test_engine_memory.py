@@ -1,8 +1,10 @@
 """The engine in bounded memory: loops over cotangents and examples, by platform."""
 
 import functools
+import re
 import warnings
 
+import engine_oracles as oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,3 +190,58 @@ def test_the_loop_over_examples_is_chosen_for_the_platform():
     exported = jax.export.export(jax.jit(squares), platforms=("cuda", "cpu"))(*args)
     for x, y in zip(exported.call(*args), squares(*args), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4)
+
+
+def convolved(layout):
+    """Returns a model of three convolutions, and its kernels, in some layout."""
+    data, kernels, groups = layout
+    sizes = {"O": 8, "I": 8 // groups, "H": 3, "W": 3}
+    params = {k: normal(*(sizes[d] for d in kernels)) / 4 for k in "abc"}
+
+    def apply(params, x):
+        for kernel in params.values():
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (1, 1) if kernel is params["a"] else (2, 2),
+                "SAME",
+                dimension_numbers=(data, kernels, data),
+                feature_group_count=groups,
+            )
+            x = jnp.tanh(x)
+        return jnp.sum(x, [data.index(d) for d in "HW"])
+
+    x = normal(5, *({"C": 8, "H": 9, "W": 8}[d] for d in data[1:]))
+    return apply, params, x
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("NHWC", "HWIO", 1),
+        ("NCHW", "OIHW", 1),
+        ("NHCW", "WOIH", 1),
+        ("NCHW", "OIHW", 4),
+    ],
+)
+def test_convolutions_in_loops_have_their_channels_last(layout):
+    """As XLA:CPU runs them fast; in loops it does not bring them into that form."""
+    apply, params, x = convolved(layout)
+    columns = np.asarray(RNG.normal(size=(3, 8)), np.float32)
+
+    def cotangents(h, target):
+        return columns * h[None]
+
+    powers = (1, 2, 4)
+    fn = jax.jit(
+        lambda params, x: power_sums(
+            apply, params, x, cotangents, powers=powers, chunk_bytes=1
+        )
+    )
+    text = fn.lower(params, x).as_text()
+    found = re.findall(r"stablehlo.convolution.*dim_numbers = (\S.*?\]->\[.*?\])", text)
+    assert "stablehlo.while" in text
+    assert set(found) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+    expected = oracles.power_sums(apply, params, x, cotangents, powers=powers)
+    for p, q in zip(fn(params, x), expected, strict=True):
+        oracles.assert_close(p, q, 2e-5)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.canonical import bound
 from fsam_optax._engine.columns import (
     at_a_time,
     Columns,
@@ -160,7 +161,7 @@ def _rewritten(program, what, report):
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, known, strict=False))  # The cotangents follow.
     forward = flow.ancestors(outputs)
-    evaluate(jaxpr.eqns, env, forward)
+    evaluate(jaxpr.eqns, env, forward, bound)
     h = [lax.stop_gradient(jnp.asarray(read(env, v))) for v in outputs]
     made = cotangents(h)
 

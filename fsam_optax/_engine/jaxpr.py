@@ -320,7 +320,12 @@ def read(env: dict[Any, Any], v: Any) -> Any:
     return v.val if isinstance(v, Literal) else env[v]
 
 
-def evaluate(eqns: Iterable[Any], env: dict[Any, Any], needed: set[Any]) -> None:
+def evaluate(
+    eqns: Iterable[Any],
+    env: dict[Any, Any],
+    needed: set[Any],
+    bind: Callable[[Any, list[Any]], list[Any]] = bind,
+) -> None:
     """Adds the values of the needed variables that `env` does not hold yet."""
     for eqn in eqns:
         if any(v in needed and v not in env for v in eqn.outvars):

@@ -20,6 +20,7 @@ from fsam_optax._engine.branches import (
     plan_branches,
     run_branches,
 )
+from fsam_optax._engine.canonical import bound
 from fsam_optax._engine.counts import ways_to_count
 from fsam_optax._engine.jaxpr import (
     Dataflow,
@@ -195,7 +196,7 @@ def run(
             env.update(values)
             sums.update({(id(v),): s for v, s in found.items()})
         else:
-            evaluate([eqn], env, plan.needed)
+            evaluate([eqn], env, plan.needed, bound)
     # By rule, as several sources may share one.
     reductions: dict[int, Any] = {}
     for key, (source, _) in plan.sources.items():

@@ -7,7 +7,8 @@ from typing import Any
 from jax import lax
 from jax.extend.core import Literal
 
-from fsam_optax._engine.jaxpr import bind, read, size
+from fsam_optax._engine.canonical import bound
+from fsam_optax._engine.jaxpr import read, size
 from fsam_optax._engine.primitives import CONTRACTIONS, name_of
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import looped
@@ -114,7 +115,7 @@ def _evaluated(eqn, inputs, last, dtype):
     rule = EVALUATED.get(name_of(eqn))
     y = None if rule is None else rule(eqn, inputs, last, dtype)
     if y is None:
-        return bind(eqn, inputs)
+        return bound(eqn, inputs)
     return [y if last else y.astype(eqn.outvars[0].aval.dtype)]
 
 
