@@ -367,6 +367,15 @@ MUTANTS = [
     ),
     # The engine.
     *_mutants(
+        "_engine/canonical.py",
+        "engine_memory",
+        (
+            "lax.transpose(kernel, (*taps, rows, features))",
+            "lax.transpose(kernel, (*reversed(taps), rows, features))",
+        ),
+        ("    if numbers == last:", "    if numbers.lhs_spec:"),
+    ),
+    *_mutants(
         "_engine/sums.py",
         "engine engine_patterns",
         (
