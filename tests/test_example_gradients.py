@@ -1,5 +1,6 @@
 """Norms of the gradients of single examples, and their mean once they are clipped."""
 
+import functools
 import importlib
 import itertools
 import warnings
@@ -246,11 +247,13 @@ def test_labels_and_weights(weights):
     np.testing.assert_allclose(one, np.sqrt(expected["w"]), rtol=2e-5)
     if weights != "none":
         assert norms[3] == 0
-    grads = jax.vmap(jax.grad(weighed_loss), (None, 0))(real, (TOKENS, labels, w))
-    total = jnp.sum(jnp.where(labels < 0, 0, w))
-    mean = jax.tree.map(lambda g: jnp.sum(g, 0) / total, grads)
+    grads = jax.jit(jax.vmap(jax.grad(weighed_loss), (None, 0)))(
+        real, (TOKENS, labels, w)
+    )
+    total = np.sum(np.where(labels < 0, 0, w))
+    mean = jax.tree.map(lambda g: np.sum(g, 0) / total, grads)
     rest = {"count": PARAMS["count"]}
-    assert_close(jax.grad(lambda p: nll(p | rest, batch))(real), mean)
+    assert_close(jax.jit(jax.grad(lambda p: nll(p | rest, batch)))(real), mean)
 
 
 def test_the_three_forms_of_a_loss():
@@ -289,8 +292,10 @@ def test_aux_and_a_key_for_each_example():
         weights = (jnp.arange(N) == n).astype(float)
         return jax.grad(lambda w: nll(w, (x, y, weights), key)[0])(w)
 
-    expected = jax.vmap(of_row, (None, 0))(PARAMS["w"], jnp.arange(N))
-    norms = per_example_norms(nll, PARAMS["w"], (x, y), loss_args=(key,))
+    expected = jax.jit(jax.vmap(of_row, (None, 0)))(PARAMS["w"], np.arange(N))
+    norms = jax.jit(lambda w: per_example_norms(nll, w, (x, y), loss_args=(key,)))(
+        PARAMS["w"]
+    )
     np.testing.assert_allclose(norms, np.sqrt(squared(expected)), rtol=1e-5)
 
 
@@ -305,12 +310,11 @@ def test_heads_and_complex_inputs():
     x = (normal(0, N, 5) + 1j * normal(1, N, 5)).astype(jnp.complex64)
     batch = x, {"a": LABELS[:, 0], "b": normal(2, N, 2)}
     params = {"phase": normal(3, 5)}
-    by_row = [
-        jax.grad(nll)(params, jax.tree.map(lambda x, n=n: x[n : n + 1], batch))
-        for n in range(N)
-    ]
-    expected = squared(jax.tree.map(lambda *g: jnp.stack(g), *by_row))
-    norms = per_example_norms(nll, params, batch, by_leaf=True)
+    rows = jax.tree.map(lambda x: x[:, None], batch)
+    expected = in_full(nll, params, rows)
+    norms = jax.jit(functools.partial(per_example_norms, nll, by_leaf=True))(
+        params, batch
+    )
     assert_close(norms, jax.tree.map(np.sqrt, expected))
 
 
@@ -338,7 +342,7 @@ def test_maps_of_the_caller_and_no_derivative():
         programs.MLP
     )
     np.testing.assert_allclose(stack[1], found[0], rtol=1e-6)
-    grads = jax.grad(lambda p: jnp.sum(norms(p)))(programs.MLP)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(norms(p))))(programs.MLP)
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -376,7 +380,8 @@ def test_clipped_on_each_device_of_a_shard_map(check_vma):
         check_vma=check_vma,
     )
     batch = x, y, weights
-    expected = [each(*(a[k : k + 2] for a in batch)) for k in range(0, 8, 2)]
+    one = jax.jit(each)
+    expected = [one(*(a[k : k + 2] for a in batch)) for k in range(0, 8, 2)]
     np.testing.assert_allclose(jax.jit(run)(*batch), expected, rtol=1e-5, atol=1e-7)
 
 

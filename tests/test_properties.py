@@ -139,7 +139,7 @@ def assert_worst_case(eps, state, rho, grads, scale, ord=2):
     np.testing.assert_allclose(length, rho, rtol=1e-5)
 
 
-@fuzz(40)
+@fuzz(15)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.sampled_from([0.0, 0.05, 2.0]))
 def test_perturbations_of_any_tree_and_magnitude(problem, geometry, rho):
     params, grads, nest = problem
@@ -152,7 +152,7 @@ def test_perturbations_of_any_tree_and_magnitude(problem, geometry, rho):
         assert not oracles.flat(eps).any()
 
 
-@fuzz(25)
+@fuzz(8)
 @given(problems(height=30))
 def test_asam_of_weights_of_any_magnitude(problem):
     params, grads, nest = problem
@@ -168,7 +168,7 @@ def test_asam_of_weights_of_any_magnitude(problem):
         np.testing.assert_allclose(state.dual_norm, dual_norm, rtol=1e-4)
 
 
-@fuzz(30)
+@fuzz(12)
 @given(problems(), EXPONENTS, st.data(), st.sampled_from([None, 1e-3, 0.0]))
 def test_fisher_sam_with_a_diagonal_of_any_magnitude(problem, exponent, data, damping):
     params, grads, nest = problem
@@ -182,7 +182,7 @@ def test_fisher_sam_with_a_diagonal_of_any_magnitude(problem, exponent, data, da
         assert_worst_case(eps, state, 0.5, grads, scale)
 
 
-@fuzz(20)
+@fuzz(8)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.integers(-20, 20))
 def test_eps_is_homogeneous_in_the_gradient_as_its_length_is(problem, geometry, power):
     """Of degree 0, or 1 for unnormalised SAM, in any geometry and for each array."""
@@ -201,7 +201,7 @@ def test_eps_is_homogeneous_in_the_gradient_as_its_length_is(problem, geometry, 
             )
 
 
-@fuzz(20)
+@fuzz(8)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.integers(-20, 20))
 def test_neither_nesting_nor_the_scale_of_the_loss_matters(problem, geometry, power):
     params, grads, nest = problem
@@ -224,7 +224,7 @@ def test_neither_nesting_nor_the_scale_of_the_loss_matters(problem, geometry, po
             np.testing.assert_allclose(same[name], eps[name], rtol=1e-5, atol=1e-30)
 
 
-@fuzz(20)
+@fuzz(8)
 @given(problems(max_size=1), st.sampled_from(["2", "element"]))
 def test_a_step_keeps_the_types_and_leaves_the_parameters_alone(problem, geometry):
     params, grads, nest = problem
@@ -294,7 +294,7 @@ def models(draw):
     return loss, params, normal(n, 2, 3), weights
 
 
-@fuzz(15)
+@fuzz(6)
 @given(models(), st.sampled_from([(2,), (1, 2), (1, 2, 4)]))
 def test_engine_is_the_sum_of_powers_for_any_model(model, powers):
     loss, params, batch, weights = model
@@ -333,7 +333,7 @@ def diagonals(params, batch, weights):
     }
 
 
-@fuzz(40)
+@fuzz(15)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([-30, -8, -1, 0, 1, 8]),
