@@ -444,9 +444,10 @@ MUTANTS = [
             "return s / others[0].astype(s.dtype)",
         ),
         (
-            "if name_of(eqn) not in BOXES or not is_real(eqn.outvars[0]):",
-            "if name_of(eqn) not in BOXES:",
+            "if whole and sum(box[axis][1] - box[axis][0] for box in boxes) == n:",
+            "if whole:",
         ),
+        ("a[1] <= b[0] or b[1] <= a[0]", "True"),
         (
             'return i == 0 and (not fills or eqn.params["fill_value"] == 0)',
             "return i == 0",

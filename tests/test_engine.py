@@ -400,6 +400,19 @@ def merged_low_rank(params, x):
     return jnp.sum(jnp.tanh(x @ (params["a"] @ params["b"])))
 
 
+@program({"w": normal(0, 6, 6)}, normal(1, B, 3), "outer product")
+def slices_that_leave_rows_out(params, x):
+    w = params["w"]
+    return jnp.sum(jnp.tanh(x @ w[:3])) + jnp.sum(jnp.tanh(x[:2] @ w[4:]))
+
+
+@program({"w": normal(0, 6, 6)}, normal(1, B, 3), PAIRS)
+def slices_that_overlap(params, x):
+    return jnp.sum(jnp.tanh(x @ params["w"][:3])) + jnp.sum(
+        jnp.sin(x @ params["w"][2:5])
+    )
+
+
 FALLBACKS = {}
 
 
@@ -431,6 +444,8 @@ def rounded(params, x):
     "embedding_of_two_indices",
     "drop_connect",
     "recurrent",
+    "slices_that_leave_rows_out",
+    "slices_that_overlap",
 )
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_equals_gradients_formed_in_full(name):
