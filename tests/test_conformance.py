@@ -183,12 +183,14 @@ REPRESENTED = {
 }
 
 
-@pytest.fixture(
-    params=[
+def by_name(names):
+    return [
         pytest.param(name, marks=[pytest.mark.long] if name in REPRESENTED else [])
-        for name in PATHS
+        for name in names
     ]
-)
+
+
+@pytest.fixture(params=by_name(PATHS))
 def case(request):
     return CASES[request.param]
 
@@ -378,7 +380,7 @@ def test_tree_map_params(tx):
     "dtype",
     ["bfloat16", pytest.param("float32", marks=pytest.mark.long), "float64"],
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_name(CASES))
 def test_dtypes_are_kept_and_strong(x64, name, dtype):
     case = CASES[name]
     tx = case.factory(**case.kwargs)
