@@ -22,6 +22,7 @@ from fsam_optax import (
     fisher_hutchinson,
     fisher_i1,
     fisher_i2,
+    loss_power_sums,
     multi_step,
     negative_log_likelihood,
     scale_by_inverse_fisher,
@@ -363,3 +364,31 @@ def test_natural_gradients_have_the_scale_of_the_loss():
     scaled = update(jax.tree.map(lambda g: 1024 * g, GRADS))
     for leaf in PARAMS:
         np.testing.assert_array_equal(scaled[leaf], 1024 * expected[leaf])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_triangular_systems_are_solved_as_the_gradient_solves_them(transposed):
+    """Of condition number 1e4: the inverse would lose more digits."""
+    rng = np.random.default_rng(0)
+    n = 24
+    q, r = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+    lower = np.float32(np.linalg.qr(q @ np.diag(np.geomspace(1, 1e-4, n)) @ r)[1].T)
+    system = np.float64(lower.T if transposed else lower)
+    x = np.float32(rng.normal(size=(16, n)) @ system)
+    w = np.float32(system @ rng.normal(size=(n, n)) / 5)
+
+    def loss(w, x):
+        solve = jax.scipy.linalg.solve_triangular
+        w = solve(jnp.asarray(lower), w, lower=True, trans=int(transposed))
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    h = np.tanh(x @ np.linalg.solve(system, np.float64(w)))
+    y = np.linalg.solve(system.T, np.float64(x.T))
+    expected = y**2 @ (2 * h * (1 - h * h)) ** 2
+    formed = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(w, x)
+    formed = np.sum(np.float64(formed) ** 2, 0)
+    (found,) = jax.jit(functools.partial(loss_power_sums, loss))(w, x)
+    error, of_gradients = (
+        np.max(np.abs(s - expected)) / np.max(expected) for s in (found, formed)
+    )
+    assert error <= 1.3 * of_gradients

@@ -12,8 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
-from fsam_optax._engine.products import Expander, Factor, Mismatch, Term
+from fsam_optax._engine.products import (
+    Expander,
+    Factor,
+    is_inverse,
+    Mismatch,
+    solve,
+    Term,
+)
 
 
 MOST_CONSTANTS = 6
@@ -37,6 +45,9 @@ class Contracted:
 
     def value(self, env: dict[Any, Any], dtype: Any) -> Any:
         """Returns the array."""
+        solved = _solved(self, env, dtype)
+        if solved is not None:
+            return solved
         operands = []
         for part in self.parts:
             operands += [part.value(env, dtype), part.labels]
@@ -45,7 +56,36 @@ class Contracted:
         }
         operands[1::2] = [[numbers[x] for x in o] for o in operands[1::2]]
         out = [numbers[x] for x in self.labels]
-        return jnp.einsum(*operands, out, precision=self.precision)
+        inverted = any(isinstance(f, Factor) and f.inverts() for f in self.parts)
+        precision = lax.Precision.HIGHEST if inverted else self.precision
+        return jnp.einsum(*operands, out, precision=precision)
+
+
+def _solved(x: Contracted, env: dict[Any, Any], dtype: Any) -> Any:
+    """Returns a product with the inverse of a matrix, which it does not form.
+
+    The digits that an inverse loses, and a product in less than full precision, would
+    be as many more as the system is ill-conditioned. None if it is no such product.
+    """
+    systems = [f for f in x.parts if isinstance(f, Factor) and is_inverse(f)]
+    if len(x.parts) != 2 or not systems:
+        return None
+    (matrix, *_), other = systems, x.parts[systems[0] is x.parts[0]]
+    shared = set(matrix.labels) & set(other.labels)
+    if len(shared) != 1 or shared & set(x.labels):
+        return None
+    (inner,) = shared
+    rows, columns = matrix.labels
+    outer = rows if inner == columns else columns
+    b = other.value(env, dtype)
+    at = other.labels.index(inner)
+    b = jnp.moveaxis(b, at, 0)
+    y = solve(matrix, env, b.reshape(len(b), -1), transposed=inner == rows)
+    labels = [outer, *(label for label in other.labels if label != inner)]
+    y = y.reshape(b.shape)
+    y = jnp.sum(y, [d for d, label in enumerate(labels) if label not in x.labels])
+    labels = [label for label in labels if label in x.labels]
+    return jnp.transpose(y, [labels.index(label) for label in x.labels])
 
 
 @dataclass(frozen=True)

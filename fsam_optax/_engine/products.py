@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -56,6 +57,10 @@ class Factor:
     def reads(self) -> list[Any]:
         """Returns the variables that it is made from."""
         return [self.v, *(a for s in self.steps for a in s if _is_variable(a))]
+
+    def inverts(self) -> bool:
+        """Tells whether an inverse of a matrix is formed for it."""
+        return any(name == "inverse" for name, *_ in self.steps)
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,13 @@ def _taken(x, index, axis, fills):
 
 
 def _inverse(x, lower, transposed, unit):
-    identity = jnp.eye(len(x), dtype=x.dtype)
+    return _solution(x, jnp.eye(len(x), dtype=x.dtype), lower, transposed, unit)
+
+
+def _solution(a, b, lower, transposed, unit):
     return lax.linalg.triangular_solve(
-        x,
-        identity,
+        a,
+        b,
         left_side=True,
         lower=lower,
         transpose_a=transposed,
@@ -148,6 +156,18 @@ STEPS: dict[str, Callable] = {
     "taken": _taken,
     "inverse": _inverse,
 }
+
+
+def is_inverse(f: Factor) -> bool:
+    """Tells whether a factor is the inverse of a triangular matrix."""
+    return [name for name, *_ in f.steps] == ["inverse"]
+
+
+def solve(f: Factor, env: dict[Any, Any], b: jax.Array, transposed: bool) -> jax.Array:
+    """Returns the product of the inverse, perhaps transposed, with a matrix."""
+    ((_, lower, turned, unit),) = f.steps
+    a = jnp.asarray(read(env, f.v)).astype(b.dtype)
+    return _solution(a, b, lower, turned != transposed, unit)
 
 
 class Mismatch(Exception):
