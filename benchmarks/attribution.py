@@ -45,17 +45,10 @@ def train(key, x, y, kept, steps) -> Any:
     params = perceptron.initial(key, (x.shape[1], *HIDDEN, 10))
     loss = fsam.negative_log_likelihood(perceptron.apply, fsam.categorical)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
-    weights = kept.astype(float)
-
-    def step(carry, _):
-        params, state = carry
-        grads = jax.grad(loss)(params, (x, y, weights))
-        grads = jax.tree.map(lambda g, w: g + 1e-3 * w, grads, params)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    carry, _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
-    return carry[0]
+    optimizer = optax.chain(optax.add_decayed_weights(1e-3), optimizer)
+    batch = x, y, kept.astype(float)
+    every = jnp.arange(steps)
+    return perceptron.minimise(lambda w, _: loss(w, batch), params, optimizer, every)
 
 
 def gradients(params, x, y):
@@ -157,7 +150,7 @@ def compute(part, seed, options, steps):
     digits = datasets.load("digits")
     random = np.random.default_rng(seed)
     order = random.permutation(len(digits.train_labels))[: SIZE + TESTS]
-    x = digits.train_images[order].reshape(-1, 64).astype(np.float32) / 255
+    x = datasets.flat(digits.train_images[order])
     y = digits.train_labels[order]
     batch, test = (x[:SIZE], y[:SIZE]), (x[SIZE:], y[SIZE:])
     key = jax.random.key(seed)
@@ -291,21 +284,15 @@ def headline(results):
     return "Best score " + ", ".join(parts)
 
 
-def add_options(add):
-    add("--seeds", type=harness.whole, default=8)
-    add("--tuning-seeds", type=harness.whole, default=2)
-    add("--noise", type=float, default=0.1, help="share of wrong labels")
-    add(
-        "--steps", nargs=2, type=harness.whole, default=[60, 400], help="early and late"
-    )
-    add("--halves", type=harness.whole, default=40, help="trained anew")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"seeds": 2, "tuning_seeds": 1, "steps": [2, 3], "halves": 4}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"seeds": 2, "tuning_seeds": 1, "steps": [2, 3], "halves": 4},
+    seeds=8,
+    tuning_seeds=2,
+    noise={"default": 0.1, "help": "share of wrong labels"},
+    steps={"default": [60, 400], "nargs": 2, "help": "early and late"},
+    halves={"default": 40, "help": "trained anew"},
+)
 
 
 if __name__ == "__main__":

@@ -133,17 +133,12 @@ def learn(tasks, steps, name, anchoring, seed, strength):
         params, anchor = carry
         x, y, active, key = inputs
 
-        def objective(params, batch):
-            return LOSS(params, batch, active) + strength * penalty(params, anchor)
-
-        def step(carry, rows):
-            params, state = carry
-            gradient = jax.grad(objective)(params, (x[rows], y[rows]))
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), None
+        def objective(params, rows):
+            loss = LOSS(params, (x[rows], y[rows]), active)
+            return loss + strength * penalty(params, anchor)
 
         rows = jax.random.randint(key, (steps, BATCH), 0, len(y))
-        params, _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)[0]
+        params = perceptron.minimise(objective, params, optimizer, rows)
         # A mean over the labels; as the tasks are of one size, so is what it is worth.
         fisher = diagonals.diagonal(name, LOSS, params, (x, y), active)
         found = [accuracies(params, d, tasks.active) for d in (tasks.held, tasks.test)]
@@ -182,15 +177,9 @@ def joint(tasks, options):
     def train(seed):
         key = jax.random.key(seed)
         params = perceptron.initial(key, (x.shape[-1], *HIDDEN, 10))
-
-        def step(carry, rows):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(params, rows), state)
-            return (optax.apply_updates(params, updates), state), None
-
         key = jax.random.fold_in(key, 1)
         rows = jax.random.randint(key, (5 * options.steps, BATCH), 0, len(y))
-        params, _ = jax.lax.scan(step, (params, optimizer.init(params)), rows)[0]
+        params = perceptron.minimise(loss, params, optimizer, rows)
         return accuracies(params, tasks.test, tasks.active).mean()
 
     return jax.jit(jax.vmap(train))(jnp.arange(options.seeds))
@@ -225,13 +214,9 @@ def draw(found, joined, options, path):
         for (name, anchoring), result in results.items():
             if anchoring == ONLINE:
                 continue
-            values = 100 * np.array(result["accuracy"])
-            error = values.std(1, ddof=1) / values.shape[1] ** 0.5
-            positive = shown > 0
-            axis.errorbar(
-                *(shown[positive], values.mean(1)[positive], error[positive]),
-                **(show.look(name) | {"ms": 4, "label": name}),
-            )
+            values = np.array(result["accuracy"])[shown > 0]
+            style = show.look(name) | {"ms": 4, "label": name}
+            show.errors(axis, shown[shown > 0], values, 100, **style)
         plain = 100 * np.mean(next(iter(results.values()))["accuracy"][0])
         axis.axhline(100 * np.mean(joined[scenario]), **LINE, label="all at once")
         axis.axhline(plain, **LINE, ls=":", label="no penalty")
@@ -257,8 +242,7 @@ def names_of(scenario, anchoring, options):
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     options = run.options
-    settings = ("data", "seeds", "steps", "train_size", "test_size", "pool")
-    settings = {name: getattr(options, name) for name in (*settings, "strengths")}
+    settings = run.take("data seeds steps train_size test_size pool strengths")
     found, joined = {}, {}
     for scenario in options.scenarios:
         tasks = tasks_of(scenario, options)
@@ -273,8 +257,7 @@ def experiment(run: harness.Run) -> None:
             for name in names_of(scenario, anchoring, options)
         }
         report(scenario, found[scenario], joined[scenario], options)
-    suffix = "" if options.data == "digits" else f"_{options.data}"
-    draw(found, joined, options, run.picture(suffix.replace("-", "_")))
+    draw(found, joined, options, run.picture())
 
 
 def report(scenario, results, joined, options):
@@ -306,31 +289,25 @@ def report(scenario, results, joined, options):
     show.table(title, heads, rows, caption, first=24)
 
 
-def add_options(add):
-    add("--data", choices=datasets.NAMES[:3], default="digits")
-    add("--data-dir", type=Path, default=Path("data"))
-    add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    add("--anchorings", nargs="+", choices=(EWC, ONLINE), default=[EWC, ONLINE])
-    add("--batches", nargs="+", type=harness.whole, default=[8, 32, 128])
-    add("--strengths", nargs="+", type=float, default=list(STRENGTHS), help="lambdas")
-    add("--seeds", type=harness.whole, default=10)
-    add("--steps", type=harness.whole, default=200, help="a task")
-    add("--train-size", type=harness.whole, default=2000, help="most, a task")
-    add("--test-size", type=harness.whole, default=2000, help="most, a task")
-    add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {
-        "scenarios": ["split"],
-        "anchorings": [EWC],
-        "batches": [8],
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"scenarios": ["split"], "anchorings": [EWC], "batches": [8], "seeds": 2},
+        **{"steps": 3, "train_size": 20, "test_size": 20},
         "strengths": [0.0, 1.0, 100.0],
-    }
-    smoke |= {"seeds": 2, "steps": 3, "train_size": 20, "test_size": 20}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+    },
+    data={"default": "digits", "choices": datasets.NAMES[:3]},
+    data_dir=Path("data"),
+    scenarios={"default": list(SCENARIOS), "choices": SCENARIOS},
+    anchorings={"default": [EWC, ONLINE], "choices": (EWC, ONLINE)},
+    batches=[8, 32, 128],
+    strengths={"default": list(STRENGTHS), "help": "lambdas"},
+    seeds=10,
+    steps={"default": 200, "help": "a task"},
+    train_size={"default": 2000, "help": "most, a task"},
+    test_size={"default": 2000, "help": "most, a task"},
+    pool={"default": 1, "help": "pixels a side that become one"},
+)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import perceptron
 import show
-from perceptron import initial
 from sklearn.datasets import load_digits
 
 import fsam_optax as fsam
@@ -34,7 +34,7 @@ def network(activation):
             x = activation(x @ layer["kernel"] + layer["bias"][None])
         return x @ params[-1]["kernel"] + params[-1]["bias"][None]
 
-    return apply, initial(jax.random.key(0), (64, 64, 64, 10))
+    return apply, perceptron.initial(jax.random.key(0), (64, 64, 64, 10))
 
 
 def train(apply, params, data, steps):
@@ -42,16 +42,13 @@ def train(apply, params, data, steps):
     loss = fsam.negative_log_likelihood(apply, fsam.categorical)
     optimizer = optax.adam(1e-3)
 
-    def step(carry, key):
-        params, state = carry
+    def of_batch(params, key):
         index = jax.random.randint(key, (64,), 0, len(data[0]))
-        grads = jax.grad(loss)(params, jax.tree.map(lambda x: x[index], data))
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
+        return loss(params, jax.tree.map(lambda x: x[index], data))
 
     keys = jax.random.split(jax.random.key(1), steps)
-    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, keys))(
-        (params, optimizer.init(params))
+    params = jax.jit(lambda w: perceptron.minimise(of_batch, w, optimizer, keys))(
+        params
     )
     return params, float(jnp.mean(jnp.argmax(apply(params, data[0]), -1) == data[1]))
 

@@ -43,12 +43,16 @@ import fsam_optax as fsam
 OPTIMIZERS = {"sgd": 0.05, "adamw": 1e-3}  # and their usual learning rates
 # Few images, so that there is something to overfit; rate and rho chosen by --tune.
 DIGITS = {"train_size": 300, "batch_size": 30, "augment": False}
-DIGITS_CHOICE = {
+MAIN = {
     "base": (0.0, 0.0453302),
     "SAM": (0.2, 0.1),
     "ASAM": (2.0, 0.05),
     "Fisher SAM, squared, relative": (0.4, 0.05),
     "Fisher SAM, empirical, absolute": (0.0075, 0.1),
+}
+DIGITS_CHOICE = MAIN | {
+    "GSAM": (0.2, 0.1),
+    "MSAM": (2.4, 0.05),
 }
 # The radii of the papers.
 USUAL = {"SAM": 0.05, "ASAM": 0.5, "relative": 0.1, "absolute": 0.015, "MSAM": 3.0}
@@ -214,8 +218,7 @@ def experiment(run: harness.Run) -> None:
         settings = {"part": "cost", "model": name, "repeats": repeats}
         costs[name] = run.cell(fisher_cost, name, repeats, **settings)
     print_tables(found, costs, options)
-    suffix = "" if options.data == "digits" else f"_{options.data}"
-    draw(found, costs, options, run.picture(suffix))
+    draw(found, costs, options, run.picture())
     return None
 
 
@@ -237,39 +240,13 @@ class Settings(argparse.Action):
         setattr(namespace, self.dest, {**before, **dict(values)})
 
 
-def add_options(add):
-    add("--data", choices=datasets.NAMES, default="digits")
-    add("--data-dir", type=Path, help="folder of the files")
-    add("--train-size", type=harness.whole, help="fewer than all images")
-    add("--test-size", type=harness.whole, help="fewer than all images")
-    add("--label-noise", type=float, default=0.0, help="share of wrong labels")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="shift")
-    add("--model", choices=models.MODELS, default="cnn")
-    names = f"of {'; '.join(methods.METHODS)}"
-    add("--methods", choices=methods.METHODS, nargs="+", metavar="METHOD", help=names)
-    add("--optimizer", choices=OPTIMIZERS, default="sgd")
-    pairs = {
-        "type": setting,
-        "nargs": "+",
-        "action": Settings,
-        "metavar": "METHOD=VALUE",
-    }
-    add("--learning-rate", **pairs)
-    add("--rho", **pairs)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--batch-size", type=harness.whole, default=100)
-    add("--epochs", type=harness.whole, default=40, help="base runs twice as many")
-    add("--seeds", type=harness.whole, default=5)
-    add("--tune", action="store_true", help="choose learning rate and rho, then stop")
-
-
 def defaults(found: argparse.Namespace) -> dict[str, Any]:
     """Returns the defaults that depend on data, optimizer and mode."""
     rates = dict.fromkeys(methods.METHODS, OPTIMIZERS[found.optimizer])
     rhos = {m: USUAL.get(m.split(", ")[-1], 0.05) for m in rates if m != "base"}
     chosen = {
         "data_dir": Path("data") / found.data,
-        "methods": list(DIGITS_CHOICE),
+        "methods": list(MAIN),
         "out": Path("results") / f"{found.data}-{found.model}-{found.optimizer}",
     }
     if found.tune:
@@ -282,14 +259,35 @@ def defaults(found: argparse.Namespace) -> dict[str, Any]:
     return chosen | {"learning_rate": rates, "rho": rhos}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"epochs": 1, "seeds": 2, "train_size": 120, "test_size": 200}
-    return harness.main(
-        *(__doc__, experiment, arguments),
-        options=add_options,
-        defaults=defaults,
-        smoke=smoke,
-    )
+PAIRS = {"type": setting, "nargs": "+", "action": Settings, "metavar": "METHOD=VALUE"}
+main = harness.script(
+    *(__doc__, experiment),
+    defaults=defaults,
+    smoke={"epochs": 1, "seeds": 2, "train_size": 120, "test_size": 200},
+    data={"default": "digits", "choices": datasets.NAMES},
+    data_dir={"type": Path, "help": "folder of the files"},
+    train_size={"type": harness.whole, "help": "fewer than all images"},
+    test_size={"type": harness.whole, "help": "fewer than all images"},
+    label_noise={"default": 0.0, "help": "share of wrong labels"},
+    augment={
+        "default": True,
+        "action": argparse.BooleanOptionalAction,
+        "help": "shift",
+    },
+    model={"default": "cnn", "choices": models.MODELS},
+    methods={
+        **{"choices": methods.METHODS, "nargs": "+", "metavar": "METHOD"},
+        "help": f"of {'; '.join(methods.METHODS)}",
+    },
+    optimizer={"default": "sgd", "choices": OPTIMIZERS},
+    learning_rate=PAIRS,
+    rho=PAIRS,
+    weight_decay=5e-4,
+    batch_size=100,
+    epochs={"default": 40, "help": "base runs twice as many"},
+    seeds=5,
+    tune={"default": False, "help": "choose learning rate and rho, then stop"},
+)
 
 
 if __name__ == "__main__":

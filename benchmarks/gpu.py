@@ -39,6 +39,7 @@ import fsam_optax as fsam
 
 # Dense products a second, by NVIDIA's data sheets: bfloat16, and float32 as TF32.
 PEAK = {"H100": (989e12, 495e12), "H200": (989e12, 495e12), "A100": (312e12, 156e12)}
+SETTINGS = "epochs", "batch_size", "model"
 PRECISIONS = ("default", "highest", "bfloat16")
 
 
@@ -231,9 +232,7 @@ def parts(options, data: bool) -> list[tuple[str, str, dict[str, Any], Callable]
     for seed in range(options.seeds if data else 0):
         for method, (rho, rate) in CHOICE.items():
             settings = {"method": method, "seed": seed, "rho": rho, "rate": rate}
-            settings |= {
-                n: getattr(options, n) for n in ("epochs", "batch_size", "model")
-            }
+            settings |= {n: getattr(options, n) for n in SETTINGS}
             compute = partial(cifar10, options, method, seed, rho, rate)
             cells.append(("cifar10", method, settings, compute))
     return cells
@@ -275,16 +274,6 @@ def experiment(run: harness.Run) -> None:
     print_tables(facts)
 
 
-def add_options(add):
-    add("--data-dir", type=pathlib.Path, default=pathlib.Path("data/cifar10"))
-    add("--minutes", type=harness.positive, default=9.0, help="when to end")
-    add("--repeats", type=harness.whole, default=20)
-    add("--epochs", type=harness.whole, default=8, help="base runs twice as many")
-    add("--batch-size", type=harness.whole, default=256)
-    add("--seeds", type=harness.whole, default=5, help="as many as fit")
-    add("--model", choices=models.MODELS, default="resnet18")
-
-
 def defaults(found: argparse.Namespace) -> dict[str, Any]:
     """Returns what `training` wants to know beside."""
     settings = {"data": "cifar10", "train_size": None, "test_size": None}
@@ -292,15 +281,21 @@ def defaults(found: argparse.Namespace) -> dict[str, Any]:
     return settings | {"weight_decay": 5e-4}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"data": "digits", "train_size": 64, "test_size": 50, "model": "mlp"}
-    smoke |= {"epochs": 1, "batch_size": 32, "seeds": 1, "repeats": 2, "minutes": 30.0}
-    return harness.main(
-        *(__doc__, experiment, arguments),
-        options=add_options,
-        defaults=defaults,
-        smoke=smoke,
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    defaults=defaults,
+    smoke={
+        **{"data": "digits", "train_size": 64, "test_size": 50, "model": "mlp"},
+        **{"epochs": 1, "batch_size": 32, "seeds": 1, "repeats": 2, "minutes": 30.0},
+    },
+    data_dir=pathlib.Path("data/cifar10"),
+    minutes={"default": 9.0, "type": harness.positive, "help": "when to end"},
+    repeats=20,
+    epochs={"default": 8, "help": "base runs twice as many"},
+    batch_size=256,
+    seeds={"default": 5, "help": "as many as fit"},
+    model={"default": "resnet18", "choices": models.MODELS},
+)
 
 
 if __name__ == "__main__":

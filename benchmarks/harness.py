@@ -80,7 +80,9 @@ class Run(NamedTuple):
         return self.keyed(settings)[1] in self.cells
 
     def picture(self, suffix: str = "") -> pathlib.Path:
-        """Returns where a picture goes."""
+        """Returns where a picture goes; other data than the digits are named."""
+        data = getattr(self.options, "data", "digits")
+        suffix += "" if data == "digits" else f"_{data}".replace("-", "_")
         return self.pictures / f"{self.file.stem}{suffix}.png"
 
 
@@ -219,9 +221,7 @@ def main(
     add("--out", type=pathlib.Path, default=HERE, help="folder of all that is made")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
     early, _ = parser.parse_known_args(arguments)
-    chosen = dict(defaults(early)) | (
-        dict(smoke or {}, out=None) if early.smoke else {}
-    )
+    chosen = {**defaults(early), **(dict(smoke or {}, out=None) if early.smoke else {})}
     parser.set_defaults(**chosen)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     found = parser.parse_args(arguments)
@@ -263,7 +263,9 @@ def script(
     An option is a default, which tells its type (whole numbers are positive, a list
     takes several), or a dict of what `add_argument` takes beside or in its place.
     """
-    types = {int: whole, float: float, str: str}
+
+    def kind(value):
+        return whole if isinstance(value, int) else type(value)
 
     def add_options(add):
         for name, given in options.items():
@@ -272,10 +274,9 @@ def script(
             if isinstance(default, bool):
                 settings = {"action": "store_true", **settings}
             elif isinstance(default, list):
-                settings = {"nargs": "+", "type": types[type(default[0])], **settings}
+                settings = {"nargs": "+", "type": kind(default[0]), **settings}
             elif default is not None:
-                kind = types.get(type(default), pathlib.Path)
-                settings = {"type": kind, **settings}
+                settings = {"type": kind(default), **settings}
             add(f"--{name.replace('_', '-')}", **settings)
 
     keywords = {"options": add_options, "defaults": defaults, "smoke": smoke}
@@ -292,15 +293,13 @@ def usable(folder: pathlib.Path) -> None:
         raise SystemExit(f"--out {folder}: {error.strerror}") from None
 
 
-def whole(text: str) -> int:
+def whole(text: str) -> float:
     """Reads a positive whole number for argparse."""
-    if int(text) <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return int(text)
+    return positive(text, int)
 
 
-def positive(text: str) -> float:
+def positive(text: str, kind: Callable[[str], float] = float) -> float:
     """Reads a positive number for argparse."""
-    if not 0 < float(text) < math.inf:
+    if not 0 < kind(text) < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return float(text)
+    return kind(text)

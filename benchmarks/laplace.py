@@ -76,16 +76,9 @@ def fit(key, data, task, steps, decay):
     loss = fsam.negative_log_likelihood(perceptron.apply, task.likelihood)
     params = perceptron.initial(key, (x.shape[1], *HIDDEN, task.outputs))
     optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
-
-    def step(carry, _):
-        params, state = carry
-        grads = jax.grad(loss)(params, data)
-        grads = jax.tree.map(lambda g, w: g + decay / len(x) * w, grads, params)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    carry, _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
-    return carry[0]
+    optimizer = optax.chain(optax.add_decayed_weights(decay / len(x)), optimizer)
+    every = jnp.arange(steps)
+    return perceptron.minimise(lambda w, _: loss(w, data), params, optimizer, every)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -223,9 +216,7 @@ def read_digits(seed):
     order = np.random.default_rng(seed).permutation(len(found.train_labels))
     other = np.random.default_rng(seed).permutation(len(found.test_labels))[:300]
 
-    def rows(images):
-        return images.reshape(-1, 64).astype(np.float32) / 255
-
+    rows = datasets.flat
     x, y = rows(found.train_images[order]), found.train_labels[order]
     test, labels = found.test_images[other], found.test_labels[other]
     return {
@@ -331,7 +322,7 @@ def compute(task, seed, decay, options):
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     options = run.options
-    settings = {n: getattr(options, n) for n in ("samples", "steps")}
+    settings = run.take("samples steps")
     results = {}
     for name, task in TASKS.items():
         cells = [
@@ -447,18 +438,14 @@ LOOKS = {
 }
 
 
-def add_options(add):
-    add("--seeds", type=harness.whole, default=6)
-    add("--samples", type=harness.whole, default=100, help="of weights or of outputs")
-    add("--steps", type=harness.whole, default=1000)
-    add("--decay", nargs="+", type=harness.positive, default=[0.1, 1.0, 10.0])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"seeds": 2, "samples": 4, "steps": 3, "decay": [1.0]}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"seeds": 2, "samples": 4, "steps": 3, "decay": [1.0]},
+    seeds=6,
+    samples={"default": 100, "help": "of weights or of outputs"},
+    steps=1000,
+    decay={"default": [0.1, 1.0, 10.0], "type": harness.positive},
+)
 
 
 if __name__ == "__main__":

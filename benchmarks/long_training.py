@@ -15,16 +15,12 @@ from functools import partial
 
 import datasets
 import harness
-import jax
-import jax.numpy as jnp
 import methods
 import numpy as np
 import perceptron
 import show
 
 
-HIDDEN = (64, 64)
-BATCH = 50
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 NAMES = (
     *("base", "SAM", "ASAM", "Fisher SAM, empirical, absolute", "MSAM"),
@@ -42,43 +38,23 @@ def grid(method):
     return methods.grid(method, RATES, (*radii, 2 * radii[-1]))
 
 
-def train(method, gradients, seed, images, labels, rho, rate):
-    """Trains one network; returns its parameters."""
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    params = perceptron.initial(init_key, (images.shape[1], *HIDDEN, 10))
-    return perceptron.train(
-        params,
-        lambda optimizer: methods.stepper(method, perceptron.LOSS, optimizer, rho),
-        (images, labels),
-        rate,
-        gradients // methods.METHODS[method].passes,
-        BATCH,
-        batch_key,
-    )
-
-
 def draw(results, path):
     """Draws accuracy against the budget, and the gain over the base optimizer."""
     fig, axes = show.figure(1, 2, headline(results), figsize=(11, 4.6))
     left, right = axes[0]
     for method, found in results.items():
         budgets = np.array(list(found))
-        for ax, against in ((left, None), (right, "base")):
-            pairs = []
-            for budget, facts in found.items():
-                values = np.array(facts["accuracy"])
-                if against:
-                    values = values - np.array(results[against][budget]["accuracy"])
-                pairs.append(show.mean_and_error(values, 100))
-            means, errors = np.array(pairs).T
-            ax.errorbar(budgets, means, errors, label=method, **show.look(method))
+        reached = [facts["accuracy"] for facts in found.values()]
+        gains = [perceptron.over(found[b], results["base"][b]) for b in found]
+        for ax, values in ((left, reached), (right, gains)):
+            show.errors(ax, budgets, values, 100, label=method, **show.look(method))
             ax.set_xscale("log")
             ax.set_xticks(budgets, [str(b) for b in budgets])
             ax.minorticks_off()
             ax.set_xlabel("gradients")
     left.set_title("Test accuracy, %, mean ± standard error")
     right.set_title("Points over the base optimizer, on the same seeds")
-    left.legend(fontsize=8)
+    show.legend(fig, left, 4, fontsize=8)
     show.save(fig, path)
 
 
@@ -99,38 +75,26 @@ def headline(results):
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the table and draws the figure."""
     options = run.options
-    digits = datasets.load("digits")
-    x = digits.train_images.reshape(-1, 64).astype(np.float32) / 255
+    (x, y), test = perceptron.split(datasets.load("digits"))
     order = np.random.default_rng(0).permutation(len(x))
-    x, y = jnp.asarray(x[order]), digits.train_labels[order]
-    test = digits.test_images.reshape(-1, 64).astype(np.float32) / 255
-    settings = {n: getattr(options, n) for n in ("noise", "seeds", "tuning_seeds")}
+    x, y = x[order], y[order]
+    settings = run.take("noise seeds tuning_seeds")
+    sets = {"data": (x[:300], y[:300]), "test": test, "held": (x[300:], y[300:])}
+    compare = partial(perceptron.compare, **sets, **settings)
     results, rows = {method: {} for method in options.methods}, []
     for budget in options.gradients:
         for method, found in results.items():
-            compute = partial(
-                perceptron.compare,
-                *(partial(train, method, budget), grid(method)),
-                *(
-                    (x[:300], y[:300]),
-                    (jnp.asarray(test), jnp.asarray(digits.test_labels)),
-                ),
-                held=(x[300:], y[300:]),
-                **settings,
-            )
             found[budget] = run.cell(
-                compute, method=method, gradients=budget, rates=RATES, **settings
+                *(compare, partial(perceptron.train_by, method, budget), grid(method)),
+                **{"method": method, "gradients": budget, "rates": RATES, **settings},
             )
     for method, found in results.items():
         cells = []
         for budget, facts in found.items():
-            values = np.array(facts["accuracy"])
-            over = values - np.array(results["base"][budget]["accuracy"])
+            over = perceptron.over(facts, results["base"][budget])
             star = "*" * bool(facts["edges"])
-            cells += [
-                show.cell(values, ".1f", 100),
-                show.cell(over, "+.1f", 100) + star,
-            ]
+            cells += [show.cell(facts["accuracy"], ".1f", 100)]
+            cells += [show.cell(over, "+.1f", 100) + star]
         rows.append([method, *cells])
     headings = ["method"]
     headings += [
@@ -141,20 +105,18 @@ def experiment(run: harness.Run) -> None:
     draw(results, run.picture())
 
 
-def add_options(add):
-    add("--methods", nargs="+", choices=methods.METHODS, default=list(NAMES))
-    add("--gradients", nargs="+", type=harness.whole, default=[400, 1600, 6400])
-    add("--noise", type=float, default=0.2, help="share of wrong labels")
-    add("--seeds", type=harness.whole, default=10)
-    add("--tuning-seeds", type=harness.whole, default=2)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"methods": ["base", "MSAM"], "gradients": [4, 8], "seeds": 2}
-    smoke["tuning_seeds"] = 1
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"methods": ["base", "MSAM"], "gradients": [4, 8], "seeds": 2},
+        "tuning_seeds": 1,
+    },
+    methods={"default": list(NAMES), "choices": methods.METHODS},
+    gradients=[400, 1600, 6400],
+    noise={"default": 0.2, "help": "share of wrong labels"},
+    seeds=10,
+    tuning_seeds=2,
+)
 
 
 if __name__ == "__main__":

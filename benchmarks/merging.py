@@ -83,15 +83,12 @@ def problem_of(scenario: str, options: Any) -> Problem:
 def train(params, data, steps, key):
     """Returns parameters after Adam with cosine decay."""
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
-
-    def step(carry, rows):
-        params, state = carry
-        gradient = jax.grad(LOSS)(params, (data[0][rows], data[1][rows]))
-        updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(params, updates), state), None
-
     rows = jax.random.randint(key, (steps, BATCH), 0, len(data[1]))
-    return jax.lax.scan(step, (params, optimizer.init(params)), rows)[0][0]
+
+    def loss(params, rows):
+        return LOSS(params, (data[0][rows], data[1][rows]))
+
+    return perceptron.minimise(loss, params, optimizer, rows)
 
 
 def fit(problem, seeds, steps):
@@ -188,10 +185,8 @@ def draw(found, options, path):
         cells, found.items(), strict=True
     ):
         for method, result in results.items():
-            values = 100 * np.array(result["accuracy"])
-            error = values.std(1, ddof=1) / values.shape[1] ** 0.5
             style = show.look(method) | {"ms": 3, "label": method}
-            axis.errorbar(options.shares, values.mean(1), error, **style)
+            show.errors(axis, options.shares, result["accuracy"], 100, **style)
         axis.axhline(100 * np.mean(alone["both at once"]), color=show.GREY, lw=1)
         axis.set_title(f"{scenario}: {SCENARIOS[scenario]}, {steps} steps")
     for axis in axes[-1]:
@@ -207,8 +202,7 @@ def experiment(run: harness.Run) -> None:
     options, found = run.options, {}
     methods = [AVERAGE, diagonals.EXACT, DAMPED, diagonals.EMPIRICAL]
     methods += [diagonals.squared(batch) for batch in options.batches]
-    names = ("data", "seeds", "train_size", "pool", "shares")
-    settings = {name: getattr(options, name) for name in names}
+    settings = run.take("data seeds train_size pool shares")
     for scenario in options.scenarios:
         problem = problem_of(scenario, options)
         for steps in options.steps:
@@ -231,8 +225,7 @@ def experiment(run: harness.Run) -> None:
             }
             found[scenario, steps] = alone, results
             report(scenario, steps, alone, results, options)
-    suffix = "" if options.data == "digits" else f"_{options.data}"
-    draw(found, options, run.picture(suffix.replace("-", "_")))
+    draw(found, options, run.picture())
 
 
 def report(scenario, steps, alone, results, options):
@@ -263,24 +256,22 @@ def report(scenario, steps, alone, results, options):
     show.table(title, heads, rows, caption, first=22)
 
 
-def add_options(add):
-    add("--data", choices=datasets.NAMES[:3], default="digits")
-    add("--data-dir", type=Path, default=Path("data"))
-    add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    add("--batches", nargs="+", type=harness.whole, default=[32])
-    add("--shares", nargs="+", type=float, default=SHARES, help="of the first network")
-    add("--seeds", type=harness.whole, default=10)
-    add("--steps", nargs="+", type=harness.whole, default=[800])
-    add("--train-size", type=harness.whole, default=6000, help="most images")
-    add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"scenarios": ["classes"], "shares": [0.25, 0.5, 0.75], "seeds": 2}
-    smoke |= {"steps": [4]}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"scenarios": ["classes"], "shares": [0.25, 0.5, 0.75], "seeds": 2},
+        "steps": [4],
+    },
+    data={"default": "digits", "choices": datasets.NAMES[:3]},
+    data_dir=Path("data"),
+    scenarios={"default": list(SCENARIOS), "choices": SCENARIOS},
+    batches=[32],
+    shares={"default": SHARES, "help": "of the first network"},
+    seeds=10,
+    steps=[800],
+    train_size={"default": 6000, "help": "most images"},
+    pool={"default": 1, "help": "pixels a side that become one"},
+)
 
 
 if __name__ == "__main__":

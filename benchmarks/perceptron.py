@@ -67,6 +67,22 @@ def train(
     return stepper.weights(*carry)
 
 
+def minimise(objective: Callable, params: Any, optimizer: Any, inputs: Any) -> Any:
+    """Returns the parameters after a step for each of the inputs.
+
+    The objective is a function of parameters and one of the inputs.
+    """
+
+    def step(carry, one):
+        params, state = carry
+        gradient = jax.grad(objective)(params, one)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry, _ = jax.lax.scan(step, (params, optimizer.init(params)), inputs)
+    return carry[0]
+
+
 def train_by(method, gradients, seed, images, labels, rho, rate):
     """Trains a network of two hidden layers of 64 by a method; returns parameters."""
     init_key, batch_key = jax.random.split(jax.random.key(seed))

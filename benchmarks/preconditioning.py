@@ -118,12 +118,8 @@ class Problem(NamedTuple):
 def read_digits():
     found = datasets.load("digits")
     order = np.random.default_rng(0).permutation(len(found.train_labels))
-
-    def rows(images):
-        return images.reshape(-1, 64).astype(np.float32) / 255
-
-    x, y = rows(found.train_images[order]), found.train_labels[order]
-    test = rows(found.test_images), found.test_labels
+    x, y = datasets.flat(found.train_images[order]), found.train_labels[order]
+    test = datasets.flat(found.test_images), found.test_labels
     return (x[:500], y[:500]), (x[500:], y[500:]), test
 
 
@@ -227,7 +223,7 @@ def compute(name, method, options):
 def experiment(run: harness.Run) -> None:
     """Runs what the results do not hold yet, prints the tables and draws the figure."""
     options = run.options
-    settings = {n: getattr(options, n) for n in ("gradients", "tuning_seeds")}
+    settings = run.take("gradients tuning_seeds")
     results = {}
     for name in PROBLEMS:
         results[name] = {
@@ -296,18 +292,16 @@ def headline(results):
     return "Least test loss at equal gradients: " + "; ".join(parts)
 
 
-def add_options(add):
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--gradients", type=harness.whole, default=300)
-    add("--tuning-seeds", type=harness.whole, default=2)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    names = ["Adam", "Sophia, GNB", "1/F, exact"]
-    smoke = {"gradients": 40, "tuning_seeds": 1, "methods": names}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={
+        **{"gradients": 40, "tuning_seeds": 1},
+        "methods": ["Adam", "Sophia, GNB", "1/F, exact"],
+    },
+    methods={"default": list(METHODS), "choices": METHODS},
+    gradients=300,
+    tuning_seeds=2,
+)
 
 
 if __name__ == "__main__":

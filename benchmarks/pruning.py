@@ -37,16 +37,13 @@ LOSS = perceptron.LOSS
 def train(params, mask, data, steps, rate, key):
     """Returns parameters after Adam with cosine decay; what the mask drops stays 0."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry, rows):
-        params, state = carry
-        gradient = jax.grad(LOSS)(params, (data[0][rows], data[1][rows]))
-        gradient = jax.tree.map(jnp.multiply, gradient, mask)
-        updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(params, updates), state), None
-
     rows = jax.random.randint(key, (steps, BATCH), 0, len(data[1]))
-    return jax.lax.scan(step, (params, optimizer.init(params)), rows)[0][0]
+
+    def loss(params, rows):
+        kept = jax.tree.map(jnp.multiply, params, mask)
+        return LOSS(kept, (data[0][rows], data[1][rows]))
+
+    return perceptron.minimise(loss, params, optimizer, rows)
 
 
 def fit(data, seeds, steps):
@@ -143,10 +140,8 @@ def draw(found, options, path):
     shares = 100 * np.array(options.shares)
     for method, result in found.items():
         for axis, name in zip(axes[0], ("accuracy", "trained again"), strict=False):
-            values = 100 * np.array(result[name])
-            error = values.std(1, ddof=1) / values.shape[1] ** 0.5
             style = show.look(method) | {"ms": 4, "label": method}
-            axis.errorbar(shares, values.mean(1), error, **style)
+            show.errors(axis, shares, result[name], 100, **style)
             axis.set_xlabel("weights removed, %")
         if method not in (MAGNITUDE, BY_LAYER, RANDOM):
             rise, foretold = (
@@ -174,8 +169,7 @@ def experiment(run: harness.Run) -> None:
     images = [jnp.asarray(datasets.flat(part, options.pool)) for part in images]
     data = images[0], jnp.asarray(source.train_labels[: options.train_size])
     test = images[1], jnp.asarray(source.test_labels)
-    names = ("data", "seeds", "steps", "train_size", "pool", "shares")
-    settings = {name: getattr(options, name) for name in names}
+    settings = run.take("data seeds steps train_size pool shares")
     networks = cache(partial(fit, data, options.seeds, options.steps))
     methods = [diagonals.EXACT, diagonals.EMPIRICAL]
     methods += [diagonals.squared(batch) for batch in options.batches]
@@ -188,18 +182,14 @@ def experiment(run: harness.Run) -> None:
         for method in (*methods, MAGNITUDE, BY_LAYER, RANDOM)
     }
     report(found, options)
-    suffix = "" if options.data == "digits" else f"_{options.data}"
-    draw(found, options, run.picture(suffix.replace("-", "_")))
+    draw(found, options, run.picture())
 
 
 def report(found, options):
     """Prints accuracy by share, and how much can go."""
     shown = [i for i, share in enumerate(options.shares) if share in SHOWN]
     reference = found[MAGNITUDE]
-    for name, title in (
-        ("accuracy", "at one shot"),
-        ("trained again", "trained again"),
-    ):
+    for name in ("accuracy", "trained again"):
         rows = [
             [method, *(show.cell(result[name][i], ".1f", 100) for i in shown)]
             for method, result in found.items()
@@ -239,22 +229,18 @@ def report(found, options):
     show.table(title, heads, rows, caption, first=22)
 
 
-def add_options(add):
-    add("--data", choices=datasets.NAMES[:3], default="digits")
-    add("--data-dir", type=Path, default=Path("data"))
-    add("--batches", nargs="+", type=harness.whole, default=[32, 1000])
-    add("--shares", nargs="+", type=float, default=list(SHARES), help="to remove")
-    add("--seeds", type=harness.whole, default=10)
-    add("--steps", type=harness.whole, default=1200, help="a quarter after pruning")
-    add("--train-size", type=harness.whole, default=6000, help="most images")
-    add("--pool", type=harness.whole, default=1, help="pixels a side that become one")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"batches": [8], "shares": [0.0, 0.5, 0.9], "seeds": 2, "steps": 4}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"batches": [8], "shares": [0.0, 0.5, 0.9], "seeds": 2, "steps": 4},
+    data={"default": "digits", "choices": datasets.NAMES[:3]},
+    data_dir=Path("data"),
+    batches=[32, 1000],
+    shares={"default": list(SHARES), "help": "to remove"},
+    seeds=10,
+    steps={"default": 1200, "help": "a quarter after pruning"},
+    train_size={"default": 6000, "help": "most images"},
+    pool={"default": 1, "help": "pixels a side that become one"},
+)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,7 @@ def experiment(run: harness.Run) -> None:
         args = perturb, training, facts, data, options
         perturbations[method] = run.cell(*args, **key)
     print_tables(results, perturbations, options)
-    suffix = "" if options.data == "digits" else f"_{options.data.replace('-', '_')}"
-    draw(results, perturbations, options, run.picture(suffix))
+    draw(results, perturbations, options, run.picture())
 
 
 NAMES = ["base", "SAM", "ASAM"]

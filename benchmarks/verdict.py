@@ -1,7 +1,8 @@
 """Prints the verdict of the README: points over the base optimizer, in all experiments.
 
 Equal gradients, paired over seeds, mean ± standard error; of Fisher SAM the better of
-the relative and the absolute form, by the held-out accuracy where that is kept.
+the relative and the absolute form, by the held-out accuracy where that is kept. The
+rest of the family has a table of its own, of the experiments that it was run in.
 
     python benchmarks/verdict.py
 """
@@ -12,6 +13,8 @@ import show
 
 
 COLUMNS = ("SAM", "ASAM", "Fisher SAM, squared", "Fisher SAM, empirical", "MSAM")
+PUBLISHED = "ASAM at 0.5"
+FAMILY = ("GSAM", "WSAM", "Friendly SAM", PUBLISHED)
 
 
 def by_setting(name, *keys):
@@ -24,9 +27,11 @@ def by_setting(name, *keys):
         method = settings["method"].replace("squared gradient", "squared")
         if name == "which_fisher" and method not in ("base", "SAM"):
             method = f"Fisher SAM, {method}"
+        if name == "generalization" and (method, settings["rho"]) == ("ASAM", 0.5):
+            method = PUBLISHED
         key = tuple(settings[key] for key in keys)
         found.setdefault(key, {})[method] = result
-    return found
+    return dict(sorted(found.items()))
 
 
 def rows():
@@ -57,14 +62,16 @@ def entry(column, values, of):
 
 
 def main() -> None:
-    """Prints a table in Markdown; methods that were run nowhere have no column."""
-    found = [
-        (title, [entry(c, values, of) for c in COLUMNS]) for title, values, of in rows()
-    ]
-    used = [i for i in range(len(COLUMNS)) if any(cells[i] for _, cells in found)]
-    lines = [("data, network", COLUMNS), ("---", ["---"] * len(COLUMNS)), *found]
-    for title, cells in lines:
-        print(f"| {title} | {' | '.join(cells[i] for i in used)} |")
+    """Prints both tables in Markdown, without experiments that would be empty."""
+    every = list(rows())
+    for columns in (COLUMNS, FAMILY):
+        print(f"| data, network | {' | '.join(columns)} |")
+        print(f"|{' --- |' * (len(columns) + 1)}")
+        for title, values, of in every:
+            cells = [entry(column, values, of) for column in columns]
+            if any(cells):
+                print(f"| {title} | {' | '.join(cells)} |")
+        print()
 
 
 if __name__ == "__main__":

@@ -201,8 +201,7 @@ def problem(generalization):
             "",
             lambda run: found.append(run.options),
             ["--model", "mlp", "--out", "/tmp", *arguments],
-            options=generalization.add_options,
-            defaults=generalization.defaults,
+            **generalization.main.keywords,
         )
         return found[0], generalization.make_problem(found[0], tune=tune)
 
