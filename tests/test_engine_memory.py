@@ -6,6 +6,7 @@ import warnings
 
 import engine_oracles as oracles
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -109,7 +109,7 @@ def windows_by_rows(zeros, index, rows, numbers, mode, dims):
         )
         shape_of_step = (1,) * lead + step.shape
         index = index + step.reshape(shape_of_step)
-    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+    if not clips:
         # All of a window is dropped, if it is not all within bounds.
         whole = jnp.expand_dims(inside, range(lead, lead + len(split) + 1))
         index = jnp.where(whole, index, jnp.full_like(index, -1))

@@ -65,8 +65,8 @@ def looked_up(flow: Dataflow, v: Any) -> tuple[tuple[int, ...], Lookup] | None:
     indexed = {}
     for column, d in enumerate(numbers.scatter_dims_to_operand_dims):
         n = rows.aval.shape[window[d]] if d in window else 1
-        # Clipped, the start of a window that is all of its axis is always 0.
-        if n == shape[d] > 1 and mode == lax.GatherScatterMode.CLIP:
+        # Where none is dropped, a window that is all of its axis always starts at 0.
+        if n == shape[d] > 1 and mode != lax.GatherScatterMode.FILL_OR_DROP:
             continue
         if n != 1:
             return None
@@ -135,7 +135,8 @@ def _flat(index, bounds, lookup):
     flat = jnp.zeros(index.shape[:-1], index.dtype)
     for d, n in enumerate(bounds):
         flat = flat * n + index[..., d]
-    if lookup.mode == lax.GatherScatterMode.FILL_OR_DROP:
+    if lookup.mode != lax.GatherScatterMode.CLIP:
+        # Dropped, also where it was promised to be inside, as XLA does.
         flat = jnp.where(inside, flat, math.prod(bounds))
     return flat.reshape(-1)
 
