@@ -465,6 +465,21 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "_engine/columns.py",
+        "engine_devices",
+        ("if devices > 1 and cotangents.number > 1:", "if False:"),
+    ),
+    *_mutants(
+        "_engine/normal.py",
+        "engine_devices",
+        ("if names and x.shape[d] == 1", "if names and not x.ndim"),
+    ),
+    *_mutants(
+        "_engine/folding.py",
+        "precision",
+        ("    solved = _solved(self, env, dtype)", "    solved = None"),
+    ),
+    *_mutants(
         "_engine/entries.py",
         "fisher",
         ("return squares(v + u) - squares(v - u)", "return squares(v + u)"),

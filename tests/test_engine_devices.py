@@ -177,7 +177,7 @@ PASSES = {name: functools.partial(estimate, name) for name in ESTIMATORS} | {
 REDUCED = {"i2": 3, "one pass": 2, "norms": 0}
 
 
-@pytest.mark.short("exact", "gnb with error", "one pass", "norms", "data set")
+@pytest.mark.short("exact", "exact, by column", "gnb with error", "one pass", "norms", "data set")
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_divides_its_work_and_reduces_once(count, name):
     """However many cotangents an example has, and however few there are at a time."""
@@ -235,6 +235,28 @@ def test_sharded_parameters_are_gathered_as_by_the_gradient(
     sums = sum(x.size * 4 for x in jax.tree.leaves(params)) / 2
     assert squares.get("all-to-all", 0) <= gradient.get("all-to-all", 0) + sums
     assert squares["products"] <= 1.1 * gradient["products"]
+
+
+@pytest.mark.short("empirical")
+@pytest.mark.parametrize("name", ["empirical", "exact, by column", "one pass", "norms"])
+def test_activations_that_a_model_shards_by_name(count, name):
+    """Data parallel: an example is a batch of one there, which no device is to have."""
+    devices = mesh(AxisType.Auto)
+    model, params, batch = shapes(devices, "data", None)["transformer"]
+
+    def constrained(params, x):
+        def placed(x):
+            return jax.lax.with_sharding_constraint(x, P("data", None, None))
+
+        return placed(jnp.tanh(placed(model(params, placed(x)))))
+
+    with jax.set_mesh(devices):
+        each = count(PASSES[name](constrained), params, batch)
+    whole = count(PASSES[name](model), alone(params), alone(batch))
+    assert each["products"] <= 1.05 * whole["products"] / 8
+    assert not {"all-gather", "all-to-all", "collective-permute"} & set(each)
+    sums = REDUCED.get(name, 1) * sum(x.size * 4 for x in jax.tree.leaves(params))
+    assert each.get("all-reduce", 0) <= sums + 16
 
 
 @pytest.mark.short("8")

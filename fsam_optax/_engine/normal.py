@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Literal
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fsam_optax._engine.jaxpr import bind, Dataflow
 from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of
@@ -167,8 +168,26 @@ def _split(shape, rows, numbers):
 
 # How a primitive is written to be recognised later: name -> function of the program,
 # the equation and the values of its operands.
+def _constrained(flow, eqn, values):
+    """Keeps to the shardings that a model asks for, but not of axes of size one.
+
+    What the model takes for its batch is one example, and the batch, which is mapped
+    over, lies on the devices that the model wants it on.
+    """
+    sharding, (x,) = eqn.params["sharding"], values
+    if not flow.varies(eqn.invars[0]) or not isinstance(sharding, NamedSharding):
+        return bind(eqn, values)
+    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    free = set(eqn.params["unconstrained_dims"])
+    free |= {d for d, names in enumerate(spec) if names and x.shape[d] == 1}
+    spec = [PartitionSpec.UNCONSTRAINED if d in free else s for d, s in enumerate(spec)]
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return [lax.with_sharding_constraint(x, sharding)]
+
+
 NORMAL: dict[str, Callable] = {
     "dot_general": _product,
+    "sharding_constraint": _constrained,
     "dynamic_update_slice": _row,
     "scatter-add": _rows_of_tables,
 }
