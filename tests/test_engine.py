@@ -484,6 +484,31 @@ def test_equals_gradients_formed_in_full_where_it_falls_back(name, chunk_bytes):
     assert leaf.rule == "fallback" and leaf.note in str(rules)
 
 
+# What a custom rule returns need not be linear in the gradient.
+NOT_LINEAR = {
+    "gather": lambda g: g.at[np.array([0, 1, 9, 2])].get(mode="fill", fill_value=3.0),
+    "pad": lambda g: lax.pad(g[1:], 3.0, [(1, 0, 0), (0, 0, 0)]),
+    "select": lambda g: jnp.where(np.arange(4)[:, None] > 1, g, 3.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The gradients of single examples")
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_moves_beside_numbers_that_are_not_zero(name):
+    @jax.custom_vjp
+    def same(w):
+        return w
+
+    same.defvjp(lambda w: (w, None), lambda _, g: (NOT_LINEAR[name](g),))
+
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(x @ same(w)))
+
+    w, x = normal(0, 4, 5), normal(1, B, 4)
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=POWERS))(w, x)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, w, x, POWERS))
+
+
 @pytest.mark.parametrize("budget", [None, 8, 24])
 def test_loops_sum_up_the_rest_and_all_weights(budget):
     """Of 7 examples 3 at a time; along the second axis only the weights differ."""
