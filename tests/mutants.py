@@ -462,6 +462,7 @@ MUTANTS = [
         (
             "jnp.where(index < count, weight, jnp.zeros_like(weight))",
             "weight + 0 * index",
+            "engine_memory",
         ),
     ),
     *_mutants(

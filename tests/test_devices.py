@@ -38,12 +38,12 @@ MESH = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
 RHO = 0.5
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "k": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32),
-    "b": jnp.asarray(RNG.normal(size=2), jnp.float32),
+    "k": jnp.asarray(np.float32(RNG.normal(size=(3, 2)))),
+    "b": jnp.asarray(np.float32(RNG.normal(size=2))),
 }
 BATCH = (
-    jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32),
-    jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32),
+    jnp.asarray(np.float32(RNG.normal(size=(16, 3)))),
+    jnp.asarray(np.float32(RNG.normal(size=(16, 2)))),
 )
 PERTURBATIONS = {
     "euclidean": euclidean_ball(RHO),
@@ -335,12 +335,14 @@ def test_fault_26_nan_on_one_replica_of_the_oracle(how):
 
 
 SHARDED = {
-    "k": jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32),
-    "b": jnp.asarray(RNG.normal(size=3), jnp.float32),
-    "w": jnp.asarray(RNG.normal(size=16), jnp.float32),
+    "k": jnp.asarray(np.float32(RNG.normal(size=(8, 3)))),
+    "b": jnp.asarray(np.float32(RNG.normal(size=3))),
+    "w": jnp.asarray(np.float32(RNG.normal(size=16))),
     "s": jnp.float32(0.5),
 }
-SHARDED_GRADS = jax.tree.map(lambda w: jnp.sin(3 * w) + 0.1, SHARDED)
+SHARDED_GRADS = jax.jit(
+    lambda tree: jax.tree.map(lambda w: jnp.sin(3 * w) + 0.1, tree)
+)(SHARDED)
 SPECS = {"k": P("d"), "b": P(), "w": P("d"), "s": P()}
 
 
@@ -475,12 +477,12 @@ def test_fault_27_jit_on_sharded_parameters_keeps_the_sharding(axes, name):
 
 RESHARD = getattr(jax, "reshard", None) or jax.sharding.reshard
 NET = {
-    "w1": jnp.asarray(RNG.normal(size=(4, 16)), jnp.float32),
-    "b1": jnp.asarray(RNG.normal(size=16) / 8, jnp.float32),
-    "w2": jnp.asarray(RNG.normal(size=(16, 8)) / 4, jnp.float32),
+    "w1": jnp.asarray(np.float32(RNG.normal(size=(4, 16)))),
+    "b1": jnp.asarray(np.float32(RNG.normal(size=16) / 8)),
+    "w2": jnp.asarray(np.float32(RNG.normal(size=(16, 8)) / 4)),
 }
 LABELLED = (
-    jnp.asarray(RNG.normal(size=(16, 4)), jnp.float32),
+    jnp.asarray(np.float32(RNG.normal(size=(16, 4)))),
     jnp.asarray(RNG.integers(8, size=16), jnp.int32),
 )
 REPLICATED = {"w1": P(), "b1": P(), "w2": P()}

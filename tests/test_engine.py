@@ -29,11 +29,13 @@ jitted = jax.jit(power_sums, static_argnums=(0, 3), static_argnames=("powers",))
 
 # By NumPy: nothing is compiled where the tests are only collected.
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), float)
+    x = np.random.default_rng(seed).normal(size=shape)
+    return np.asarray(x, jnp.result_type(float))
 
 
 def tokens(*shape, vocabulary=7):
-    return jnp.asarray(np.random.default_rng(0).integers(0, vocabulary, shape), int)
+    x = np.random.default_rng(0).integers(0, vocabulary, shape)
+    return jnp.asarray(x.astype(jnp.result_type(int)))
 
 
 PAIRS = "sum of outer products"

@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return jnp.asarray(np.float32(RNG.normal(size=shape)))
 
 
 def s4d(p, x):
@@ -220,7 +220,7 @@ def random_model(seed):
     """Returns a model that mixes real and complex arithmetic at random."""
     rng = np.random.default_rng(seed)
     params = {
-        f"p{i}": jnp.asarray(rng.normal(size=(4, 4)) / 2, jnp.float32) for i in range(4)
+        f"p{i}": jnp.asarray(np.float32(rng.normal(size=(4, 4)) / 2)) for i in range(4)
     }
     steps = [(rng.integers(9), *rng.integers(4, size=2)) for _ in range(4)]
 
@@ -253,7 +253,7 @@ def random_model(seed):
             z = step(kind, params[f"p{i}"], params[f"p{j}"], z).astype(jnp.complex64)
         return z.real + 0.3 * z.imag
 
-    return model, params, jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32)
+    return model, params, jnp.asarray(np.float32(rng.normal(size=(3, 4, 4))))
 
 
 @pytest.mark.short("3")

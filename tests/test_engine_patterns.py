@@ -28,7 +28,7 @@ def rank_promotion(no_rank_promotion):
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape) / 2, jnp.float32)
+    return jnp.asarray(np.float32(RNG.normal(size=shape) / 2))
 
 
 def tokens(vocabulary, *shape):

@@ -200,7 +200,11 @@ def test_falls_back_if_the_rewriting_breaks(monkeypatch):
 # The loss that knows its model.
 
 N, T, D, C = 6, 4, 6, 3
-PARAMS = {"table": normal(0, 9, D), "w": normal(1, D, C), "count": jnp.arange(2)}
+PARAMS = {
+    "table": jnp.asarray(normal(0, 9, D)),
+    "w": normal(1, D, C),
+    "count": jnp.arange(2),
+}
 TOKENS = programs.tokens(N, T, vocabulary=9)
 LABELS = programs.tokens(N, T, vocabulary=C)
 

@@ -37,7 +37,7 @@ def grad_fn(p):
 BALL = fsam.euclidean_ball(0.05)
 NLL = fsam.negative_log_likelihood(model, fsam.categorical)
 OPT = fsam.sam(optax.adam(1e-3))
-G, S = grad_fn(P), OPT.init(P)
+G, S = jax.jit(grad_fn)(P), OPT.init(P)
 F = fsam.value_and_grad(loss, BALL)
 FS = F.init(P)
 Wrong: Any = None

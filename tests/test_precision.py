@@ -39,6 +39,7 @@ def mlp(params, x):
     return jnp.tanh(x @ params["k1"]) @ params["k2"] + params["b"][None]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def initial(*sizes):
     """Returns parameters from LeCun's normal initialisation, in float32."""
     a, b, c = sizes
@@ -49,6 +50,7 @@ def initial(*sizes):
     }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def data(n, features, classes):
     x = jax.nn.relu(jax.random.normal(jax.random.key(4), (n, features)))
     return x, jax.random.randint(jax.random.key(5), (n,), 0, classes)

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from scipy.optimize import brentq
 
 import fsam_optax as fsam
 
@@ -16,9 +15,9 @@ import fsam_optax as fsam
 RHO = 0.3
 RNG = np.random.default_rng(0)
 SHAPES = {"b": (3,), "k": (2, 3)}
-PARAMS = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
-GRADS = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
-FISHER = {n: jnp.asarray(RNG.uniform(size=s), jnp.float32) for n, s in SHAPES.items()}
+PARAMS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+GRADS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+FISHER = {n: jnp.asarray(np.float32(RNG.uniform(size=s))) for n, s in SHAPES.items()}
 FACTOR = RNG.normal(size=(9, 4))
 CONVEX = FACTOR @ FACTOR.T
 INDEFINITE = CONVEX - 2 * np.eye(9)
@@ -92,6 +91,8 @@ def test_one_step_on_a_quadratic_is_its_closed_form(geometry):
 
 def trust_region(t, hessian):
     """Largest rise in the ellipsoid, by the secular equation."""
+    from scipy.optimize import brentq  # Here, as it takes long to import.
+
     values, vectors = np.linalg.eigh(t[:, None] * hessian * t)
     g = vectors.T @ (t * oracles.flat(GRADS))
 
@@ -168,7 +169,7 @@ def test_a_maximum_inside_the_ball_is_found():
     np.testing.assert_allclose(found, 0.01, rtol=1e-3)
 
 
-X = jnp.asarray(RNG.normal(size=(6, 2)), jnp.float32)
+X = jnp.asarray(np.float32(RNG.normal(size=(6, 2))))
 Y = jnp.asarray(RNG.integers(0, 3, 6))
 
 
@@ -308,7 +309,7 @@ LIKELIHOODS = {
     "gaussian": fsam.gaussian(0.5),
     "poisson": fsam.poisson,
 }
-EPS = {n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
+EPS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
 
 
 def sequence(params, x):
@@ -445,9 +446,9 @@ def test_wrong_directions_are_refused():
 def test_random_directions_are_as_long_as_each_filter():
     rng = np.random.default_rng(0)
     w = {
-        "conv": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32),
+        "conv": jnp.asarray(np.float32(rng.normal(size=(3, 3, 2, 4)))),
         "half": jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16),
-        "stacked": jnp.asarray(rng.normal(size=(6, 4, 5)), jnp.float32),
+        "stacked": jnp.asarray(np.float32(rng.normal(size=(6, 4, 5)))),
         "zero": jnp.zeros((3, 2)),
         "bias": jnp.ones(4),
     }

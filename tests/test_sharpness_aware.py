@@ -25,10 +25,10 @@ SHAPES = {"k": (3, 2), "b": (2,)}
 
 def arrays(dtype):
     rng = np.random.default_rng(0)
-    params = {n: jnp.asarray(rng.normal(size=s), dtype) for n, s in SHAPES.items()}
+    params = {n: jnp.asarray(dtype(rng.normal(size=s))) for n, s in SHAPES.items()}
     batches = [
         (
-            jnp.asarray(rng.normal(size=(8, 3)), dtype),
+            jnp.asarray(dtype(rng.normal(size=(8, 3)))),
             jnp.asarray(rng.integers(0, 2, 8)),
         )
         for _ in range(3)
