@@ -415,9 +415,12 @@ MUTANTS = [
     *_mutants(
         "_engine/rows.py",
         "engine engine_patterns",
-        ("index = jnp.clip(index, 0, last)", "index = index"),
-        ("flat = flat * n + index[..., d]", "flat = flat + index[..., d]"),
-        ("return first[index]", "return index"),
+        ("x = jnp.clip(x, 0, n - 1)", "x = x + 0"),
+        ("flat = flat * n + x if k else x", "flat = flat + x if k else x"),
+        (
+            "return _gathered(_scattered(lax.scatter_min, first, index, places), index)",
+            "return index",
+        ),
         ("start = lax.cummax(jnp.where(new, places, 0))", "start = places"),
     ),
     *_mutants(

@@ -108,7 +108,7 @@ def slices_of_one_parameter(params, x):
     return jnp.sum(x)
 
 
-@program(normal(0, 4, 12), normal(1, B, 3, 4), PAIRS)
+@program(normal(0, 4, 12), normal(1, B, 3, 4), "shared dense")
 def parts_of_one_parameter(params, x):
     q, k, v = jnp.split(params, 3, axis=1)
     return jnp.sum(jax.nn.softmax((x @ q) @ (x @ k).T) @ (x @ v))
@@ -132,7 +132,7 @@ def tied_embedding(params, x):
 @program(
     normal(0, 4, 3, 5),
     (tokens(B, 6, vocabulary=9) - 2, normal(1, B, 6, 3)),
-    "reduction",
+    "embedding",
 )
 def embedding_out_of_bounds(params, example):
     i, x = example

@@ -48,18 +48,19 @@ def explain(
 
     Returns:
         One `Leaf` per parameter. `cost` counts the operations of the rule against those
-        of the gradient of the parameter. A fallback forms the gradient of each example,
-        a few at a time; its note says why.
+        of the gradient of the parameter: for a bias three, a square, a weight and a
+        sum, for each addition. A fallback forms the gradient of each example, a few at
+        a time; its note says why.
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        >>> params = {"kernel": jnp.ones((300, 90)), "bias": jnp.zeros(90)}
         >>> def apply_fn(params, x):
         ...     return x @ params["kernel"] + params["bias"][None]
-        >>> print(explain(apply_fn, params, jnp.ones((8, 3)), lambda h, _: h[None]))
-        parameter   shape   rule           cost
-        ['bias']    (2,)    reduction      1.00
-        ['kernel']  (3, 2)  outer product  1.00
+        >>> print(explain(apply_fn, params, jnp.ones((8, 300)), lambda h, _: h[None]))
+        parameter   shape      rule           cost
+        ['bias']    (90,)      reduction      3.00
+        ['kernel']  (300, 90)  outer product  1.02
     """
     check_model(apply_fn, inputs)
     check_cotangents(cotangents)
@@ -161,7 +162,8 @@ def _explain(fn, params, examples, cotangents, by_example=False):
 
     jax.eval_shape(record, params, examples)
     found = Explanation(leaves_of(params, report))
-    found.remarks = _remarks(fn, params, examples)
+    # A loss of one example has no axis that could be one of a batch.
+    found.remarks = _remarks(fn, params, examples) if cotangents is not None else ()
     return found
 
 

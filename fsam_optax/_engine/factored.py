@@ -74,21 +74,31 @@ def _one_group(site, groups, operands):
     like = jax.ShapeDtypeStruct(tuple(shape), group.dtype)
     held = 0
     if each == 1:
-        rule, work = "reduction", work + spread
+        rule, work = "reduction", work + what.per_entry * spread
         reduce = looped(fn, [like], what, None)
     elif what.by_example and (found := _by_example(site, group)) is not None:
         rule, own, reduce, held = found
         work = sum(t.work for t in group.terms) + own
     elif n == [1]:
         rule, precision = "outer product", group.terms[0].precision
+        sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
+        work += what.per_entry * sides + _placing(site, group)
         reduce = outer_product(group.numbers(), group.dtype, precision, what.powers)
     else:
         rule, work = "shared dense", work + 2.0 * IN_LOOPS * spread
+        sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
+        work += sum(n) * sides
         held = 2 * spread * group.dtype.itemsize
         steps = Steps(held, what.chunk_bytes, what.devices, apart=True)
         reduce = looped(fn, [like], what, steps)
     keeps = _keeps(site, group)
     return Source(rule, work, operands, reduce, held, prepare, finish, like, keeps)
+
+
+def _placing(site, group):
+    """Returns the operations that place the sums of a product, which examples share."""
+    masks = len(site.what.powers) * len(group.terms[0].masks)
+    return masks * size(site.terms[0]) / site.what.examples
 
 
 def _keeps(site, group):

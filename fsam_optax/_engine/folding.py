@@ -48,6 +48,9 @@ class Contracted:
         solved = _solved(self, env, dtype)
         if solved is not None:
             return solved
+        if all(set(part.labels) <= set(self.labels) for part in self.parts):
+            factors = [_among(self.labels, part, env, dtype) for part in self.parts]
+            return math.prod(factors[1:], start=factors[0])
         operands = []
         for part in self.parts:
             operands += [part.value(env, dtype), part.labels]
@@ -107,16 +110,20 @@ class Added:
         for scale, factors in self.parts:
             product = jnp.asarray(scale, dtype)
             for f in factors:
-                order = [x for x in self.labels if x in f.labels]
-                y = f.value(env, dtype)
-                y = jnp.transpose(y, [f.labels.index(x) for x in order])
-                gone = [d for d, x in enumerate(self.labels) if x not in f.labels]
-                product = product * jnp.expand_dims(y, gone)
+                product = product * _among(self.labels, f, env, dtype)
             total = total + product
         return total
 
 
 Expression = Factor | Contracted | Added
+
+
+def _among(labels, x, env, dtype):
+    """Returns an array with an axis, perhaps of size one, for each of some labels."""
+    order = [label for label in labels if label in x.labels]
+    y = x.value(env, dtype)
+    y = jnp.transpose(y, [x.labels.index(label) for label in order])
+    return jnp.expand_dims(y, [d for d, z in enumerate(labels) if z not in x.labels])
 
 
 @dataclass(frozen=True)
@@ -276,7 +283,9 @@ def folded(expander: Expander, term: Term, limit: int, examples: int) -> Folded:
         varies = any(f.varies for f in parts)
         if len(parts) == 1 and labels == parts[0].labels:
             return parts[0], 0.0
-        work = (2.0 if len(parts) > 1 else 1.0) * volume(found)
+        work = (2.0 if len(parts) > 1 and len(labels) < len(found) else 1.0) * volume(
+            found
+        )
         if not varies:
             work /= examples
         elif volume(labels) > bound:
@@ -322,7 +331,10 @@ def folded(expander: Expander, term: Term, limit: int, examples: int) -> Folded:
 
     # Labels of a single factor that the result does not have are summed at once.
     items: list[Expression] = [*varying, *constants]
-    work = 0.0
+    steps = [sum(step[0] != "reshape" for step in f.steps) for f in varying]
+    work = sum(
+        (float(n * volume(f.labels)) for n, f in zip(steps, varying, strict=True)), 0.0
+    )
     for k in range(len(items)):
         items[k], more = contracted((items[k],), items[:k] + items[k + 1 :])
         work += more
@@ -330,10 +342,8 @@ def folded(expander: Expander, term: Term, limit: int, examples: int) -> Folded:
     if best[0] is None:
         raise Mismatch("a constant that joins no factor")
     _, varying, constants, work = best[0]
-    if len(varying) == 2 and all(
-        out & set(f.labels) == out & (set(varying[0].labels) & set(varying[1].labels))
-        for f in varying
-    ):
+    own = [out & set(f.labels) for f in varying]
+    if len(varying) == 2 and (own[0] <= own[1] or own[1] <= own[0]):
         # A sum of entries: no product is left.
         one, more = contracted(varying, constants)
         varying, work = (one,), work + more

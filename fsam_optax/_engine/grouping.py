@@ -49,6 +49,8 @@ class Group:
 
     def positions(self) -> list[int]:
         """Returns over how many positions each product is summed; few are joined."""
+        if len(self.sides) == 1:
+            return [1]
         each = [self.volume(t.summed) for t in self.terms]
         few = sum(n for n in each if n < FEW)
         return [*([few] if few else []), *(n for n in each if n >= FEW)]
@@ -56,8 +58,9 @@ class Group:
     def work(self) -> float:
         """Returns the operations for one example."""
         before = sum(t.work for t in self.terms)
-        product = 2.0 * sum(self.positions()) * self.volume(self.labels)
-        return before + (product if len(self.sides) == 2 else 0.0)
+        if len(self.sides) == 1:
+            return before + (len(self.terms) - 1) * self.volume(self.labels)
+        return before + 2.0 * sum(self.positions()) * self.volume(self.labels)
 
     def factors(self, env: dict[Any, Any]) -> list[list[jax.Array]]:
         """Returns, for each product that is left after joining, its factors."""
@@ -75,6 +78,12 @@ class Group:
                 shape = (*x.shape[:n_batch], self.volume(t.summed), self.volume(rest))
                 arrays.append(x.reshape(shape))
             products.append(arrays)
+        if len(self.sides) == 1:
+            sums = [
+                jnp.sum(x, n_batch, keepdims=True) if x.shape[n_batch] > 1 else x
+                for (x,) in products
+            ]
+            return [[sum(sums[1:], sums[0])]]
         each = [self.volume(t.summed) for t in self.terms]
         few = [p for p, n in zip(products, each, strict=True) if n < FEW]
         joined = []
@@ -94,7 +103,7 @@ class Group:
     def product(self, factors: Sequence[jax.Array]) -> jax.Array:
         """Returns the value of one product, with an axis for each label."""
         if len(factors) == 1:
-            y = jnp.sum(factors[0], len(self.batch))
+            y = factors[0]
         else:
             left, right = factors
             y = lax.dot_general(

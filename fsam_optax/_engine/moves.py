@@ -75,6 +75,11 @@ class Moved:
         keys = [source.key for source in self.sources()]
         return self._keeps_all() and len(set(keys)) == len(keys)
 
+    def work(self) -> float:
+        """Returns the operations on the way from the sources, other than moves."""
+        scaled = 0.0 if self.keeps else 2.0 * size(self.terms[0])
+        return scaled + sum(part.work() for part in self.parts)
+
     def _keeps_all(self):
         return self.keeps and all(part._keeps_all() for part in self.parts)
 

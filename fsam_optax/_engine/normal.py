@@ -166,6 +166,35 @@ def _split(shape, rows, numbers):
     return [d for d in kept if d in indexed and 1 < rows[axes[d]] < shape[d]]
 
 
+def _stack(flow, eqn, values):
+    del flow
+    axis = eqn.params["axis"]
+    return [lax.concatenate([lax.expand_dims(x, [axis]) for x in values], axis)]
+
+
+def _unstack(flow, eqn, values):
+    del flow
+    (x,), axis = values, eqn.params["axis"]
+    return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+
+def _split_apart(flow, eqn, values):
+    del flow
+    (x,), axis, start = values, eqn.params["axis"], 0
+    return [
+        lax.slice_in_dim(x, start, start := start + n, axis=axis)
+        for n in eqn.params["sizes"]
+    ]
+
+
+def _tile(flow, eqn, values):
+    del flow
+    (x,), reps = values, eqn.params["reps"]
+    shape = [n for pair in zip(reps, x.shape, strict=True) for n in pair]
+    x = lax.broadcast_in_dim(x, shape, range(1, 2 * x.ndim, 2))
+    return [x.reshape(eqn.outvars[0].aval.shape)]
+
+
 # How a primitive is written to be recognised later: name -> function of the program,
 # the equation and the values of its operands.
 def _constrained(flow, eqn, values):
@@ -190,6 +219,10 @@ NORMAL: dict[str, Callable] = {
     "sharding_constraint": _constrained,
     "dynamic_update_slice": _row,
     "scatter-add": _rows_of_tables,
+    "split": _split_apart,
+    "stack": _stack,
+    "tile": _tile,
+    "unstack": _unstack,
 }
 
 

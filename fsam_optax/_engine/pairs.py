@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._engine.grouping import Group
+from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.sums import by_device
 
@@ -117,7 +118,7 @@ def multiplied_out(
             lead = x.shape[: sum(h)]
             shape = [sizes[y] if y in g.labels else 1 for y in side]
             full = [sizes[y] for y in side]
-            x = jnp.broadcast_to(jnp.sum(x, -2).reshape(*lead, *shape), (*lead, *full))
+            x = jnp.broadcast_to(x.reshape(*lead, *shape), (*lead, *full))
             x = Vectors(x.reshape(*lead, -1), tuple(h))
             one = Vectors(jnp.ones(1, x.x.dtype), (False,) * len(h))
             found.append((x, one, k) if side is left else (one, x, k))
@@ -165,4 +166,7 @@ def multiplied_out(
     work = sum(t.work for g in groups for t in g.terms)
     work += 2.0 * pairs * base.volume(base.labels)
     reduce = by_device(reduce, site.what.devices)
+    work += site.what.per_entry * pairs * (base.volume(left) + base.volume(right))
+    masks = sum(len(g.terms[0].masks) for g in groups) + 2
+    work += masks * pairs * size(site.terms[0]) / site.what.examples
     return Source("sum of outer products", work, operands, reduce, 0, prepare)

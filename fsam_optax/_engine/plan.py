@@ -35,6 +35,7 @@ from fsam_optax._engine.report import Used
 from fsam_optax._engine.rules import chosen, fallback, joined, reduction
 from fsam_optax._engine.sources import (
     maps_weight,
+    own_work,
     parameter_side,
     Site,
     Source,
@@ -55,6 +56,8 @@ class Plan:
         sources: The rule for each source of the wanted values, by its key, and what the
             gradient itself costs there.
         inner: The loops and choices that some sources come out of.
+        scaling: By wanted value, the operations for each example of a batch by which
+            its entries are scaled, once for all.
     """
 
     flow: Dataflow
@@ -63,6 +66,7 @@ class Plan:
     needed: set[Any]
     sources: dict[tuple[int, ...], tuple[Source, float]]
     inner: tuple[Loop | Branching, ...]
+    scaling: tuple[float, ...]
 
     def rules(self, k: int) -> list[Used]:
         """Returns the rules of the k-th wanted value."""
@@ -82,7 +86,8 @@ class Plan:
             )
             steps = part.eqn.params.get("length", 1)
             found += [x._replace(work=x.work * steps, own=x.own * steps) for x in inner]
-        return found
+        first, *rest = found
+        return [first._replace(work=first.work + self.scaling[k]), *rest]
 
 
 def make_plan(
@@ -124,7 +129,10 @@ def make_plan(
         v, *more = site.terms
         eqn = flow.made_by(v)
         stacked = is_stacked(eqn, v) and id(eqn) not in maps
-        formed_inside = stacked or is_common_choice(flow, eqn)
+        formed_inside = stacked or (
+            is_common_choice(flow, eqn)
+            and all(site.is_small(x) for x in eqn.invars if flow.varies(x))
+        )
         if not more and flow.varies(v) and formed_inside:
             parts.setdefault(id(eqn), (eqn, []))[1].append(eqn.outvars.index(v))
         elif (source := chosen(site)) is not None:
@@ -152,6 +160,8 @@ def make_plan(
         x for source in sources.values() for x in source.operands
     )
 
+    own = own_work({key: sites[key] for key in sources})
+
     def inner(eqn, outputs):
         uniform = all(whats[id(eqn.outvars[k]),].uniform for k in outputs)
         within = dataclasses.replace(what, uniform=uniform)
@@ -164,8 +174,9 @@ def make_plan(
         consts,
         tuple(origins),
         needed,
-        {key: (source, sites[key].own_work()) for key, source in sources.items()},
+        {key: (source, own[key]) for key, source in sources.items()},
         tuple(inner(eqn, outputs) for eqn, outputs in parts.values()),
+        tuple(origin.work() / what.examples for origin in origins),
     )
 
 

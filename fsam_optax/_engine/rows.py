@@ -105,40 +105,65 @@ def embedding(site: Site) -> Source | None:
             # The table is no larger than its rows: it is filled for each example.
             fn = _filled(site, indexed, lookups)
             reduce = looped(fn, [site.like], site.what, None)
-            work += size(site.terms[0])
+            work += rows * max(4.0 * len(indexed) - 2, 0.0)
+            work += site.what.per_entry * size(site.terms[0])
         else:
             rule = _squares if site.what.by_example else _reduction
             reduce = rule(site, indexed, lookups)
-            work += _merging_work(rows, math.prod(bounds), math.prod(window), indexed)
+            entries, width = math.prod(bounds), math.prod(window)
+            work += _merging_work(site, rows, entries, width, indexed)
         return Source("embedding", work, tuple(operands), reduce)
     return _at_known_places(site, indexed, lookups, known)
 
 
-def _merging_work(rows, entries, width, indexed):
-    """Returns the operations by which rows of the same place are added and squared."""
-    places = 8.0 * rows * len(indexed)
+def _merging_work(site, rows, entries, width, indexed):
+    """Returns the operations by which rows of the same place are added and squared.
+
+    Beside those by which they come into the table.
+    """
+    places = rows * max(4.0 * len(indexed) - 2, 0.0)
+    summing = site.what.per_entry - 1
     if rows > 1:
         by_table = entries <= SMALL_TABLE * rows
-        places += entries if by_table else 2 * rows * math.log2(rows)
-    return places + (4.0 if rows > 1 else 2.0) * rows * width
+        places += rows * (2.0 if by_table else math.log2(rows) + 6)
+        summing += 1
+    return places + summing * rows * width
 
 
 def _flat(index, bounds, lookup):
     """Returns indices as numbers of rows of the table; its size if out of bounds."""
-    if len(lookup.columns) < index.shape[-1]:
-        index = index[..., np.array(lookup.columns)]
     if jnp.iinfo(index.dtype).bits < 32:
         index = index.astype(jnp.int32)
-    last = jnp.array(bounds, index.dtype).reshape((1,) * (index.ndim - 1) + (-1,)) - 1
-    inside = jnp.all((index >= 0) & (index <= last), axis=-1)
-    index = jnp.clip(index, 0, last)
-    flat = jnp.zeros(index.shape[:-1], index.dtype)
-    for d, n in enumerate(bounds):
-        flat = flat * n + index[..., d]
-    if lookup.mode != lax.GatherScatterMode.CLIP:
-        # Dropped, also where it was promised to be inside, as XLA does.
+    # Dropped, also where it was promised to be inside, as XLA does.
+    fills = lookup.mode != lax.GatherScatterMode.CLIP
+    flat = jnp.zeros((), index.dtype)
+    inside: Any = True
+    for k, (column, n) in enumerate(zip(lookup.columns, bounds, strict=True)):
+        x = index[..., column]
+        if fills:
+            # Below zero is far above as a number without sign.
+            unsigned = x.astype(f"uint{jnp.iinfo(x.dtype).bits}") < n
+            inside = unsigned & inside if k else unsigned
+        else:
+            x = jnp.clip(x, 0, n - 1)
+        flat = flat * n + x if k else x
+    if fills and lookup.columns:
         flat = jnp.where(inside, flat, math.prod(bounds))
-    return flat.reshape(-1)
+    return jnp.broadcast_to(flat, index.shape[:-1]).reshape(-1)
+
+
+def _scattered(scatter, table, index, rows):
+    """Scatters rows into a table at indices that are not negative."""
+    numbers = lax.ScatterDimensionNumbers(tuple(range(1, rows.ndim)), (0,), (0,))
+    drop = lax.GatherScatterMode.FILL_OR_DROP
+    return scatter(table, index[:, None], rows, numbers, mode=drop)
+
+
+def _gathered(table, index):
+    """Returns rows of a table at indices within bounds."""
+    numbers = lax.GatherDimensionNumbers(tuple(range(1, table.ndim)), (0,), (0,))
+    clip = lax.GatherScatterMode.CLIP
+    return lax.gather(table, index[:, None], numbers, (1, *table.shape[1:]), mode=clip)
 
 
 def _stacked(rows, window):
@@ -159,16 +184,12 @@ def first_alike(index: jax.Array, entries: int) -> jax.Array:
     places = lax.iota(jnp.int32, n)
     if entries <= SMALL_TABLE * n:
         first = vary_like(jnp.full(entries + 1, n, jnp.int32), index)
-        first = first.at[index].min(places)
-        return first[index]
+        return _gathered(_scattered(lax.scatter_min, first, index, places), index)
     ordered, order = lax.sort_key_val(index, places)
     new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     start = lax.cummax(jnp.where(new, places, 0))
-    return (
-        vary_like(jnp.zeros(n, jnp.int32), order)
-        .at[order]
-        .set(order[start], unique_indices=True)
-    )
+    first = vary_like(jnp.zeros(n, jnp.int32), order)
+    return _scattered(lax.scatter, first, order, _gathered(order, start))
 
 
 def _table(site, indexed):
@@ -183,7 +204,7 @@ def _into_table(site, indexed, flat, rows):
     """Scatters rows (rows, *window) into zeros of the shape of the sum."""
     bounds, window = _table(site, indexed)
     zeros = vary_like(jnp.zeros((math.prod(bounds), *window), rows.dtype), rows)
-    table = zeros.at[flat].add(rows, mode="drop").reshape(*bounds, *window)
+    table = _scattered(lax.scatter_add, zeros, flat, rows).reshape(*bounds, *window)
     return jnp.moveaxis(table, range(len(bounds)), indexed)
 
 
@@ -221,7 +242,9 @@ def _merged(lookups, dtype, first, *rows):
         _stacked(x.astype(dtype), k.window) for x, k in zip(rows, lookups, strict=True)
     ]
     rows = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-    return rows if first is None else jnp.zeros_like(rows).at[first].add(rows)
+    if first is None:
+        return rows
+    return _scattered(lax.scatter_add, jnp.zeros_like(rows), first, rows)
 
 
 def _squares(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
@@ -285,7 +308,8 @@ def _summed(site, indexed, weight, flat, has_index, rows, has_rows):
     early = tuple(j for j in axes if not has_index[j])
 
     def sums(p):
-        total = jnp.sum(weight * power(rows, p), axis=early)
+        total = weight * power(rows, p)
+        total = jnp.sum(total, axis=early) if early else total
         total = total.reshape(-1, *total.shape[total.ndim - n_window :])
         return _into_table(site, indexed, flat.reshape(-1), total)
 
@@ -346,8 +370,8 @@ def _at_known_places(site, indexed, lookups, known):
         ]
         x = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
         for level in levels:
-            x = jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), dtype)])
-            x = jnp.sum(x[level], axis=1)
+            y = x.at[level].get(mode="fill", fill_value=0)
+            x = jnp.sum(y, axis=1) if level.shape[1] > 1 else y[:, 0]
         return [x]
 
     def finish(s, p, env):
@@ -356,8 +380,10 @@ def _at_known_places(site, indexed, lookups, known):
 
     like = jax.ShapeDtypeStruct((len(places), *window), dtype)
     reduce = looped(fn, [like], site.what, None)
-    moved = sum(math.prod(level.shape) for level in levels) * math.prod(window)
-    work = float(moved + size(site.terms[0]))
+    moved = sum((2 if level.shape[1] > 1 else 1) * level.size for level in levels)
+    moved += len(which) if len(lookups) > 1 else 0
+    work = (moved + site.what.per_entry * len(places)) * math.prod(window)
+    work += len(places) * math.prod(window) / site.what.examples
     operands = tuple(lookup.rows for lookup in lookups)
     return Source("embedding", work, operands, reduce, 0, None, finish, like)
 

@@ -34,11 +34,16 @@ from jax.extend.core import Literal
 
 from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import size
-from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of
+from fsam_optax._engine.primitives import (
+    CONTRACTIONS,
+    LINEAR_MOVES,
+    name_of,
+    SCATTER,
+)
 from fsam_optax._engine.rows import embedding, symmetric
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.tails import joint, tail, whole
-from fsam_optax._engine.work import total
+from fsam_optax._engine.work import IN_LOOPS, total
 
 
 FALLBACK = "fallback"
@@ -110,11 +115,7 @@ def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Sour
             work = rest + sum(x.work for x in new.values())
             if work < best[0]:
                 best = work, new
-        for key, source in best[1].items():
-            # What is said of one alone is not that others share it.
-            alone = contraction(sites[key])
-            if alone is not None:
-                found[key] = dataclasses.replace(source, work=alone.work)
+        found.update(best[1])
     return found
 
 
@@ -158,7 +159,10 @@ def reduction(site: Site, held: set[Any], largest: int) -> Source | None:
         return None
     made = site.flow.ancestors(site.terms, stop=held)
     eqns = site.flow.equations(v for v in made if site.flow.varies(v))
-    return whole(site, "reduction", total(eqns) + size(site.terms[0]))
+    adding = (len(site.terms) - 1 + site.what.per_entry) * size(site.terms[0])
+    # Rows that each example scatters come one after the other.
+    rows = [size(e.invars[-1]) for e in eqns if name_of(e) == SCATTER]
+    return whole(site, "reduction", total(eqns) + IN_LOOPS * sum(rows) + adding)
 
 
 def fallback(site: Site, held: set[Any]) -> Source:

@@ -1,6 +1,7 @@
 """What is summed, and the sources that sums of powers come from."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from fsam_optax._engine.primitives import (
     LINEAR_MOVES,
     LOOP,
     name_of,
-    SCATTER,
     SUMS,
 )
 from fsam_optax._engine.work import operations
@@ -44,6 +44,13 @@ class Summation:
     limit: int = 1
     by_example: bool = False
     uniform: bool = True
+
+    @property
+    def per_entry(self) -> float:
+        """Returns the operations that raise an entry to its powers and sum them up."""
+        if self.by_example:
+            return 2.0
+        return float(sum(p.bit_length() + 1 for p in self.powers))
 
 
 @dataclass(frozen=True)
@@ -126,18 +133,38 @@ class Site:
     def own_work(self) -> float:
         """Returns the operations of the gradient itself, for each example of a batch.
 
-        The gradient of a batch is summed over examples where constant linear maps
-        begin, so that the examples share these.
+        See `own_work` for those of several.
         """
-        work = 0.0
-        for eqn in self.region():
-            shared = any(
-                v in self.inside for v in eqn.invars if not isinstance(v, Literal)
-            )
-            work += operations(eqn) / (self.what.examples if shared else 1)
-        if all(name_of(self.flow.made_by(v)) == SCATTER for v in self.terms):
-            return max(work, 1.0)  # Rows are added to one table for all examples.
-        return max(work, float(size(self.terms[0])))
+        return own_work({0: self})[0]
+
+
+def own_work(sites: Mapping[Any, Site]) -> dict[Any, float]:
+    """Returns the operations of gradients, for each example of a batch.
+
+    The gradient of a batch is summed over examples where constant linear maps begin, so
+    that the examples share these; and gradients share what they are made of.
+
+    Args:
+        sites: The gradients.
+    """
+    regions = {key: site.region() for key, site in sites.items()}
+    users = Counter(id(e) for region in regions.values() for e in region)
+    found = {}
+    for key, site in sites.items():
+        made = {v for e in regions[key] for v in e.outvars}
+        work = float(
+            sum(size(v) for v in site.terms if isinstance(v, Literal) or v not in made)
+        )
+        for e in regions[key]:
+            given = [v for v in e.invars if not isinstance(v, Literal)]
+            if any(v in site.inside for v in given):
+                each = operations(e) / site.what.examples
+            else:
+                added = 0 if name_of(e) in CONTRACTIONS else sum(map(size, e.outvars))
+                each = operations(e) + added
+            work += each / users[id(e)]
+        found[key] = max(work, 1.0)
+    return found
 
 
 def parameter_side(flow: Dataflow, wanted: Iterable[Any]) -> set[Any]:

@@ -98,6 +98,8 @@ def joint(
     found = []
     for k, (site, rule) in enumerate(zip(sites, rules, strict=True)):
         work = 2.0 * IN_LOOPS * size(site.terms[0])
+        # A loop takes the rows of its operands out of their stacks.
+        work += sum(size(x) for x in operands if flow.varies(x)) / len(sites)
         for e in own[k]:
             large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
             each = operations(e) * (IN_LOOPS if large else 1.0) + _laid_out(e)

@@ -98,6 +98,9 @@ COUNTS: dict[str, Callable[[Any], float]] = (
         "fft": _transform,
         "scatter-add": _update,
         "scatter": _update,
+        "scatter-min": _update,
+        "scatter-max": _update,
+        "scatter-mul": _update,
         "dynamic_update_slice": lambda eqn: float(size(eqn.invars[1])),
     }
     | dict.fromkeys(

@@ -56,12 +56,12 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
         >>> from fsam_optax import categorical, negative_log_likelihood
         >>> def apply_fn(params, x):
         ...     return x @ params["kernel"] + params["bias"]
-        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        >>> params = {"kernel": jnp.ones((300, 90)), "bias": jnp.zeros(90)}
         >>> nll = negative_log_likelihood(apply_fn, categorical)
-        >>> print(explain(nll, params, (jnp.ones((8, 3)), jnp.zeros(8, int))))
-        parameter   shape   rule           cost
-        ['bias']    (2,)    reduction      1.00
-        ['kernel']  (3, 2)  outer product  1.00
+        >>> print(explain(nll, params, (jnp.ones((8, 300)), jnp.zeros(8, int))))
+        parameter   shape      rule           cost
+        ['bias']    (90,)      reduction      2.00
+        ['kernel']  (300, 90)  outer product  1.02
     """
     if model is per_example_norms:
         return _explain_norms(*args, **kwargs)
