@@ -500,7 +500,7 @@ def test_rounding_makes_no_square_negative():
         x, c = example
         return jnp.sum(c * (x @ w))
 
-    w, batch = normal(0, 50, 50), (x.astype(np.float32), c.astype(np.float32))
+    w, *batch = (np.float32(x) for x in (normal(0, 50, 50), x, c))
     assert explain_squares(loss_fn, w, batch)[0].rule == GRAM
     squares = np.asarray(example_squares(loss_fn, w, batch))
     # Half of them would be below zero.
