@@ -177,7 +177,9 @@ PASSES = {name: functools.partial(estimate, name) for name in ESTIMATORS} | {
 REDUCED = {"i2": 3, "one pass": 2, "norms": 0}
 
 
-@pytest.mark.short("exact", "exact, by column", "gnb with error", "one pass", "norms", "data set")
+@pytest.mark.short(
+    "exact", "exact, by column", "gnb with error", "one pass", "norms", "data set"
+)
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_divides_its_work_and_reduces_once(count, name):
     """However many cotangents an example has, and however few there are at a time."""

@@ -435,6 +435,21 @@ def test_probes_of_each_example_leave_little_error():
     assert 3 * error(model) < error(reused)
 
 
+def test_many_draws_are_averaged():
+    """Of one example with two labels: how often each was drawn tells all else."""
+    i1 = fisher_i1(
+        lambda w, x: w * x, bernoulli, key=KEY, num_samples=64, standard_error=True
+    )
+    w, x = jnp.float32(0.5), np.ones((1, 1), np.float32)
+    estimate, state = jax.jit(i1.update)(None, i1.init(w), w, batch=(x, None))
+    p = 1 / (1 + np.exp(-0.5))
+    often = (estimate - p**2) / ((1 - p) ** 2 - p**2)
+    np.testing.assert_allclose(often, p, atol=5 * np.sqrt(p * (1 - p) / 64))
+    np.testing.assert_allclose(64 * often, np.round(64 * often), atol=1e-3)
+    variance = often * (1 - often) * ((1 - p) ** 2 - p**2) ** 2
+    np.testing.assert_allclose(state.standard_error, np.sqrt(variance / 63), rtol=1e-3)
+
+
 @pytest.mark.long
 def test_i2_has_the_standard_error_of_its_draws():
     estimator = fisher_i2(
