@@ -32,11 +32,12 @@ import fsam_optax as fsam
 
 
 LENGTH, RANK = 64, 8
-# As many tries for each method.
-RATES = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
-RADII = (0.05, 0.2, 0.8)
-SLOW = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)  # in the place of a penalty
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # with F divided by its mean
+# As many tries for each method: rates, or radii times rates in units of Adam's.
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
+RADII = (0.02, 0.1, 0.5)
+FACTORS = (0.5, 1, 2)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # with F divided by its mean
+LEVELS = (4.0, 4.2, 4.4, 4.6)  # of German, at which English is compared
 EMPIRICAL = "Fisher SAM, empirical, relative"
 SIGNS, ONES = "random signs", "F = 1"
 SQUARED = diagonals.squared(8)
@@ -69,7 +70,7 @@ def pretraining(data, pieces, options):
     """Returns jitted `pretrain(seed)`: a network that knows English."""
     data = jax.tree.map(jnp.asarray, data.batch)
     steps = options.pretraining
-    schedule = optax.warmup_cosine_decay_schedule(0, 6e-3, steps // 10, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 10, steps)
     optimizer = optax.adam(schedule)
 
     def step(carry, rows):
@@ -82,7 +83,7 @@ def pretraining(data, pieces, options):
     def pretrain(seed):
         key = jax.random.key(seed)
         net = gpt.initial(key, pieces, LENGTH, options.width, options.depth)
-        rows = (steps, 4 * options.batch)
+        rows = (steps, 2 * options.batch)
         rows = jax.random.randint(jax.random.fold_in(key, 1), rows, 0, len(data[1]))
         return jax.lax.scan(step, (net, optimizer.init(net)), rows)[0][0]
 
@@ -234,7 +235,13 @@ def experiment(run: harness.Run) -> None:
     def best_of(method, points, score):
         found = [attempt(method, 0, **point) for point in points]
         best = methods.choose(points, [-score(result["val"]) for result in found])
-        return {k: best[k] for k in points[0]}, found, best["edges"]
+        return {k: best[k] for k in points[0]}, best["edges"]
+
+    def curve(points):
+        return [
+            [attempt("base", seed, **point)["test"] for point in points]
+            for seed in range(options.curves)
+        ]
 
     rows: dict[Any, Any] = {"start": ({}, seeds_of("start"))}
     curves = {}
@@ -242,26 +249,28 @@ def experiment(run: harness.Run) -> None:
     def german(val):
         return val[GERMAN]
 
-    best, _, edges = best_of("base", [{"rate": r} for r in options.rates], german)
+    best, edges = best_of("base", [{"rate": r} for r in options.rates], german)
     rows["base"] = best | {"edges": edges}, seeds_of("base", **best)
     rate = best["rate"]
-    best, _, edges = best_of(HALF, [{"rate": r} for r in options.rates], german)
+    best, edges = best_of(HALF, [{"rate": r} for r in options.rates], german)
     rows[HALF] = best | {"edges": edges}, seeds_of(HALF, **best)
     for method in options.methods:
-        points = [{"rho": r, "rate": k * rate} for k in (1, 2) for r in options.radii]
-        best, _, edges = best_of(method, points, german)
+        points = [{"rho": r, "rate": k * rate} for k in FACTORS for r in options.radii]
+        best, edges = best_of(method, points, german)
         rows[method] = best | {"edges": edges}, seeds_of(method, **best)
     rows["both"] = {"rate": rate}, seeds_of("both", rate=rate)
-    points = [{"rate": r} for r in options.slow]
-    best, found, edges = best_of("base", points, np.mean)
-    curves["slow", ""] = [result["test"] for result in found]
+    points = [{"rate": r} for r in options.rates]
+    best, edges = best_of("base", points, np.mean)
+    curves["slow", ""] = curve([p for p in points if p["rate"] <= rate])
     rows["slow"] = best | {"edges": edges}, seeds_of("base", **best)
     for place in (WEIGHTS, ADAPTER):
         for name in options.diagonals:
+            if place == ADAPTER and name not in (SIGNS, ONES):
+                continue
             point = {"rate": rate, "name": name, "place": place}
             points = [point | {"strength": s} for s in options.strengths]
-            best, found, edges = best_of("base", points, np.mean)
-            curves[name, place] = [result["test"] for result in found]
+            best, edges = best_of("base", points, np.mean)
+            curves[name, place] = curve([{"rate": rate}, *points])
             rows[name, place] = best | {"edges": edges}, seeds_of("base", **best)
     means = {
         (name, place, length): run.cell(
@@ -273,11 +282,17 @@ def experiment(run: harness.Run) -> None:
         for name in options.diagonals[:2]
         for length in (0, LENGTH)
     }
-    report(rows, means, options)
+    report(rows, curves, means, options)
     draw(rows, curves, run.picture())
 
 
-def report(rows, means, options):
+def at_level(curve, german):
+    """Returns English where a curve, of (English, German), crosses a German loss."""
+    english, levels = np.array(sorted(curve, key=lambda pair: pair[GERMAN]), float).T
+    return np.interp(german, levels, english, left=np.nan, right=np.nan)
+
+
+def report(rows, curves, means, options):
     """Prints what is left of English and gained of German, and the means of F."""
     lines = []
     base = np.array([r["test"] for r in rows["base"][1]])
@@ -300,6 +315,20 @@ def report(rows, means, options):
     caption = "Nats a token on test captions, mean ± standard error, paired. "
     caption += "* at an edge of the grid."
     title = f"{options.gradients} gradients, {options.seeds} seeds"
+    show.table(title, heads, lines, caption, first=21)
+
+    def level(found, german):
+        english = np.array([at_level(curve, german) for curve in found])
+        return show.cell(english, ".2f") if np.isfinite(english).all() else "-"
+
+    lines = [
+        [f"EWC on {place}, {name}" if place else TITLES[name]]
+        + [level(found, german) for german in LEVELS]
+        for (name, place), found in curves.items()
+    ]
+    title = f"English at equal German, {options.curves} seeds"
+    caption = "Nats a token, linearly between the points of each seed."
+    heads = ["", *(f"German {german:g}" for german in LEVELS)]
     show.table(title, heads, lines, caption, first=21)
     lines = [
         [f"{name}, of the {place}"]
@@ -327,10 +356,10 @@ def draw(rows, curves, path):
         ONES: show.look("random"),
     }
     for axis, place in zip(axes[0], (WEIGHTS, ADAPTER), strict=True):
-        for name in dict.fromkeys(n for n, place in curves if place):
-            english, german = np.array(curves[name, place], float).T
+        for name in [name for name, at in curves if at == place]:
+            english, german = np.mean(np.array(curves[name, place], float), 0).T
             axis.plot(german, english, **looks[name], ms=4, label=f"EWC, {name}")
-        english, german = np.array(curves["slow", ""], float).T
+        english, german = np.mean(np.array(curves["slow", ""], float), 0).T
         axis.plot(german, english, color=show.BLACK, lw=1, label=TITLES["slow"])
         for key, marker in (
             ("base", "o"),
@@ -369,26 +398,26 @@ main = harness.script(
     smoke={
         **{"pretraining": 3, "gradients": 4, "batch": 2, "width": 8, "depth": 1},
         **{"fisher_rows": 8, "val_rows": 4, "test_rows": 4, "pieces": 40, "seeds": 2},
-        **{"rates": [0.01], "slow": [0.005], "radii": [0.1], "strengths": [0.1, 1.0]},
-        **{"methods": [EMPIRICAL], "diagonals": [SIGNS]},
+        **{"rates": [0.01], "radii": [0.1], "strengths": [0.1, 1.0]},
+        **{"methods": [EMPIRICAL], "diagonals": [SIGNS], "curves": 2},
     },
     data_dir=pathlib.Path("data/multi30k"),
     methods={"default": ["SAM", EMPIRICAL], "nargs": "+", "choices": methods.METHODS},
     rates=list(RATES),
     radii=list(RADII),
     diagonals={"default": list(DIAGONALS), "nargs": "+", "choices": DIAGONALS},
-    slow={"default": list(SLOW), "help": "rates"},
     strengths={"default": list(STRENGTHS), "help": "lambdas, F divided by its mean"},
-    pretraining={"default": 500, "help": "steps, on English"},
-    gradients={"default": 320, "help": "of one fine-tuning"},
-    batch={"default": 8, "help": f"rows of {LENGTH} tokens; four times as many before"},
+    pretraining={"default": 600, "help": "steps, on English"},
+    gradients={"default": 160, "help": "of one fine-tuning"},
+    batch={"default": 8, "help": f"rows of {LENGTH} tokens; twice as many before"},
     fisher_rows={"default": 128, "help": "rows of English that F is from"},
     val_rows=128,
     test_rows=256,
     pieces={"default": 512, "help": "of words, the vocabulary"},
     seeds=3,
-    width=64,
-    depth=2,
+    curves={"default": 3, "help": "seeds that run every lambda"},
+    width=128,
+    depth=5,
 )
 
 
