@@ -303,6 +303,7 @@ def test_aux_and_a_key_for_each_example():
     np.testing.assert_allclose(norms, np.sqrt(squared(expected)), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_heads_and_complex_inputs():
     def apply_fn(w, x):
         h = jnp.fft.ifft(x * (1j + w["phase"])[None]).real
@@ -366,7 +367,7 @@ def test_on_each_device_of_a_shard_map(check_vma):
     np.testing.assert_allclose(jax.jit(run)(params, batch), expected, rtol=1e-5)
 
 
-@pytest.mark.short("False")
+@pytest.mark.long
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_clipped_on_each_device_of_a_shard_map(check_vma):
     nll = negative_log_likelihood(lambda w, x: x @ w, categorical)
@@ -402,7 +403,7 @@ def test_a_key_that_examples_do_not_split_is_an_error(function):
         function(nll, normal(0, 3, 4), batch, **options)
 
 
-@pytest.mark.short("clipped_gradient")
+@pytest.mark.long
 @pytest.mark.parametrize("function", ["per_example_norms", "clipped_gradient"])
 def test_statistics_over_the_batch_are_an_error(function):
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))

@@ -120,7 +120,7 @@ def as_oracle(f, base):
 BASE = optax.sgd(0.1, momentum=0.9)
 
 
-@pytest.mark.short("gsam", "looksam")
+@pytest.mark.short("looksam")
 @pytest.mark.parametrize("name", METHODS)
 def test_both_front_ends_agree_bit_for_bit(name):
     perturbation, options = METHODS[name]

@@ -356,7 +356,7 @@ def test_fault_07_bfloat16_parameters(front_end):
     np.testing.assert_allclose(np.linalg.norm(perturbed - clean), 1e-3, rtol=1e-2)
 
 
-@pytest.mark.short("average")
+@pytest.mark.short("element")
 @SOME
 def test_fault_08_mixed_dtypes(x64, geometry):
     dtypes = {"a": jnp.float32, "b": jnp.bfloat16, "c": jnp.float16, "d": jnp.float64}
@@ -690,7 +690,7 @@ def test_fault_20_fisher_sam_without_weights_is_sam():
         np.testing.assert_allclose(weightless[leaf], expected[leaf], rtol=1e-6)
 
 
-@pytest.mark.short("dense_empirical_fisher")
+@pytest.mark.long
 @pytest.mark.parametrize(
     "matrix", ["dense_fisher", "dense_ggn", "dense_empirical_fisher"]
 )
@@ -761,7 +761,7 @@ def test_fault_21_degenerate_bernoulli_and_poisson():
     assert_zero((yes_or_no, counts))
 
 
-@pytest.mark.short("likelihood1-float16", "likelihood0-float32")
+@pytest.mark.short("likelihood1-float16")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("likelihood", [categorical, bernoulli])
 def test_fault_21_likelihoods_at_extreme_logits(likelihood, dtype):

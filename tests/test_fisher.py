@@ -364,7 +364,7 @@ ENTRANCES = {
 }
 
 
-@pytest.mark.short("dense at two positions", "convolution", "reparametrised")
+@pytest.mark.short("reparametrised", "convolution")
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_i2_over_all_signs_is_minus_the_diagonal_of_the_hessian(entrance, monkeypatch):
     enter, number = ENTRANCES[entrance]
@@ -617,6 +617,7 @@ def test_weights_that_are_all_zero_give_zeros(make):
     equal(zeros, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
+@pytest.mark.short("empirical")
 @pytest.mark.parametrize("make", ["empirical", "exact"])
 def test_positions_can_be_left_out_by_their_weight(make):
     def first(params, x):

@@ -67,7 +67,7 @@ def on_one_device():
     return jax.jit(everything)(PARAMS, (X, Y, W), SCALE)
 
 
-@pytest.mark.short("AxisType.Explicit")
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_batches_give_what_one_device_gives(kind):
     if kind == AxisType.Explicit and jax.__version_info__ < (0, 8):

@@ -144,6 +144,7 @@ def test_draws_have_the_moments_of_the_score(case):
     np.testing.assert_allclose(np.cov(scores.T), covariance, atol=0.1)
 
 
+@pytest.mark.long
 def test_several_heads_are_estimated_as_one():
     rng = np.random.default_rng(0)
     params = {

@@ -325,7 +325,7 @@ def keys_in(kind):
     }[kind]
 
 
-@pytest.mark.short("in a dict", "legacy")
+@pytest.mark.short("in a dict")
 @pytest.mark.parametrize("kind", ["typed", "legacy", "in a dict"])
 def test_every_example_draws_by_its_own_key_in_every_pass(kind):
     args, kwargs = keys_in(kind)
@@ -597,7 +597,7 @@ ONE_BY_ONE = {
 }
 
 
-@pytest.mark.short("normalised_inside-exact", "normalised-norms")
+@pytest.mark.short("normalised-norms")
 @pytest.mark.parametrize("how", ONE_BY_ONE)
 @pytest.mark.parametrize("apply_fn", [normalised, normalised_inside])
 def test_statistics_of_the_batch_are_warned_of(how, apply_fn):

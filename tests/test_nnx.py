@@ -89,7 +89,7 @@ def assert_same(a, b, rtol=0.0):
     )
 
 
-@pytest.mark.short("2")
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 2])
 def test_every_node_is_left_as_flax_leaves_it(every):
     batch = make_batch()

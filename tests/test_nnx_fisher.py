@@ -86,6 +86,7 @@ def test_diagonal_has_the_statistics_of_the_moment():
     assert list(only) == ["out"]
 
 
+@pytest.mark.long
 def test_data_set_is_one_batch():
     model = Net(norm=True)
     model.norm.mean[...] += 0.5
@@ -108,7 +109,7 @@ def test_explanations_name_the_variables():
     assert model.dropout.rngs.count[...] == 0
 
 
-@pytest.mark.short("gnb", "i1")
+@pytest.mark.short("gnb")
 @pytest.mark.parametrize("name", ["exact", "i1", "i2", "gnb", "hutchinson"])
 def test_estimators_are_those_of_the_parameters(name):
     model = Net(norm=True)

@@ -180,7 +180,7 @@ def test_half_precision_steps_are_those_of_float32(front_end):
 KERNELS = adaptive_ellipsoid(0.5, mask={"k1": True, "k2": True, "b": False})
 
 
-@pytest.mark.short("ASAM", "SAM-float16")
+@pytest.mark.short("ASAM")
 @pytest.mark.parametrize(
     ("dtype", "geometry", "unmoved", "cosine", "length"),
     [

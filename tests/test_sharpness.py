@@ -443,6 +443,7 @@ def test_wrong_directions_are_refused():
         fsam.loss_along(lambda w: w["b"], PARAMS, EPS, jnp.arange(2))
 
 
+@pytest.mark.long
 def test_random_directions_are_as_long_as_each_filter():
     rng = np.random.default_rng(0)
     w = {

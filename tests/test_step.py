@@ -89,7 +89,7 @@ def test_a_descent_sees_both_gradients_and_plain_steps_have_no_eps(front_end):
     assert_close(results[1], jax.tree.map(lambda g: 2 * g / 2, g), rtol=1e-6)
 
 
-@pytest.mark.short("fisher", "descent, every")
+@pytest.mark.short("descent, every")
 @pytest.mark.parametrize(
     ("ball", "options"),
     [
