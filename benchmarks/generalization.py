@@ -52,6 +52,8 @@ MAIN = {
 }
 DIGITS_CHOICE = MAIN | {
     "GSAM": (0.2, 0.1),
+    "WSAM": (0.0125, 0.05),
+    "Friendly SAM": (0.4, 0.05),
     "MSAM": (2.4, 0.05),
 }
 # The radii of the papers.
