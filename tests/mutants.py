@@ -502,7 +502,10 @@ MUTANTS = [
         "_engine/explanation.py",
         "negative_log_likelihood",
         ("if not any(outputs):", "if not outputs:"),
-        ("return reduces(more, number + 1)", "return True"),
+        (
+            "return reduces(jax.make_jaxpr(apply_fn)(params, more).jaxpr, number + 1)",
+            "return True",
+        ),
     ),
     # What studies.
     *_mutants(

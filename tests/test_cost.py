@@ -28,6 +28,7 @@ from fsam_optax import (
     value_and_grad,
 )
 from fsam_optax._engine.jaxpr import Dataflow
+from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
 
 SIZES = (96, 160, 128, 10)
@@ -329,3 +330,24 @@ def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch, looped):
         return looks
 
     assert 0 < looks_at(24) < 2.2 * looks_at(12)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_engine_traces_a_model_for_the_batch_and_for_an_example(one_pass):
+    """Once each: most of tracing is the Python code of the model."""
+    sizes = []
+
+    def counted(params, x):
+        sizes.append(len(x))
+        return model(params, x)
+
+    nll = negative_log_likelihood(counted, categorical)
+    estimator = fisher_empirical(nll)
+
+    def run(params):
+        if one_pass:
+            return value_grad_and_fisher(nll, params, BATCH, (), {})
+        return fsam_optax.diagonal(estimator, params, BATCH)
+
+    jax.eval_shape(run, PARAMS)
+    assert sorted(sizes) == [1, len(BATCH[1])]

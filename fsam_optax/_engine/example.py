@@ -66,17 +66,18 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
     params, params_tree = jax.tree.flatten(params)
     inputs, inputs_tree = jax.tree.flatten(inputs)
 
-    def model(params):
+    def model(params, inputs):
         return fn(params_tree.unflatten(params), inputs_tree.unflatten(inputs))
 
-    outputs, outputs_tree = jax.tree.flatten(jax.eval_shape(model, params))
+    # Traced once: the backward pass goes through the jaxpr.
+    forward, like = jax.make_jaxpr(model, return_shape=True)(params, inputs)
+    outputs, outputs_tree = jax.tree.flatten(like)
     if cotangents is None and [h.shape for h in outputs] != [()]:
         raise TypeError(f"`loss_fn` must return a scalar; it returned {outputs}.")
 
     def backward(params, inputs, cs):
         def model(params):
-            h = fn(params_tree.unflatten(params), inputs_tree.unflatten(inputs))
-            h = jax.tree.leaves(h)
+            h = jaxpr_as_fun(forward)(*params, *inputs)
             return [x for x in h if _is_floating(x)], h
 
         _, pull, h = jax.vjp(model, params, has_aux=True)

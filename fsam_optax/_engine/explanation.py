@@ -226,27 +226,35 @@ def _is_variable(v):
 
 
 def over_examples(
-    apply_fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
+    apply_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    traced: Any,
 ) -> bool:
     """Tells whether a model reduces over the examples of a batch, as BatchNorm does.
 
     By the jaxpr of the batch: reductions along a leading axis of its size. A second
     one, of another number of examples, tells their axis from others of that size.
+
+    Args:
+        apply_fn: The model.
+        params: Its parameters.
+        inputs: The batch.
+        traced: Its jaxpr for the batch.
     """
 
-    def reduces(inputs, number):
-        jaxpr = jax.make_jaxpr(apply_fn)(params, inputs).jaxpr
+    def reduces(jaxpr, number):
         varies = [False] * len(jax.tree.leaves(params))
         varies += [True] * len(jax.tree.leaves(inputs))
         return over_leading(jaxpr, varies, [True] * len(jaxpr.outvars), number)
 
     number = jnp.shape(jax.tree.leaves(inputs)[0])[0]
-    if number < 2 or not reduces(inputs, number):
+    if number < 2 or not reduces(traced, number):
         return False
     more = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((number + 1, *jnp.shape(x)[1:]), x.dtype), inputs
     )
     try:
-        return reduces(more, number + 1)
+        return reduces(jax.make_jaxpr(apply_fn)(params, more).jaxpr, number + 1)
     except Exception:  # A model for this number of examples alone.
         return True

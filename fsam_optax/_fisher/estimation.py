@@ -16,8 +16,8 @@ from fsam_optax._fisher.labels import Labels, weigh
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
     NegativeLogLikelihood,
-    outputs_like,
     parts_of,
+    traced_outputs,
 )
 from fsam_optax._fisher.one_pass import arrays_of
 from fsam_optax._fisher.outputs import (
@@ -166,13 +166,13 @@ def _problem(nll, real, parts, example_weights, whole, args, kwargs) -> Problem:
     def complete(variables):
         return jax.tree.map(lambda w, v: w if is_masked(v) else v, whole, variables)
 
-    h = outputs_like(nll, complete(real), inputs, call)
+    h, traced = traced_outputs(nll, complete(real), inputs, call)
     targets = targets if jax.tree.leaves(targets) else None
 
     @functools.cache
     def axes():  # For statistics over the batch, of which one example has none.
         own = aux_axes(call, complete(real), inputs) if nll.has_aux else None
-        warn_of_statistics(call, complete(real), inputs)
+        warn_of_statistics(call, complete(real), inputs, traced)
         return own
 
     return Problem(

@@ -243,10 +243,18 @@ def outputs_like(
     nll: NegativeLogLikelihood, params: Any, inputs: Any, call: Call
 ) -> Any:
     """Returns shapes and dtypes of the outputs of a batch, after checking them."""
+    return traced_outputs(nll, params, inputs, call)[0]
+
+
+def traced_outputs(
+    nll: NegativeLogLikelihood, params: Any, inputs: Any, call: Call
+) -> tuple[Any, Any]:
+    """Returns what `outputs_like` does, and the jaxpr of the outputs of a batch."""
     # The keys need not be split to know the shapes.
-    h, _ = jax.eval_shape(call, params, inputs)
+    trace = jax.make_jaxpr(lambda p, x: call(p, x)[0], return_shape=True)
+    closed, h = trace(params, inputs)
     check_outputs(h, nll.likelihood, inputs)
-    return h
+    return h, closed.jaxpr
 
 
 def labels_of(nll: NegativeLogLikelihood, h: Any, parts: Any) -> Labels:

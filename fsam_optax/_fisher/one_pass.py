@@ -14,8 +14,8 @@ from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
     labels_of,
     NegativeLogLikelihood,
-    outputs_like,
     parts_of,
+    traced_outputs,
     value_of,
 )
 from fsam_optax._fisher.outputs import (
@@ -103,8 +103,9 @@ def example_losses(
     The loss is that of the labels of the example by their weights in it, m.
     """
     inputs = parts[0]
-    labels = labels_of(nll, outputs_like(nll, params, inputs, call), parts)
-    warn_of_statistics(call, params, inputs)
+    h, traced = traced_outputs(nll, params, inputs, call)
+    labels = labels_of(nll, h, parts)
+    warn_of_statistics(call, params, inputs, traced)
     rows = row_numbers(inputs) if call.one_by_one else None
 
     def one(params, example):

@@ -159,12 +159,13 @@ def aux_axes(call: Call, params: Any, inputs: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_own, one, two)
 
 
-def warn_of_statistics(call: Call, params: Any, inputs: Any) -> None:
+def warn_of_statistics(call: Call, params: Any, inputs: Any, traced: Any) -> None:
     """Warns of outputs that take a statistic of the batch, which is to run by examples.
 
-    Of one example it is another one, and the model is another model.
+    Of one example it is another one, and the model is another model. `traced` is the
+    jaxpr of the outputs.
     """
-    if over_examples(lambda p, x: call(p, x)[0], params, inputs):
+    if over_examples(lambda p, x: call(p, x)[0], params, inputs, traced):
         warnings.warn(
             "`apply_fn` reduces over the examples of the batch, as BatchNorm does in "
             "training mode, but they are run one by one: the statistic is that of a "
