@@ -193,6 +193,24 @@ def test_every_pass_divides_its_work_and_reduces_once(count, name):
     assert set(each) == {"products"}
 
 
+def test_sums_that_are_large_stay_sharded():
+    """Rather than to exchange them once, which would need them whole on each device."""
+    devices = mesh(AxisType.Auto)
+
+    def placed(shape, *spec):
+        sharding = NamedSharding(devices, P(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    weight, x = placed((4096, 4200), None, "data"), placed((8, 4096), "data")
+    estimator = fisher_hutchinson(
+        lambda w, x: x @ w, categorical, key=KEY, num_samples=3, chunk_bytes=1
+    )
+    fn = jax.jit(lambda w, x: diagonal(estimator, w, (x, None)))
+    used = fn.lower(weight, x).compile().memory_analysis()
+    held = getattr(used, "temp_size_in_bytes")  # noqa: B009
+    assert held < weight.size * 4 / 2
+
+
 def test_products_multiplied_out_are_reduced_once(count):
     """Each pair of a weight's few positions is a product of its own."""
     _, params, (x, labels) = shapes(mesh(AxisType.Auto), "data", None)["transformer"]

@@ -127,6 +127,20 @@ def at_a_time(
     return -(-count // -(-count // number)) if count else 1
 
 
+def fits(sums: int, examples: int, each: int) -> bool:
+    """Tells whether every device can hold all sums of a loop over cotangents.
+
+    They are then exchanged once, instead of in every step. But sums that are sharded as
+    their parameters are, are whole there: that must not be what needs most memory.
+
+    Args:
+        sums: Bytes of the sums.
+        examples: How many examples a device has.
+        each: Bytes that the gradient holds for each of them.
+    """
+    return sums <= max(examples * each, DEFAULT_CHUNK_BYTES)
+
+
 def over_cotangents(
     pull: Callable,
     cotangents: Cotangents,
@@ -142,10 +156,10 @@ def over_cotangents(
         cotangents: The cotangents.
         weight: Weight of the example.
         number: How many at a time.
-        devices: How many devices the examples may be spread over. Each then sums up
-            all cotangents of its own, before the sums of all are added.
+        devices: On how many devices all cotangents are summed up apart, before the
+            sums of all are added.
     """
-    if devices > 1 and cotangents.number > 1:
+    if devices > 1:
         return _by_part(
             lambda weight: over_cotangents(pull, cotangents, weight, number),
             weight,

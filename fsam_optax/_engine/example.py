@@ -18,6 +18,7 @@ from fsam_optax._engine.columns import (
     at_a_time,
     Columns,
     Cotangents,
+    fits,
     held_by_column,
     over_cotangents,
 )
@@ -175,25 +176,28 @@ def _rewritten(program, what, report):
     activations = (size(v) for v in kept if flow.varies(v))
     limit = max(largest(flow, kept), *windows, *activations)
     what = dataclasses.replace(what, limit=limit)
-    devices = what.devices
-    if made.number > 1:
-        # Several cotangents are summed up by device: no rule has to care.
-        what = dataclasses.replace(what, devices=1)
     plan = make_plan(flow, consts, wanted, outputs, what)
 
     columns = jaxpr.invars[len(known) :]
+    number, parts = made.number, 1
+    if number > 1:
+        each, beside = held_by_column(flow, columns, plan.needed)
+        most = most_held(plan)
+        number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
+        sums = len(what.powers) * _bytes_of(v.aval for v in wanted)
+        if number < made.number and fits(sums, what.examples, each + beside):
+            parts = what.devices
+    if parts > 1:
+        # What is summed up by device already, no rule has to tell apart.
+        what = dataclasses.replace(what, devices=1)
+        plan = make_plan(flow, consts, wanted, outputs, what)
 
     def pull(axes, weight, c):
         given = env | dict(zip(columns, c, strict=True))
         counts = [[_all_once(weight)]] * len(wanted) if what.by_example else None
         return run(plan, given, weight, dataclasses.replace(what, axes=axes), counts)
 
-    number = made.number
-    if number > 1:
-        each, beside = held_by_column(flow, columns, plan.needed)
-        most = most_held(plan)
-        number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
-    sums = over_cotangents(pull, made, weight, number, devices)
+    sums = over_cotangents(pull, made, weight, number, parts)
     if report is not None:
         report[:] = [plan.rules(k) for k in range(len(wanted))]
     return sums, h
@@ -206,9 +210,12 @@ def _as_it_is(program, what, report):
     h = fn(*known, *(vary_like(c, weight) for c in zeros))[:n_outputs]
     made = cotangents(lax.stop_gradient(h))
     gradients = closed.out_avals[n_outputs:]
-    held = sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in gradients)
-    devices = what.devices
-    steps = Steps(held, what.chunk_bytes, 1 if made.number > 1 else devices)
+    held = _bytes_of(gradients)
+    each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
+    number = at_a_time(made.number, each, 0, held, what.examples, what.chunk_bytes)
+    loops = number < made.number
+    parts = what.devices if loops and fits(held, what.examples, each) else 1
+    steps = Steps(held, what.chunk_bytes, 1 if parts > 1 else what.devices)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what, steps)
     if report is not None:
         report[:] = [[Used("fallback", math.inf, 1.0)] for _ in gradients]
@@ -221,6 +228,9 @@ def _as_it_is(program, what, report):
             return [[y] for y in operation(weight, *counts, *known, *c)]
         return reduced(rule, axes)(weight, *known, *c)
 
-    each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
-    number = at_a_time(made.number, each, 0, held, what.examples, what.chunk_bytes)
-    return over_cotangents(pull, made, weight, number, devices), h
+    return over_cotangents(pull, made, weight, number, parts), h
+
+
+def _bytes_of(avals):
+    """Returns the bytes of arrays in float32, or wider if they are."""
+    return sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in avals)
