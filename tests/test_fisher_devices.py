@@ -172,3 +172,16 @@ def test_a_short_last_batch_stays_on_its_devices(kind):
     if kind == AxisType.Auto:
         assert compiled() == before + 1
     close(found, fsam.diagonal(fsam.fisher_empirical(nll), PARAMS, whole))
+
+
+def test_a_model_that_divides_the_batch_by_hand_is_refused_with_advice():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    by_hand = jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+
+    def apply_fn(params, x):
+        return by_hand(x @ params["in"]) @ params["out"]
+
+    nll = fsam.negative_log_likelihood(apply_fn, fsam.categorical)
+    estimator = fsam.fisher_empirical(nll)
+    with pytest.raises(TypeError, match="the model without the `shard_map`"):
+        jax.eval_shape(lambda p: fsam.diagonal(estimator, p, (X, Y)), PARAMS)

@@ -240,6 +240,14 @@ def _advice(error, call, params, inputs) -> str | None:
             "estimators of `fsam_optax.nnx`, such as `fsam_optax.nnx.fisher_exact("
             "apply_fn, likelihood)`."
         )
+    if "shard_map" in text and "divi" in text:
+        return (
+            "It may be run on single examples, as batches of one, which a `shard_map` "
+            "cannot divide among the devices of a batch: give the estimator the model "
+            "without the `shard_map`, since `jax.jit` divides its work as the batch "
+            "is; or call the estimator within a `shard_map`, and average what it "
+            "returns."
+        )
     if not call.holds_keys and ("rng" in text or "prng" in text):
         return (
             "It needs PRNG keys: give them to the loss, `nll(params, batch, "
