@@ -558,6 +558,19 @@ def test_squares_are_not_negative_where_products_cancel():
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_fourth_powers_of_gradients_that_are_scaled_into_range(scale):
+    """The powers of the product, 1e60 or 1e-60, are no numbers of single precision."""
+
+    def loss_fn(w, x):
+        return dense(x, scale * w) / scale
+
+    w = normal(D, 5) / scale
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=(4,)))(w, X)
+    (expected,) = oracles.loss_power_sums(loss_fn, w, X, (4,))
+    oracles.assert_close(sums, expected)
+
+
 @pytest.mark.parametrize("mode", [None, "clip", "fill"])
 def test_windows_beyond_the_table(mode):
     """A slice moves inside as a whole; a gather is clipped, or dropped as a whole."""

@@ -14,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.jaxpr import bind, Dataflow, is_real, read, size
 from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
 from fsam_optax._engine.sums import power, widened
+
+
+MODERATE = 1e8  # A number that scales entries after their powers are summed.
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,21 @@ def _always(flow, eqn, i):
     return True
 
 
+def _by_moderate(flow, eqn, i):
+    """Scaled by no number whose powers leave float32 before those of a product do."""
+    del flow
+    numbers = [np.abs(x.val) for j, x in enumerate(eqn.invars) if j != i and _is_one(x)]
+    return all(MODERATE > x > 1 / MODERATE or x == 0 for x in numbers)
+
+
+def _is_one(x):
+    return isinstance(x, Literal) and size(x) == 1
+
+
+def _divided_by_moderate(flow, eqn, i):
+    return i == 0 and _by_moderate(flow, eqn, i)
+
+
 def _into_zeros(flow, eqn, i):
     return i == 1 and flow.is_zero(eqn.invars[0])
 
@@ -392,8 +411,8 @@ MOVES: dict[str, Move] = dict.fromkeys(
 ) | {
     "convert_element_type": Move(_always, _converted, _all_kept),
     "neg": Move(_always, _negated, _all_kept),
-    "mul": Move(_always, _multiplied, _none_kept),
-    "div": Move(_first, _divided, _none_kept),
+    "mul": Move(_by_moderate, _multiplied, _none_kept),
+    "div": Move(_divided_by_moderate, _divided, _none_kept),
     "pad": Move(_padding_with_zeros, _rebound, _nothing_cut),
     "dynamic_update_slice": Move(_into_zeros, _rebound, _all_kept),
     "dynamic_slice": Move(_first, _rebound, _same_size),

@@ -167,7 +167,8 @@ def reduction(site: Site, held: set[Any], largest: int) -> Source | None:
 
 def fallback(site: Site, held: set[Any]) -> Source:
     """Forms the gradient of each example, a few at a time."""
-    source = tail(site, held, FALLBACK)
+    # Nothing to choose from: little more than the operations.
+    source = tail(site, held, FALLBACK, waiting=1.2)
     return dataclasses.replace(source, note=_reason(site))
 
 

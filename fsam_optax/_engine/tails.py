@@ -31,19 +31,25 @@ def whole(site: Site, rule: str, work: float) -> Source:
     return Source(rule, work, site.terms, looped(total, like, site.what, None))
 
 
-def tail(site: Site, stop: Iterable[Any], rule: str) -> Source:
+def tail(
+    site: Site, stop: Iterable[Any], rule: str, waiting: float = IN_LOOPS
+) -> Source:
     """Returns the source that evaluates the program from `stop` on.
 
     Args:
         site: What to evaluate.
         stop: Variables that are there already.
         rule: Name of the rule.
+        waiting: What an entry of a large array counts for that a loop writes.
     """
-    return joint([site], stop, [rule])[0]
+    return joint([site], stop, [rule], waiting)[0]
 
 
 def joint(
-    sites: Sequence[Site], stop: Iterable[Any], rules: Sequence[str]
+    sites: Sequence[Site],
+    stop: Iterable[Any],
+    rules: Sequence[str],
+    waiting: float = IN_LOOPS,
 ) -> list[Source]:
     """Returns sources as `tail` does, which evaluate what they share once.
 
@@ -51,6 +57,7 @@ def joint(
         sites: What to evaluate, in one program.
         stop: Variables that are there already.
         rules: Names of the rules.
+        waiting: See `tail`.
     """
     flow, what = sites[0].flow, sites[0].what
     stop = [*stop]
@@ -97,12 +104,12 @@ def joint(
     reduce = looped(fn, [site.like for site in sites], what, steps)
     found = []
     for k, (site, rule) in enumerate(zip(sites, rules, strict=True)):
-        work = 2.0 * IN_LOOPS * size(site.terms[0])
+        work = max(2.0 * waiting, what.per_entry) * size(site.terms[0])
         # A loop takes the rows of its operands out of their stacks.
         work += sum(size(x) for x in operands if flow.varies(x)) / len(sites)
         for e in own[k]:
             large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
-            each = operations(e) * (IN_LOOPS if large else 1.0) + _laid_out(e)
+            each = operations(e) * (waiting if large else 1.0) + _laid_out(e)
             work += each / users[id(e)]
         found.append(Source(rule, work, operands, reduce, held, part=k))
     return found
