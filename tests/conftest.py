@@ -162,8 +162,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if pages in item.path.parents:  # They train, as the programs of pages do.
             item.add_marker("slow")
-        elif isinstance(item, pytest.DoctestItem):  # The tests hold what they show.
-            item.add_marker("long")
         if item.get_closest_marker("long"):
             item.add_marker("slow")
         for name, reason in reasons.items():

@@ -90,6 +90,17 @@ def test_score_is_the_derivative_of_log_prob(name, likelihood):
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_score_of_soft_labels_that_do_not_sum_to_one():
+    """As of smoothed labels with weights, or of counts."""
+    y = jnp.array([2.0, 0.0, 0.5])
+    np.testing.assert_allclose(
+        categorical.score(H, y),
+        jax.grad(categorical.log_prob)(H, y),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 def test_score_has_mean_zero_and_the_covariance_of_the_factor(name, likelihood):
     scores, p = scores_and_probabilities(name)
     factor = likelihood.factor(H)
