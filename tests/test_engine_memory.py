@@ -246,16 +246,3 @@ def test_convolutions_in_loops_have_their_channels_last(layout):
     expected = oracles.power_sums(apply, params, x, cotangents, powers=powers)
     for p, q in zip(fn(params, x), expected, strict=True):
         oracles.assert_close(p, q, 2e-5)
-
-
-def test_windows_of_a_convolution_are_not_transposed():
-    """Laid side by side in a loop over examples they are the factor of a product."""
-    apply, params, x = convolved(("NHWC", "HWIO", 1))
-
-    def squares(params, x):
-        return power_sums(apply, params, x, lambda h, _: h[None])
-
-    text = jax.jit(squares).lower(params, x).compile().as_text()
-    assert "while" in text
-    # Examples and two places, two taps, channels.
-    assert not re.findall(r"f32\[\d+(?:,\d+){4,}\]\S* transpose\(", text)

@@ -377,19 +377,6 @@ def convolution_as_product(eqn: Any, a: jax.Array, g: jax.Array) -> jax.Array:
             for t in range(taps[d])
         ]
         a = jnp.stack(windows, axis=-2)
-    if groups == 1:
-        # One axis summed over, and one order of the rest: XLA:CPU would transpose the
-        # windows, and go through the product entry by entry.
-        kept, columns = a.shape[1 + n_spatial :], g.shape[-1]
-        y = lax.dot_general(
-            a.reshape(-1, math.prod(kept)),
-            g.reshape(-1, columns),
-            (((0,), (0,)), ((), ())),
-            precision=precision_of(eqn),
-            preferred_element_type=dtype,
-        )
-        order = (*spec.out_spec[2:], *spec.out_spec[:2])
-        return jnp.moveaxis(y.reshape(*kept, columns), range(len(order)), order)
     contracted = range(1 + n_spatial)
     a = a.reshape(*a.shape[:-1], groups, -1)
     g = g.reshape(*g.shape[:-1], groups, -1)
