@@ -193,14 +193,14 @@ def test_convolution_is_that_of_jax(models, window, strides, padding):
 
 
 @pytest.fixture
-def problem(generalization):
+def problem(generalization, tmp_path):
     def make(*arguments, tune=False):
         harness = importlib.import_module("harness")
         found = []
         harness.main(
             "",
             lambda run: found.append(run.options),
-            ["--model", "mlp", "--out", "/tmp", *arguments],
+            ["--model", "mlp", "--out", str(tmp_path), *arguments],
             **generalization.main.keywords,
         )
         return found[0], generalization.make_problem(found[0], tune=tune)
