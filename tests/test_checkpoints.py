@@ -195,7 +195,6 @@ def test_fault_28_an_injected_rho_is_that_of_the_checkpoint(tmp_path):
     np.testing.assert_allclose(optax.tree.norm(eps), 0.1, rtol=1e-6)
 
 
-@pytest.mark.long
 def test_fault_28_the_key_is_that_of_the_checkpoint(tmp_path):
     _, state = update(SAMPLED, batch=BATCH)
     save("orbax", tmp_path / "state", state)

@@ -183,9 +183,18 @@ REPRESENTED = {
 }
 
 
-def by_name(names):
+# Of the types, which cost little, these take a test of their own.
+TYPES_OF_THEIR_OWN = {
+    "fisher_exact",
+    "fisher_empirical",
+    "sharpness_aware",
+    "value_and_grad",
+}
+
+
+def by_name(names, represented=REPRESENTED):
     return [
-        pytest.param(name, marks=[pytest.mark.long] if name in REPRESENTED else [])
+        pytest.param(name, marks=[pytest.mark.long] if name in represented else [])
         for name in names
     ]
 
@@ -380,7 +389,7 @@ def test_tree_map_params(tx):
     "dtype",
     ["bfloat16", pytest.param("float32", marks=pytest.mark.long), "float64"],
 )
-@pytest.mark.parametrize("name", by_name(CASES))
+@pytest.mark.parametrize("name", by_name(CASES, REPRESENTED - TYPES_OF_THEIR_OWN))
 def test_dtypes_are_kept_and_strong(x64, name, dtype):
     case = CASES[name]
     tx = case.factory(**case.kwargs)

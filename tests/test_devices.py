@@ -168,7 +168,6 @@ def check(step, init, name, parts, every=1, rtol=1e-6):
     assert state.step == 2
 
 
-@pytest.mark.long
 def test_jit_on_a_sharded_batch_is_one_device():
     perturbation = PERTURBATIONS["fisher"]
     sharding = NamedSharding(MESH, P("d"))

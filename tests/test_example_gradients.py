@@ -367,7 +367,7 @@ def test_on_each_device_of_a_shard_map(check_vma):
     np.testing.assert_allclose(jax.jit(run)(params, batch), expected, rtol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.short("True")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_clipped_on_each_device_of_a_shard_map(check_vma):
     nll = negative_log_likelihood(lambda w, x: x @ w, categorical)
@@ -403,7 +403,7 @@ def test_a_key_that_examples_do_not_split_is_an_error(function):
         function(nll, normal(0, 3, 4), batch, **options)
 
 
-@pytest.mark.long
+@pytest.mark.short("per_example_norms")
 @pytest.mark.parametrize("function", ["per_example_norms", "clipped_gradient"])
 def test_statistics_over_the_batch_are_an_error(function):
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))

@@ -835,7 +835,7 @@ def test_fault_22_batch_norm_and_dropout_see_each_batch_once():
     np.testing.assert_allclose(statistics["mean"], 3 * (1 - 0.9**3), rtol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.short("euclidean")
 @SOME
 def test_fault_23_no_tracer_leaks_and_no_second_trace(geometry):
     tx = sharpness_aware(optax.adam(0.1), geometry(0.5), every=2)
