@@ -200,13 +200,13 @@ MUTANTS = [
     ),
     *_mutants(
         "_ball/memory.py",
-        "golden_family perturbation step",
-        ("jnp.where(started, g - sigma * m, g)", "g - sigma * m"),
+        "descents",
+        ("jnp.where(started, g - sigma * m, g)", "jnp.where(started, g - m, g)"),
         ("started, decay * m + (1 - decay) * g, g)", "started, decay * m + g, g)"),
     ),
     *_mutants(
         "_ball/multi_step.py",
-        "golden_family perturbation",
+        "descents",
         ("jax.tree.map(_add, eps, next_.eps)", "next_.eps"),
         ("grads = grad_fn(displaced(eps))", "grads = grad_fn(params)"),
         ('last, first.state, "count"', 'last, last, "count"'),
@@ -342,12 +342,17 @@ MUTANTS = [
     ),
     *_mutants(
         "_fisher/dataset.py",
-        "negative_log_likelihood fisher",
+        "dataset",
         (
             "lambda old, new: old + share.astype(old.dtype) * (new - old)",
             "lambda old, new: old + (new - old) / (state.batches + 1)",
         ),
         ("q * (1 - q) * apart**2", "0"),
+        (
+            "return jax.device_put(x, like.sharding)",
+            "return x",
+            "fisher_devices",
+        ),
     ),
     *_mutants(
         "_fisher/i2.py",
@@ -393,6 +398,14 @@ MUTANTS = [
         (
             "return scaled(a, has[0], scale), scaled(g, has[1], 1 / scale)",
             "return scaled(a, has[0], scale), scaled(g, has[1], scale)",
+        ),
+    ),
+    *_mutants(
+        "_engine/sums.py",
+        "engine_devices",
+        (
+            "parts = math.gcd(len(weight), devices) if weight.ndim else 1",
+            "parts = 1",
         ),
     ),
     *_mutants(
@@ -477,6 +490,12 @@ MUTANTS = [
         "_engine/normal.py",
         "engine_devices",
         ("if names and x.shape[d] == 1", "if names and not x.ndim"),
+        (
+            "lax.slice_in_dim(x, start, start := start + n, axis=axis)",
+            "lax.slice_in_dim(x, 0, start := n, axis=axis)",
+            "engine_patterns",
+        ),
+        ("range(1, 2 * x.ndim, 2)", "range(0, 2 * x.ndim, 2)", "engine_patterns"),
     ),
     *_mutants(
         "_engine/folding.py",
