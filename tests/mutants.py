@@ -493,9 +493,9 @@ MUTANTS = [
         (
             "lax.slice_in_dim(x, start, start := start + n, axis=axis)",
             "lax.slice_in_dim(x, 0, start := n, axis=axis)",
-            "engine_patterns",
+            "engine",
         ),
-        ("range(1, 2 * x.ndim, 2)", "range(0, 2 * x.ndim, 2)", "engine_patterns"),
+        ("range(1, 2 * x.ndim, 2)", "range(0, 2 * x.ndim, 2)", "engine"),
     ),
     *_mutants(
         "_engine/folding.py",

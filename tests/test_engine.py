@@ -511,6 +511,31 @@ def test_moves_beside_numbers_that_are_not_zero(name):
     oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, w, x, POWERS))
 
 
+MOVES = {
+    "split": lambda g: jnp.concatenate(jnp.split(g, [1])[::-1]),
+    "tile": lambda g: jnp.tile(g[1:3, :1], (2, 5)),
+    "unstack and stack": lambda g: jnp.stack(jnp.unstack(g, axis=1)[::-1], axis=1),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_that_a_derivative_makes_keep_the_rule(name):
+    @jax.custom_vjp
+    def same(w):
+        return w
+
+    same.defvjp(lambda w: (w, None), lambda _, g: (MOVES[name](g),))
+
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(x @ same(w)))
+
+    w, x = normal(0, 4, 5), normal(1, B, 4)
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=POWERS))(w, x)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, w, x, POWERS))
+    (leaf,) = explain_loss(loss_fn, w, x)
+    assert leaf.rule == "outer product"
+
+
 @pytest.mark.parametrize("budget", [None, 8, 24])
 def test_loops_sum_up_the_rest_and_all_weights(budget):
     """Of 7 examples 3 at a time; along the second axis only the weights differ."""

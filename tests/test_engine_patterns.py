@@ -425,7 +425,7 @@ OVERSTATED = {
     "unstacked": "each column is told as a product of its own, and one is made of all",
     "word2vec": "the gradient adds whole tables up, which is not told as its own",
     "one_table_looked_up_twice": "as in word2vec",
-    "branch_by_the_example": "nor is what the gradient picks of each example's matrices",
+    "branch_by_the_example": "nor is what the gradient picks of matrices",
     "solve": "the gradient solves for a matrix, and the sums for its factors",
 }
 
