@@ -80,7 +80,7 @@ MUTANTS = [
     ),
     *_mutants(
         "_common/norms.py",
-        "faults precision perturbation",
+        "derivatives faults precision perturbation",
         (
             "return jnp.result_type(jnp.float32, *arrays)",
             "return jnp.result_type(*arrays)",
@@ -232,7 +232,7 @@ MUTANTS = [
     ),
     *_mutants(
         "_step/bsam.py",
-        "golden_family",
+        "family",
         ("w + z / jnp.sqrt(num_data * s)", "w + z / (num_data * s)"),
         ("w + radius * h / s", "w + radius * h"),
         ("jnp.sqrt(s) * jnp.abs(h)", "s * jnp.abs(h)"),

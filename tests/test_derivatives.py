@@ -173,6 +173,21 @@ def test_of_the_dual_norm_by_a_traced_order():
     np.testing.assert_allclose(jax.grad(dual_norm)(3.0), slope, rtol=1e-4)
 
 
+@pytest.mark.parametrize("ord", [1.5, 3])
+def test_of_the_dual_norm_by_the_gradient(ord):
+    def dual_norm(g):
+        ball = euclidean_ball(RHO, ord=ord)
+        return ball.update(g, ball.init(g))[1].dual_norm
+
+    def plain(g):
+        q = oracles.dual(ord)
+        return jnp.sum(jnp.abs(g) ** q) ** (1 / q)
+
+    g = jnp.array([3.0, -4.0, 1.0])
+    found, expected = (jax.jit(jax.grad(f))(g) for f in (dual_norm, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_of_a_scale_of_zero_weights_and_of_no_fisher():
     """A norm at 0 has derivative 0; F = 0 is the end of its range, not a corner."""
 

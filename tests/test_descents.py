@@ -365,6 +365,15 @@ def test_multi_step_counts_its_gradients():
         assert len(calls) == steps - 1
 
 
+def test_an_ascent_that_is_cut_short_counts_one_step():
+    """The ball reports its first ascent, where the second gradient is NaN."""
+    ball = euclidean_ball(0.1)
+    eps, state = ascend(
+        multi_step(3, ball), gradient=lambda w: jnp.nan * w, grads=quartic(W)
+    )
+    assert_equal((eps, state.perturbation), ascend(ball))
+
+
 def test_multi_step_can_be_differentiated():
     def rise(rho):
         eps, _ = ascend(multi_step(3, euclidean_ball(rho)))

@@ -351,7 +351,9 @@ def test_state_like_parameters_is_sharded_like_them():
 
 def test_bayesian_sam_on_parts_and_devices_is_the_mean_by_hand(x64):
     key = jax.random.PRNGKey(5)
-    tx = fsam_optax.bsam(0.1, 0.3, num_data=16, key=key, b2=0.9, axis_name="data")
+    tx = fsam_optax.bsam(
+        0.1, 0.3, num_data=4, key=key, b2=0.9, init_precision=4.0, axis_name="data"
+    )
     params = jax.tree.map(lambda w: w.astype("float64"), PARAMS)
     x, y = X.astype("float64"), Y.astype("float64")
     parts = x.reshape(8, 2, 3), y.reshape(8, 2, 2)
@@ -376,13 +378,13 @@ def test_bayesian_sam_on_parts_and_devices_is_the_mean_by_hand(x64):
             for j, n in enumerate(("b", "k"))
         }
         h = grad(noisy)
-        q = grad({n: params[n] + 0.3 * h[n] for n in h})
+        q = grad({n: params[n] + 0.3 * h[n] / 4 for n in h})
         q_mean = {n: q_mean[n] + q[n] / 8 for n in q}
-        spread = {n: spread[n] + np.abs(h[n]) / 8 for n in h}
+        spread = {n: spread[n] + 2 * np.abs(h[n]) / 8 for n in h}
     for n in params:
         m = 0.1 * (q_mean[n] + 5e-4 * params[n])
-        np.testing.assert_allclose(found[0][n], -0.1 * m, rtol=1e-10)
-        s = 0.9 + 0.1 * (spread[n] + 0.1 + 5e-4)
+        np.testing.assert_allclose(found[0][n], -0.1 * m / 4, rtol=1e-10)
+        s = 0.9 * 4 + 0.1 * (spread[n] + 0.1 + 5e-4)
         np.testing.assert_allclose(found[1].precision[n], s, rtol=1e-10)
     assert_equal(found[1].key, keys[8])
 

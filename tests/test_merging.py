@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import fsam_optax as fsam
+from fsam_optax._common.mapped_axes import merge
 
 
 AVERAGED = optax.chain(fsam.squared_gradient(), optax.ema(0.9))
@@ -71,6 +72,15 @@ def on_two_devices(function, *specs):
     return jax.jit(
         jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=jax.P())
     )
+
+
+def test_what_a_device_without_weight_made_may_be_nan():
+    def merged(x, weight):
+        return merge(x[0], "d", weight[0])
+
+    x, weight = jnp.array([[jnp.nan, jnp.inf], [1.0, 2.0]]), jnp.array([0.0, 3.0])
+    found = on_two_devices(merged, jax.P("d"), jax.P("d"))(x, weight)
+    np.testing.assert_array_equal(found, x[1])
 
 
 def test_a_skipped_device_does_not_count():

@@ -190,6 +190,15 @@ def test_inverse_fisher_divides_by_the_clipped_and_damped_diagonal():
     np.testing.assert_allclose(step, [1 / 3, 0, 0])
 
 
+def test_inverse_dense_divides_by_the_clipped_and_damped_eigenvalues():
+    matrix = jnp.array([[1.0, 2.0], [2.0, 1.0]])  # Eigenvalues 3 and -1.
+    w = jnp.zeros(2)
+    for damping, expected in ((1.0, [0.625, -0.375]), (0.0, [1 / 6, 1 / 6])):
+        optimizer = scale_by_inverse_dense(lambda *_: matrix, damping=damping)
+        step, _ = optimizer.update(jnp.array([1.0, 0.0]), optimizer.init(w), w, batch=w)
+        np.testing.assert_allclose(step, expected, rtol=1e-5)
+
+
 def test_inverse_fisher_keeps_the_dtype_of_the_gradient():
     w = jnp.ones(2, jnp.bfloat16)
     optimizer = scale_by_inverse_fisher(fixed(jnp.array([1.0, 3.0])), damping=1.0)
