@@ -293,9 +293,9 @@ def usable(folder: pathlib.Path) -> None:
         raise SystemExit(f"--out {folder}: {error.strerror}") from None
 
 
-def whole(text: str) -> float:
+def whole(text: str) -> int:
     """Reads a positive whole number for argparse."""
-    return positive(text, int)
+    return int(positive(text, int))
 
 
 def positive(text: str, kind: Callable[[str], float] = float) -> float:

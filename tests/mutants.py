@@ -349,7 +349,7 @@ MUTANTS = [
         ),
         ("q * (1 - q) * apart**2", "0"),
         (
-            "return jax.device_put(x, like.sharding)",
+            "return x if sharding is None else jax.device_put(x, sharding)",
             "return x",
             "fisher_devices",
         ),

@@ -570,14 +570,28 @@ def test_squares_are_not_negative_where_products_cancel():
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_fourth_powers_of_gradients_that_are_scaled_into_range(scale):
-    """The powers of the product, 1e60 or 1e-60, are no numbers of single precision."""
+@pytest.mark.parametrize(
+    "scales",
+    [
+        [1e-15],
+        [1e15],
+        [9e7],
+        [1e5, 1e5, 1e5],
+        [np.float32(1e-12)],
+        [np.full((D, 1), 1e12, np.float32)],
+    ],
+    ids=["small", "large", "moderate", "chained", "array", "vector"],
+)
+def test_fourth_powers_of_gradients_that_are_scaled_into_range(scales):
+    """Powers of the product, as 1e60 or 1e-60, are no numbers of single precision."""
+    whole = float(np.prod([np.max(x) for x in scales]))
 
     def loss_fn(w, x):
-        return dense(x, scale * w) / scale
+        for scale in scales:
+            w = w * (scale if isinstance(scale, float) else jnp.asarray(scale))
+        return dense(x, w) / whole
 
-    w = normal(D, 5) / scale
+    w = normal(D, 5) / whole
     (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=(4,)))(w, X)
     (expected,) = oracles.loss_power_sums(loss_fn, w, X, (4,))
     oracles.assert_close(sums, expected)

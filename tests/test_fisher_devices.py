@@ -163,15 +163,26 @@ def test_a_short_last_batch_stays_on_its_devices(kind):
         jax.tree.map(lambda x, s=s: x[s], whole) for s in (slice(16), slice(16, 24))
     ]
     batches = [jax.device_put(batch, rows) for batch in batches]
-    batch, weights = dataset._filled(batches[1], batches[0])
+    batch, weights = dataset._filled(batches[1], dataset._form_of(batches[0]))
     assert weights is not None and weights.sum() == 8
     assert all(x.sharding.is_equivalent_to(rows, x.ndim) for x in batch)
     compiled = getattr(dataset._step, "_cache_size")  # noqa: B009
     before = compiled()
-    found = fsam.dataset_diagonal(fsam.fisher_empirical(nll), params, batches)
+    estimator = fsam.fisher_empirical(nll)
+    found = fsam.dataset_diagonal(estimator, params, batches)
     if kind == AxisType.Auto:
         assert compiled() == before + 1
-    close(found, fsam.diagonal(fsam.fisher_empirical(nll), PARAMS, whole))
+    expected = fsam.diagonal(estimator, PARAMS, whole)
+    close(found, expected)
+    if kind == AxisType.Auto:
+        # Parameters and a last batch that lie on no mesh are taken along.
+        found = fsam.dataset_diagonal(
+            estimator, PARAMS, [batches[0], jax.tree.map(np.asarray, batches[1])]
+        )
+        assert compiled() == before + 2
+        close(found, expected)
+    traced = jax.jit(lambda *batches: fsam.dataset_diagonal(estimator, params, batches))
+    close(traced(*batches), expected)
 
 
 def test_a_model_that_divides_the_batch_by_hand_is_refused_with_advice():

@@ -285,10 +285,13 @@ def check_leaves(tree: Any, name: str, real: bool = False, data: bool = False) -
 
 
 def is_function(given: Any) -> bool:
-    """Tells functions from trees that can be called, as Equinox's modules can."""
+    """Tells functions from trees that can be called, as Equinox's modules can.
+
+    A tree of bools or labels is none; one that holds a function, as a partial does, is.
+    """
     if not callable(given) or isinstance(given, jax.tree_util.Partial):
         return callable(given)
-    return jax.tree_util.all_leaves([given])
+    return any(map(callable, jax.tree.leaves(given)))
 
 
 def of_tree(given: Any, tree: Any) -> Any:

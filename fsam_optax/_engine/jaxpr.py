@@ -129,11 +129,11 @@ class Dataflow:
             if eqn is not None and not self.varies(v):
                 values = [self.known_value(x) for x in eqn.invars]
                 if all(x is not None for x in values):
-                    evaluate = functools.partial(bind, eqn)
+                    compute = functools.partial(bind, eqn)
                     if name_of(eqn) == LOOP:  # Inside, jax 0.7 cannot compile it.
-                        evaluate = jax.jit(evaluate).lower(values).compile()
+                        compute = jax.jit(compute).lower(values).compile()
                     with jax.ensure_compile_time_eval():
-                        out = [np.asarray(x) for x in evaluate(values)]
+                        out = [np.asarray(x) for x in compute(values)]
                     self._known.update(zip(eqn.outvars, out, strict=True))
         value = self._known[v]
         return None if value is None else np.asarray(value)

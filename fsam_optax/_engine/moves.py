@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.jaxpr import bind, Dataflow, is_real, read, size
@@ -22,7 +21,7 @@ from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
 from fsam_optax._engine.sums import power, widened
 
 
-MODERATE = 1e8  # A number that scales entries after their powers are summed.
+MODERATE = 1e4  # A number that scales entries after their powers are summed.
 
 
 @dataclass(frozen=True)
@@ -358,14 +357,10 @@ def _always(flow, eqn, i):
 
 
 def _by_moderate(flow, eqn, i):
-    """Scaled by no number whose powers leave float32 before those of a product do."""
-    del flow
-    numbers = [np.abs(x.val) for j, x in enumerate(eqn.invars) if j != i and _is_one(x)]
-    return all(MODERATE > x > 1 / MODERATE or x == 0 for x in numbers)
-
-
-def _is_one(x):
-    return isinstance(x, Literal) and size(x) == 1
+    """Scaled by no constants whose powers leave float32 before those of products."""
+    known = (flow.known_value(x) for j, x in enumerate(eqn.invars) if j != i)
+    sizes = (np.abs(x[x != 0]) for x in known if x is not None)
+    return all(np.all((x < MODERATE) & (x > 1 / MODERATE)) for x in sizes)
 
 
 def _divided_by_moderate(flow, eqn, i):

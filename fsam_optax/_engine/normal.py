@@ -195,8 +195,6 @@ def _tile(flow, eqn, values):
     return [x.reshape(eqn.outvars[0].aval.shape)]
 
 
-# How a primitive is written to be recognised later: name -> function of the program,
-# the equation and the values of its operands.
 def _constrained(flow, eqn, values):
     """Keeps to the shardings that a model asks for, but not of axes of size one.
 
@@ -214,6 +212,8 @@ def _constrained(flow, eqn, values):
     return [lax.with_sharding_constraint(x, sharding)]
 
 
+# How a primitive is written to be recognised later: name -> function of the program,
+# the equation and the values of its operands.
 NORMAL: dict[str, Callable] = {
     "dot_general": _product,
     "sharding_constraint": _constrained,

@@ -152,10 +152,12 @@ def dataset_diagonal(
     kept = tuple(jax.tree.leaves(keep))
     now: Any = state
     if now is None:
-        now = _spread_out(_start(estimator, chosen, key, standard_error), params)
+        now = _start(estimator, chosen, key, standard_error)
     first = None
     for batch in batches:
-        first = batch if first is None else first
+        if first is None:
+            first = _form_of(batch)
+            now = _spread_out(now, (params, batch))
         batch, filled = _filled(batch, first)
         now = _step(estimator, fixed, kept, now, params, batch, extra, filled)
         if progress is not None:
@@ -318,51 +320,68 @@ def _size_of(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _filled(batch: Any, first: Any) -> tuple[Any, Any]:
-    """Returns a batch filled up to the size of the first, and its examples' weights.
+class _Form(NamedTuple):
+    """How large a batch is, and how each of its arrays lies on devices, if known."""
 
-    It is sharded over devices as the first one is. The weights are None for a batch
-    that is not shorter, or has arrays of other lengths, which is then compiled for by
-    itself.
+    size: int | None
+    shardings: list[Any]
+
+
+def _form_of(batch: Any) -> _Form:
+    shardings = [
+        x.sharding if isinstance(x, jax.Array) and not isinstance(x, Tracer) else None
+        for x in jax.tree.leaves(batch)
+    ]
+    return _Form(_size_of(batch), shardings)
+
+
+def _filled(batch: Any, form: _Form) -> tuple[Any, Any]:
+    """Returns a batch filled up to a size, and the weights of its examples.
+
+    It is laid out on devices as the form says. The weights are None for a batch that is
+    not shorter, or has arrays of other lengths, which is then compiled for by itself.
     """
-    size, number = _size_of(first), _size_of(batch)
+    size, number = form.size, _size_of(batch)
     if size is None or not number or number > size:
         return batch, None
     # Ones for a batch of full length, so that all are one program.
     rows = np.arange(size) % number
     weights = (np.arange(size) < number).astype(np.float32)
     if number < size:
-        likes = jax.tree.leaves(first)
         leaves, tree = jax.tree.flatten(batch)
-        if len(likes) != len(leaves):
-            likes = [None] * len(leaves)
-        leaves = [_rows_like(x, rows, y) for x, y in zip(leaves, likes, strict=True)]
-        batch = tree.unflatten(leaves)
+        shardings = form.shardings
+        if len(shardings) != len(leaves):
+            shardings = [None] * len(leaves)
+        batch = tree.unflatten(
+            _rows_on(sharding, x, rows)
+            for x, sharding in zip(leaves, shardings, strict=True)
+        )
     return batch, weights
 
 
-def _rows_like(x: Any, rows: np.ndarray, like: Any) -> Any:
-    """Returns rows of an array, on the devices of another one."""
-    if not isinstance(x, jax.Array):
-        return x[rows]
-    x = jax.jit(lambda x: without_explicit_axes(lambda x: x[rows], (x,), x))(x)
-    if not isinstance(like, jax.Array) or isinstance(like, Tracer):
-        return x
-    return jax.device_put(x, like.sharding)
+def _rows_on(sharding: Any, x: Any, rows: np.ndarray) -> Any:
+    """Returns rows of an array, laid out as a sharding says, if there is one."""
+    if isinstance(x, jax.Array):
+        x = jax.jit(lambda x: without_explicit_axes(lambda x: x[rows], (x,), x))(x)
+    else:
+        x = x[rows]
+    return x if sharding is None else jax.device_put(x, sharding)
 
 
-def _spread_out(state: DatasetState, params: Any) -> DatasetState:
-    """Returns the state on all devices of the parameters, as a step leaves it.
+def _spread_out(state: DatasetState, given: Any) -> DatasetState:
+    """Returns the state on all devices of what is given, as a step leaves it.
 
     Or else the first step would be a program of its own.
     """
-    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    arrays = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array)]
     shardings = [x.sharding for x in arrays if not isinstance(x, Tracer)]
     named = [s for s in shardings if isinstance(s, NamedSharding) and s.num_devices > 1]
     if not named:
         return state
     everywhere = NamedSharding(named[0].mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda x: x if x.sharding.num_devices > 1 else jax.device_put(x, everywhere),
-        state,
-    )
+
+    def spread(x):
+        there = isinstance(x, Tracer) or x.sharding.num_devices > 1
+        return x if there else jax.device_put(x, everywhere)
+
+    return jax.tree.map(spread, state)
