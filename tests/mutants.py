@@ -127,6 +127,7 @@ MUTANTS = [
         (
             "return Stride(d, memory, jnp.array(False), metrics, None)",
             "return Stride(d, memory, jnp.array(True), metrics, None)",
+            "merging",
         ),
         ("return cast_like(d, grads), after", "return d, after"),
     ),
@@ -169,6 +170,7 @@ MUTANTS = [
         (
             "merge((ascent.eps, ascent.state), oracle.axis_name)",
             "ascent.eps, ascent.state",
+            "merging",
         ),
     ),
     *_mutants(

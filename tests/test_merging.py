@@ -121,6 +121,41 @@ def test_a_diagonal_is_refreshed_by_devices_and_kept():
     assert (operator.age, second.age) == (1, 0)
 
 
+def test_a_lagged_displacement_is_the_mean_of_those_of_the_devices():
+    """Each has an F of its own examples, and the gradient of all."""
+    w = jnp.ones((3, 2))
+    batch = (jnp.arange(12.0).reshape(4, 3) / 9, jnp.array([0, 1, 1, 1]))
+    ball = fsam.fisher_ellipsoid(0.1, fsam.fisher_exact(NLL))
+    f = fsam.value_and_grad(NLL, ball, axis_name="d", lagged=True)
+    step = on_two_devices(lambda *args: f(*args)[2], jax.P(), jax.P(), jax.P("d"))
+    found = step(w, f.init(w), batch).displacement
+    grads = jax.grad(NLL)(w, batch)
+    halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(2), slice(2, 4))]
+    each = [ball.update(grads, ball.init(w), w, batch=half)[0] for half in halves]
+    np.testing.assert_allclose(found, (each[0] + each[1]) / 2, rtol=1e-4)
+    assert jnp.max(jnp.abs(each[0] - each[1])) > 1e-3
+
+
+def test_a_plain_step_leaves_memory_as_it_is_to_the_bit():
+    """The mean of eleven equal numbers may be another one."""
+    ball = optax.chain(fsam.averaged(0.9), fsam.euclidean_ball(0.1))
+    tx = fsam.sharpness_aware(optax.sgd(0.1), ball, axis_name="d", every=2)
+    w, grads = jnp.ones(50), jax.random.normal(jax.random.key(0), (11, 50))
+
+    @jax.jit
+    def step(states):
+        def on_device(g, state):
+            return tx.update(g, state, w, grad_fn=lambda w: g)[1].perturbation
+
+        return jax.vmap(on_device, axis_name="d")(grads, states)
+
+    states = jax.tree.map(lambda x: jnp.stack([x] * 11), tx.init(w))
+    first = step(states)
+    second = step(states._replace(step=states.step + 1, perturbation=first))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert jnp.all(first[0].seen == 1) and jnp.any(first[0].average != 0)
+
+
 def test_cosine_compares_gradients_of_the_same_device():
     tx = fsam.sharpness_aware(optax.sgd(0.1), fsam.euclidean_ball(0.0), axis_name="d")
     w = jnp.ones(3)

@@ -30,6 +30,7 @@ from fsam_optax import (
     squared_gradient,
     value_and_grad,
 )
+from fsam_optax._common.pairs import norm_and_cosine
 
 
 KEY = jax.random.key(0)
@@ -394,3 +395,11 @@ def test_triangular_systems_are_solved_as_the_gradient_solves_them(transposed):
         np.max(np.abs(s - expected)) / np.max(expected) for s in (found, formed)
     )
     assert error <= 1.3 * of_gradients
+
+
+def test_no_cosine_is_told_of_a_vector_that_is_too_long():
+    y = jnp.ones(4, jnp.float32)
+    length, cosine = jax.jit(lambda x: norm_and_cosine([x], [y], jnp.float32(2.0), ()))(
+        jnp.full(4, 3e38, jnp.float32)
+    )
+    assert jnp.isinf(length) and jnp.isnan(cosine)

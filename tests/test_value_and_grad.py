@@ -301,6 +301,17 @@ def test_micro_batches_with_every_and_keys_and_integers():
     assert_close(first, np.mean([g * (1 + 0.5 * np.sign(g)) for g in slopes]), 1e-5)
 
 
+def test_each_part_has_a_key_of_its_own():
+    def noisy(w, batch, key):
+        return w * (jnp.mean(batch) + jax.random.normal(key))
+
+    w, key = jnp.float32(1.0), jax.random.key(3)
+    f = value_and_grad(noisy, euclidean_ball(0.1), micro_batches=2)
+    _, slope, _ = jax.jit(f)(w, f.init(w), jnp.ones(4), key)
+    noise = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(2)]
+    assert_close(slope, np.float32(1 + np.mean(noise)), 1e-5)
+
+
 def cut_keys(batch, parts):
     return [jax.tree.map(lambda x, i=i: x[i::parts], batch) for i in range(parts)]
 
