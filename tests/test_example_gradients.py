@@ -408,7 +408,7 @@ def test_a_key_that_examples_do_not_split_is_an_error(function):
 def test_statistics_over_the_batch_are_an_error(function):
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     nll = fsam_nnx.negative_log_likelihood(lambda m, x: m(x), categorical)
-    batch = normal(1, 8, 3), np.arange(8) % 3
+    batch = normal(1, 8, 3).astype("float32"), np.arange(8) % 3
     options = {"max_norm": 1.0} if function == "clipped_gradient" else {}
     with pytest.raises(ValueError, match="A statistic over the batch"):
         getattr(fsam_nnx, function)(nll, model, batch, **options)
