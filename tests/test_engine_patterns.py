@@ -493,7 +493,9 @@ def test_patterns(name):
     work, own = (
         B * sum(getattr(x, k) for rules in used for x in rules) for k in ("work", "own")
     )
-    assert ratio * gradient <= gradient - own + 1.25 * work + 0.1 * gradient
+    # Before jax 0.10 lookups under `vmap` are not clipped, and told less exactly.
+    more = 1.25 if jax.__version_info__ >= (0, 10) else 1.4
+    assert ratio * gradient <= gradient - own + more * work + 0.1 * gradient
     run = ratio * gradient - max(gradient - own, 0)
     assert name in OVERSTATED or work <= 2 * run + 0.1 * gradient
 
