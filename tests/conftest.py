@@ -109,8 +109,8 @@ CANNOT_HOLD = {
     | dict.fromkeys(
         ("nnx.dataset_diagonal", "nnx.diagonal", "nnx.value_and_grad"),
         "a variable of Flax is of float32 and what the example writes to it is not",
-    ),
-    "x64": {
+    )
+    | {
         "test_micro_batches_are_devices_without_synchronisation": "two programs agree "
         "to the last bit only as they are compiled in float32",
     },
