@@ -99,7 +99,11 @@ CANNOT_HOLD = {
         (
             "test_fault_31_no_retrace_for_numpy_and_python_inputs",
             "test_fault_31_numpy_and_python_inputs[",
+            "test_half_precision_is_squared_in_float32[",
+            "test_loops_count_as_often_as_they_run[",
             "test_narrow_outputs_are_computed_with_in_float32[",
+            "test_random_parametrisations[10]",
+            "test_random_parametrisations[12]",
             "test_squares_have_the_precision_asked_for[1-F32_F32_F32-True]",
             "test_squares_have_the_precision_asked_for[5-F32_F32_F32-True]",
         ),
