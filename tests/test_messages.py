@@ -415,7 +415,7 @@ MISTAKES = {
     "integers": (
         lambda: F({**P, "n": jnp.array(3)}, FS, B),
         TypeError,
-        r"leaf \['n'\] of `params` has dtype int32.*pass it to the loss as another",
+        r"leaf \['n'\] of `params` has dtype int.*pass it to the loss as another",
     ),
     "integers under jax.grad": (
         lambda: update(
