@@ -129,7 +129,11 @@ def evaluate(estimator, params=PARAMS, batch=BATCH, **extra_args):
 
 def close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=rtol, atol=atol, equal_nan=False
+        ),
+        a,
+        b,
     )
 
 
