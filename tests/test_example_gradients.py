@@ -522,7 +522,7 @@ def test_a_number_that_counts_several_times():
 @pytest.mark.parametrize("kind", [OUTER, GRAM, DENSE, "fallback"])
 def test_no_array_of_all_gradients(kind):
     batch, width = 64, 128
-    positions = {OUTER: 1, GRAM: 5, DENSE: 300, "fallback": 1}[kind]
+    positions = {OUTER: 1, GRAM: 5, DENSE: 80, "fallback": 1}[kind]
 
     def loss_fn(w, x):
         w = lax.reduce_precision(w, 8, 22) if kind == "fallback" else w
@@ -540,7 +540,9 @@ def test_no_array_of_all_gradients(kind):
                 jax.grad(lambda w, x: jnp.sum(jax.vmap(loss_fn, (None, 0))(w, x))),
             )
         )
-    assert used - plain < w.nbytes * batch / 8
+    # One copy of the activations is less than all gradients, and may be held.
+    assert x.nbytes < 0.7 * w.nbytes * batch
+    assert used - plain < x.nbytes + w.nbytes * batch / 8
 
 
 def test_norms_cost_less_than_a_gradient():
