@@ -494,14 +494,14 @@ NOT_LINEAR = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The gradients of single examples")
-@pytest.mark.parametrize("name", NOT_LINEAR)
-def test_moves_beside_numbers_that_are_not_zero(name):
+def explained_with_derivative(change):
+    """Compares sums where a gradient is changed on its way, and explains them."""
+
     @jax.custom_vjp
     def same(w):
         return w
 
-    same.defvjp(lambda w: (w, None), lambda _, g: (NOT_LINEAR[name](g),))
+    same.defvjp(lambda w: (w, None), lambda _, g: (change(g),))
 
     def loss_fn(w, x):
         return jnp.sum(jnp.tanh(x @ same(w)))
@@ -509,6 +509,13 @@ def test_moves_beside_numbers_that_are_not_zero(name):
     w, x = normal(0, 4, 5), normal(1, B, 4)
     sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=POWERS))(w, x)
     oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, w, x, POWERS))
+    return explain_loss(loss_fn, w, x)
+
+
+@pytest.mark.filterwarnings("ignore:The gradients of single examples")
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_moves_beside_numbers_that_are_not_zero(name):
+    explained_with_derivative(NOT_LINEAR[name])
 
 
 MOVES = {
@@ -520,19 +527,7 @@ MOVES = {
 
 @pytest.mark.parametrize("name", MOVES)
 def test_moves_that_a_derivative_makes_keep_the_rule(name):
-    @jax.custom_vjp
-    def same(w):
-        return w
-
-    same.defvjp(lambda w: (w, None), lambda _, g: (MOVES[name](g),))
-
-    def loss_fn(w, x):
-        return jnp.sum(jnp.tanh(x @ same(w)))
-
-    w, x = normal(0, 4, 5), normal(1, B, 4)
-    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=POWERS))(w, x)
-    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, w, x, POWERS))
-    (leaf,) = explain_loss(loss_fn, w, x)
+    (leaf,) = explained_with_derivative(MOVES[name])
     assert leaf.rule == "outer product"
 
 
