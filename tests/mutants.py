@@ -489,9 +489,18 @@ MUTANTS = [
         ("    if devices > 1:\n", "    if False:\n"),
     ),
     *_mutants(
+        "_engine/one_row.py",
+        "engine_placements",
+        ("    if any(map(_names_positions, one)):", "    if False:"),
+        (
+            "for d, (n, m) in enumerate(sizes) if n != m}",
+            "for d, _ in enumerate(sizes)}",
+        ),
+    ),
+    *_mutants(
         "_engine/normal.py",
         "engine_devices",
-        ("if names and x.shape[d] == 1", "if names and not x.ndim"),
+        ("for d, n in enumerate(x.shape) if n == 1}", "for d, n in () if n == 1}"),
         (
             "lax.slice_in_dim(x, start, start := start + n, axis=axis)",
             "lax.slice_in_dim(x, 0, start := n, axis=axis)",

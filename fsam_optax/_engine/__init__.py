@@ -14,6 +14,7 @@ from fsam_optax._engine.explanation import (
     over_examples as over_examples,
 )
 from fsam_optax._engine.jaxpr import depends as depends
+from fsam_optax._engine.one_row import as_batch_of_one as as_batch_of_one
 from fsam_optax._engine.power_sums import (
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,

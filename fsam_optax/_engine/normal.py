@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -201,15 +202,22 @@ def _constrained(flow, eqn, values):
     What the model takes for its batch is one example, and the batch, which is mapped
     over, lies on the devices that the model wants it on.
     """
-    sharding, (x,) = eqn.params["sharding"], values
-    if not flow.varies(eqn.invars[0]) or not isinstance(sharding, NamedSharding):
+    (x,) = values
+    if not flow.varies(eqn.invars[0]):
         return bind(eqn, values)
+    return [constrained_but(eqn, x, {d for d, n in enumerate(x.shape) if n == 1})]
+
+
+def constrained_but(eqn: Any, x: jax.Array, free: set[int]) -> jax.Array:
+    """Evaluates a constraint of shardings, of all axes but those that are free."""
+    sharding = eqn.params["sharding"]
+    if not isinstance(sharding, NamedSharding):
+        return bind(eqn, [x])[0]
     spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
-    free = set(eqn.params["unconstrained_dims"])
-    free |= {d for d, names in enumerate(spec) if names and x.shape[d] == 1}
+    free = free | set(eqn.params["unconstrained_dims"])
     spec = [PartitionSpec.UNCONSTRAINED if d in free else s for d, s in enumerate(spec)]
     sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return [lax.with_sharding_constraint(x, sharding)]
+    return lax.with_sharding_constraint(x, sharding)
 
 
 # How a primitive is written to be recognised later: name -> function of the program,

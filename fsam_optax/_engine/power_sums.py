@@ -18,6 +18,7 @@ from fsam_optax._common.checks import check_function, check_leaves, shape_of
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.columns import Columns
 from fsam_optax._engine.example import sums_of_example
+from fsam_optax._engine.one_row import as_batch_of_one
 from fsam_optax._engine.report import leaves_of, warn_of_fallbacks
 from fsam_optax._engine.sources import Summation
 from fsam_optax._engine.sums import widened
@@ -194,7 +195,7 @@ def one_of_batch(apply_fn: Callable) -> Callable:
     """Returns the model for one example, which it runs as a batch of one."""
 
     def output(params, example):
-        outputs = apply_fn(params, jax.tree.map(lambda x: x[None], example))
+        outputs = as_batch_of_one(lambda x: apply_fn(params, x), example)
         return jax.tree.map(lambda h: h[0], outputs)
 
     return output

@@ -17,6 +17,7 @@ LOOP = "scan"
 BRANCHES = "cond"
 SCATTER = "scatter-add"
 UPDATE = "dynamic_update_slice"
+CONSTRAINT = "sharding_constraint"
 SOLVE = "custom_linear_solve"
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 SUMS = ("add_any", "add")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fsam_optax._common.checks import is_nnx_state, leaf_shape, shape_of
 from fsam_optax._common.keys import fold_keys, has_keys
 from fsam_optax._common.mapped_axes import is_key
-from fsam_optax._engine import depends, over_examples
+from fsam_optax._engine import as_batch_of_one, depends, over_examples
 from fsam_optax._fisher.likelihoods import Likelihood
 
 
@@ -97,7 +97,7 @@ def of_example(call: Call, params: Any, example: Any, aux_axes: Any = None) -> A
     if call.one_by_one:
         args, kwargs = fold_keys((call.args, dict(call.kwargs)), row)
         call = call._replace(args=args, kwargs=kwargs)
-    h, aux = call(params, jax.tree.map(lambda x: x[None], x))
+    h, aux = as_batch_of_one(lambda x: call(params, x), x)
     if aux_axes is not None:
         aux = jax.tree.map(lambda own, a: a[0] if own else a, aux_axes, aux)
     return jax.tree.map(lambda h: h[0], h), aux

@@ -1,0 +1,89 @@
+"""One example in a model for batches that says by name which devices rows are on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.sharding import NamedSharding
+
+from fsam_optax._engine.normal import constrained_but
+from fsam_optax._engine.primitives import CONSTRAINT, name_of
+
+
+PyTree = Any
+
+
+def as_batch_of_one(model: Callable[[PyTree], PyTree], example: PyTree) -> PyTree:
+    """Returns `model` of a batch of one, rows of which are on no devices by name.
+
+    Mapped over examples, the rows lie on devices by the axis of the map. What a model
+    says about axes that its rows are part of, also one that they share with positions,
+    would bring the positions of each example there. Such axes are longer in a batch of
+    two.
+    """
+    given, tree = jax.tree.flatten(example)
+
+    def rows(number):
+        def run(*example):
+            batch = [jnp.broadcast_to(x, (number, *x.shape)) for x in example]
+            return model(tree.unflatten(batch))
+
+        return run
+
+    closed, like = jax.make_jaxpr(rows(1), return_shape=True)(*given)
+    one = _constraints(closed)
+    if any(map(_names_positions, one)):
+        two = _constraints(jax.make_jaxpr(rows(2))(*given))
+        if len(one) == len(two):
+            found = iter(two)
+            closed = _with_constraints(closed, lambda eqn: _freed(eqn, next(found)))
+    return jax.tree.structure(like).unflatten(jaxpr_as_fun(closed)(*given))
+
+
+def _names_positions(eqn):
+    """Tells whether it says where an axis lies that is not of size one."""
+    sharding, shape = eqn.params["sharding"], eqn.outvars[0].aval.shape
+    return isinstance(sharding, NamedSharding) and any(
+        names and n > 1 for names, n in zip(sharding.spec, shape, strict=False)
+    )
+
+
+def _freed(eqn, other):
+    """Returns a constraint that says nothing of axes which have another size there."""
+    aval = eqn.outvars[0].aval
+    sizes = zip(aval.shape, other.outvars[0].aval.shape, strict=True)
+    free = {d for d, (n, m) in enumerate(sizes) if n != m}
+    new = jax.make_jaxpr(lambda x: constrained_but(eqn, x, free))(aval)
+    return eqn.replace(params=new.eqns[0].params)
+
+
+def _constraints(closed):
+    """Returns the equations that say where a value lies, of inner programs too."""
+    found = []
+    _with_constraints(closed, lambda eqn: found.append(eqn) or eqn)
+    return found
+
+
+def _with_constraints(program, change):
+    """Returns the program with such equations changed, in the order of `_constraints`.
+
+    But for those in the derivatives that a `jax.custom_vjp` has of its own.
+    """
+    if isinstance(program, Jaxpr):
+        return program.replace(eqns=[_changed(eqn, change) for eqn in program.eqns])
+    if isinstance(program, ClosedJaxpr):
+        return program.replace(jaxpr=_with_constraints(program.jaxpr, change))
+    return program
+
+
+def _changed(eqn, change):
+    if name_of(eqn) == CONSTRAINT:
+        return change(eqn)
+    params = jax.tree.map(
+        lambda x: _with_constraints(x, change),
+        eqn.params,
+        is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr)),
+    )
+    return eqn.replace(params=params)
