@@ -58,33 +58,53 @@ DIGITS_CHOICE = MAIN | {
 }
 # The radii of the papers.
 USUAL = {"SAM": 0.05, "ASAM": 0.5, "relative": 0.1, "absolute": 0.015, "MSAM": 3.0}
-# 24 tries a method: Fisher SAM has two forms, and half as many radii for each.
-RATES = (0.0125, 0.025, 0.05, 0.1)
+# What --tune offers. Digits: 24 tries a method, of which Fisher SAM has two forms, with
+# half as many radii each. CIFAR-10: six.
+RATES = {"digits": (0.0125, 0.025, 0.05, 0.1), "cifar10": (0.00625, 0.0125)}
+BASE_RATES = {"digits": (0.002, 0.5, 24), "cifar10": (0.0015, 0.016, 6)}
 RADII = {
-    "SAM": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
-    "ASAM": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
-    "relative": (0.1, 0.2, 0.4),
-    "absolute": (0.0075, 0.015, 0.03),
-    "WSAM": (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1),
-    "MSAM": (0.3, 0.6, 1.2, 2.4, 4.8, 9.6),
+    "digits": {
+        "SAM": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+        "ASAM": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+        "relative": (0.1, 0.2, 0.4),
+        "absolute": (0.0075, 0.015, 0.03),
+        "WSAM": (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1),
+        "MSAM": (0.3, 0.6, 1.2, 2.4, 4.8, 9.6),
+    },
+    "cifar10": {
+        "SAM": (0.02, 0.05, 0.125),
+        "ASAM": (0.03125, 0.125, 0.5),
+        "absolute": (0.00075, 0.002, 0.005),
+        "WSAM": (0.0025, 0.00625, 0.015),
+        "MSAM": (0.24, 0.6, 1.5),
+    },
 }
-BASE_RATES = tuple(np.geomspace(0.002, 0.5, 24).tolist())
 
 
-def tune(run: harness.Run, names, settings) -> None:
-    """Tries 24 settings of each method on training images that nothing trains on."""
-    problem, rows = cache(partial(make_problem, run.options, tune=True)), []
-    for method in names:
-        radii = RADII.get(method.split(", ")[-1], RADII["SAM"])
-        radii = () if method == "base" else radii
-        points = methods.grid(method, RATES, radii)
-        if not radii:
-            points = [{"rho": 0.0, "rate": rate} for rate in BASE_RATES]
-        points = points[::9] if run.options.smoke else points
-        compute = lambda m, p: search(m, problem(), run.options, p)  # noqa: E731
+def grid(method: str, data: str) -> list[dict[str, float]]:
+    """Returns what --tune offers a method; other data than CIFAR-10 are as digits."""
+    data = data if data in RADII else "digits"
+    if method == "base":
+        rates = np.geomspace(*BASE_RATES[data])
+        return [{"rho": 0.0, "rate": rate} for rate in rates.tolist()]
+    radii = RADII[data].get(method.split(", ")[-1], RADII[data]["SAM"])
+    return methods.grid(method, RATES[data], radii)
+
+
+def tune(run: harness.Run, settings) -> None:
+    """Takes of each grid the best on training images that nothing trains on."""
+    options, rows = run.options, []
+    seeds = [1000 + seed for seed in range(options.tuning_seeds)]
+    problem = cache(partial(make_problem, options, tune=True, seeds=seeds))
+    settings = {**settings, "seeds": len(seeds)}
+    for method in options.methods:
+        points = grid(method, options.data)
+        points = points[::9] if options.smoke else points
+        compute = lambda m, p: search(m, problem(), options, p)  # noqa: E731
         key = {"part": "tuning", "method": method, **settings}
         found = run.cell(compute, method, points, **key)
         best = methods.choose(found["points"], found["accuracy"])
+        options.rho[method], options.learning_rate[method] = best["rho"], best["rate"]
         loss = found["loss"][found["points"].index({k: best[k] for k in points[0]})]
         cells = f"{best['rate']:.3g}", f"{best['rho']:.3g}", f"{best['score']:.2%}"
         rows.append([method, *cells, f"{loss:.3f}", ", ".join(best["edges"])])
@@ -202,7 +222,7 @@ def experiment(run: harness.Run) -> None:
     names = "data train_size test_size label_noise augment model optimizer weight_decay"
     settings = run.take(f"{names} batch_size epochs seeds")
     if options.tune:
-        return tune(run, options.methods, settings)
+        tune(run, settings)
     points = {
         m: {"rho": options.rho.get(m, 0.0), "rate": options.learning_rate[m]}
         for m in options.methods
@@ -221,7 +241,6 @@ def experiment(run: harness.Run) -> None:
         costs[name] = run.cell(fisher_cost, name, repeats, **settings)
     print_tables(found, costs, options)
     draw(found, costs, options, run.picture())
-    return None
 
 
 def setting(text: str) -> tuple[str, float]:
@@ -252,7 +271,7 @@ def defaults(found: argparse.Namespace) -> dict[str, Any]:
         "out": Path("results") / f"{found.data}-{found.model}-{found.optimizer}",
     }
     if found.tune:
-        chosen |= {"methods": list(methods.METHODS), "seeds": 2}
+        chosen["methods"] = list(methods.METHODS)
     if found.data == "digits":
         chosen |= DIGITS
         if found.optimizer == "sgd":
@@ -288,7 +307,8 @@ main = harness.script(
     batch_size=100,
     epochs={"default": 40, "help": "base runs twice as many"},
     seeds=5,
-    tune={"default": False, "help": "choose learning rate and rho, then stop"},
+    tune={"default": False, "help": "choose learning rate and rho first"},
+    tuning_seeds=2,
 )
 
 

