@@ -406,8 +406,8 @@ MUTANTS = [
         "_engine/sums.py",
         "engine_devices",
         (
-            "parts = math.gcd(len(weight), devices) if weight.ndim else 1",
-            "parts = 1",
+            "if weight.ndim == 0 or len(weight) % share or len(weight) == share:",
+            "if True:",
         ),
     ),
     *_mutants(
@@ -486,7 +486,7 @@ MUTANTS = [
     *_mutants(
         "_engine/columns.py",
         "engine_devices",
-        ("    if devices > 1:\n", "    if False:\n"),
+        ("    if share is not None:\n", "    if False:\n"),
     ),
     *_mutants(
         "_engine/one_row.py",

@@ -536,7 +536,7 @@ def test_loops_sum_up_the_rest_and_all_weights(budget):
     """Of 7 examples 3 at a time; along the second axis only the weights differ."""
     weight, x = normal(0, 7, 2), normal(1, 7, 3)
     out = [jax.ShapeDtypeStruct((3,), jnp.float32)]
-    reduce = looped(lambda x: [x], out, POWERS, Steps(8, budget, 1))
+    reduce = looped(lambda x: [x], out, POWERS, Steps(8, budget, 7))
     has = [(True, True), (True, False)]
     (found,) = jax.jit(lambda *args: reduce(has, *args))(weight, x)
     for p, sums in zip(POWERS, found, strict=True):

@@ -1,6 +1,5 @@
 """Many cotangents of one example, as many at a time as a budget of memory allows."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine.sums import DEFAULT_CHUNK_BYTES, widened
+from fsam_optax._engine.sums import added_up, apart, DEFAULT_CHUNK_BYTES, widened
 
 
 class Columns(NamedTuple):
@@ -146,7 +145,7 @@ def over_cotangents(
     cotangents: Cotangents,
     weight: jax.Array,
     number: int,
-    devices: int = 1,
+    share: int | None = None,
 ) -> Any:
     """Returns the sum over cotangents of what `pull` returns for each of them.
 
@@ -156,14 +155,14 @@ def over_cotangents(
         cotangents: The cotangents.
         weight: Weight of the example.
         number: How many at a time.
-        devices: On how many devices all cotangents are summed up apart, before the
-            sums of all are added.
+        share: How many examples each device has, if it sums up all cotangents before
+            devices are added up.
     """
-    if devices > 1:
-        return _by_part(
+    if share is not None:
+        return _by_share(
             lambda weight: over_cotangents(pull, cotangents, weight, number),
             weight,
-            devices,
+            share,
         )
     count, take = cotangents
 
@@ -190,11 +189,10 @@ def over_cotangents(
     )
 
 
-def _by_part(fn: Callable, weight: jax.Array, devices: int) -> Any:
-    """Returns `fn(weight)`, which the next map sums over, by equal parts of the batch.
+def _by_share(fn: Callable, weight: jax.Array, share: int) -> Any:
+    """Returns `fn(weight)`, which the next map sums over, of each device by itself.
 
-    The examples of a part are neighbours, on devices that hold no others, and what
-    belongs to it stays there. What `fn` closes over may be mapped too.
+    What `fn` closes over may be mapped too.
     """
     closed, like = jax.make_jaxpr(fn, return_shape=True)(weight)
     jaxpr = closed.jaxpr
@@ -210,14 +208,9 @@ def _by_part(fn: Callable, weight: jax.Array, devices: int) -> Any:
 
     @run.def_vmap
     def rule(n, mapped, *operands):
+        del n
         axes = [0 if m else None for m in mapped]
-        parts = math.gcd(n, devices)
-        operands = [
-            x.reshape(parts, n // parts, *x.shape[1:]) if m else x
-            for m, x in zip(mapped, operands, strict=True)
-        ]
-        each = jax.vmap(inner, axes, None)
-        sums = [jnp.sum(x, 0) for x in jax.vmap(each, axes)(*operands)]
+        sums = added_up(apart(jax.vmap(inner, axes, None), share, axes, operands))
         return sums, [False] * len(sums)
 
     return jax.tree.structure(like).unflatten(run(weight, *closed.consts))

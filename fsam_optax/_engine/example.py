@@ -179,25 +179,21 @@ def _rewritten(program, what, report):
     plan = make_plan(flow, consts, wanted, outputs, what)
 
     columns = jaxpr.invars[len(known) :]
-    number, parts = made.number, 1
+    number, share = made.number, None
     if number > 1:
         each, beside = held_by_column(flow, columns, plan.needed)
         most = most_held(plan)
         number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
         sums = len(what.powers) * _bytes_of(v.aval for v in wanted)
         if number < made.number and fits(sums, what.examples, each + beside):
-            parts = what.devices
-    if parts > 1:
-        # What is summed up by device already, no rule has to tell apart.
-        what = dataclasses.replace(what, devices=1)
-        plan = make_plan(flow, consts, wanted, outputs, what)
+            share = what.examples
 
     def pull(axes, weight, c):
         given = env | dict(zip(columns, c, strict=True))
         counts = [[_all_once(weight)]] * len(wanted) if what.by_example else None
         return run(plan, given, weight, dataclasses.replace(what, axes=axes), counts)
 
-    sums = over_cotangents(pull, made, weight, number, parts)
+    sums = over_cotangents(pull, made, weight, number, share)
     if report is not None:
         report[:] = [plan.rules(k) for k in range(len(wanted))]
     return sums, h
@@ -214,8 +210,8 @@ def _as_it_is(program, what, report):
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
     number = at_a_time(made.number, each, 0, held, what.examples, what.chunk_bytes)
     loops = number < made.number
-    parts = what.devices if loops and fits(held, what.examples, each) else 1
-    steps = Steps(held, what.chunk_bytes, 1 if parts > 1 else what.devices)
+    share = what.examples if loops and fits(held, what.examples, each) else None
+    steps = Steps(held, what.chunk_bytes, what.examples)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what, steps)
     if report is not None:
         report[:] = [[Used("fallback", math.inf, 1.0)] for _ in gradients]
@@ -228,7 +224,7 @@ def _as_it_is(program, what, report):
             return [[y] for y in operation(weight, *counts, *known, *c)]
         return reduced(rule, axes)(weight, *known, *c)
 
-    return over_cotangents(pull, made, weight, number, parts), h
+    return over_cotangents(pull, made, weight, number, share), h
 
 
 def _bytes_of(avals):

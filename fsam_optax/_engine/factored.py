@@ -89,7 +89,7 @@ def _one_group(site, groups, operands):
         sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
         work += sum(n) * sides
         held = 2 * spread * group.dtype.itemsize
-        steps = Steps(held, what.chunk_bytes, what.devices, apart=True)
+        steps = Steps(held, what.chunk_bytes, what.examples, apart=True)
         reduce = looped(fn, [like], what, steps)
     keeps = _keeps(site, group)
     return Source(rule, work, operands, reduce, held, prepare, finish, like, keeps)
@@ -129,7 +129,7 @@ def _by_example(site, group):
     if positions == 1:
         return "outer product", work, mapped(one, None), 0
     held = 2 * batch * positions**2 * group.dtype.itemsize
-    steps = Steps(held, what.chunk_bytes, what.devices, apart=True)
+    steps = Steps(held, what.chunk_bytes, what.examples, apart=True)
     return "Gram matrices", work, mapped(one, steps), held
 
 
@@ -161,6 +161,6 @@ def _several(site, groups, operands):
         return Source("reduction", work, operands, reduce, 0, prepare)
     held = 2 * out * groups[0].dtype.itemsize
     products = any(len(g.sides) == 2 for g in groups)
-    steps = Steps(held, what.chunk_bytes, what.devices, apart=products)
+    steps = Steps(held, what.chunk_bytes, what.examples, apart=products)
     reduce = looped(fn, [like], what, steps)
     return Source("sum of products", work, operands, reduce, held, prepare)

@@ -165,7 +165,7 @@ def multiplied_out(
     pairs = n * (n + 1) / 2 + n * len(single)
     work = sum(t.work for g in groups for t in g.terms)
     work += 2.0 * pairs * base.volume(base.labels)
-    reduce = by_device(reduce, site.what.devices)
+    reduce = by_device(reduce, site.what.examples)
     work += site.what.per_entry * pairs * (base.volume(left) + base.volume(right))
     masks = sum(len(g.terms[0].masks) for g in groups) + 2
     work += masks * pairs * size(site.terms[0]) / site.what.examples

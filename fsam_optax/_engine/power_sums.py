@@ -265,7 +265,7 @@ def sums_and_outputs(
     operands = lax.stop_gradient((params, examples, weights))
     devices = _devices_of(examples, params)
     share = n // math.gcd(n, devices) if n else 0
-    what = Summation(powers, chunk_bytes, devices, share, by_example=by_example)
+    what = Summation(powers, chunk_bytes, share, by_example=by_example)
     # Typed as varying over devices, so that the gradients are those of one device.
     witness = jnp.zeros(())
     for x in jax.tree.leaves(operands):

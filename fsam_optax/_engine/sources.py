@@ -26,8 +26,7 @@ class Summation:
         powers: The powers.
         chunk_bytes: Bytes that a step of a loop over examples or cotangents may hold on
             a device; None for what suits the backend.
-        devices: How many devices the examples may be spread over.
-        examples: How many examples there are on each, if they are.
+        examples: How many examples each device has.
         axes: How many axes the library maps over.
         limit: Size of the largest array that the model itself takes for an example. A
             larger one in the backward pass is the gradient of a parameter.
@@ -38,7 +37,6 @@ class Summation:
 
     powers: tuple[int, ...]
     chunk_bytes: int | None
-    devices: int
     examples: int
     axes: int = 1
     limit: int = 1

@@ -17,7 +17,7 @@ from jax import lax
 
 from fsam_optax._engine import sums
 from fsam_optax._engine.sources import Summation
-from fsam_optax._engine.sums import Steps, widened
+from fsam_optax._engine.sums import apart, Steps, widened
 
 
 def square(k: jax.Array, x: jax.Array) -> jax.Array:
@@ -66,18 +66,17 @@ def mapped(one: Callable, steps: Steps | None) -> Callable:
             return one(ks, *given)
 
         (n,) = weight.shape
-        # The examples of a device stay there, as in `sums.looped`.
-        parts = math.gcd(n, steps.devices) if steps else 1
-        length = n // parts
+        length = math.gcd(n, steps.share) if steps else n
         rows = steps.rows(length, 1) if steps else {"default": length}
 
         def in_steps(count, *varying):
             if count == length:
                 return jax.vmap(of_example)(varying)
-            some = [x.reshape(parts, length, *x.shape[1:]) for x in varying]
-            found = jax.vmap(
-                lambda some: lax.map(of_example, some, batch_size=count or None)
-            )(some)
+
+            def of_share(*some):
+                return lax.map(of_example, some, batch_size=count or None)
+
+            found = apart(of_share, length, [0] * len(varying), varying)
             return jax.tree.map(lambda y: y.reshape(n), found)
 
         branches = {

@@ -55,28 +55,47 @@ def reduced(reduce: Callable, axes: int, summed: bool = True) -> Callable:
     return over(None, axes)
 
 
-def by_device(reduce: Callable, devices: int) -> Callable:
+def apart(
+    fn: Callable, share: int, axes: Sequence[int | None], operands: Sequence[Any]
+) -> Any:
+    """Returns what `fn` returns for the examples of each device, stacked.
+
+    These are neighbours, on devices that hold no others. So what is made of them stays
+    there, until the devices are added up.
+
+    Args:
+        fn: Maps the operands, with some of the examples, to arrays.
+        share: How many examples each device has.
+        axes: 0 for the operands that have an axis of examples in front, else None.
+        operands: The operands.
+    """
+    cut = [
+        x if axis is None else x.reshape(len(x) // share, share, *x.shape[1:])
+        for axis, x in zip(axes, operands, strict=True)
+    ]
+    return jax.vmap(fn, axes)(*cut)
+
+
+def added_up(tree: Any) -> Any:
+    """Returns the sums of arrays over their leading axis."""
+    return jax.tree.map(lambda x: jnp.sum(x, 0), tree)
+
+
+def by_device(reduce: Callable, share: int) -> Callable:
     """Returns a rule of several sums that adds them up before it adds up devices.
 
     Each of the sums would be exchanged by itself: a compiler may not know that they are
-    terms of one. The examples of equal parts of the batch are taken apart, and stay on
-    their devices.
+    terms of one.
     """
 
-    def by_part(has, weight, *operands):
-        _, *others = has
-        parts = math.gcd(len(weight), devices) if weight.ndim else 1
-        if parts == 1:
+    def by_share(has, weight, *operands):
+        if weight.ndim == 0 or len(weight) % share or len(weight) == share:
             return reduce(has, weight, *operands)
-        axes = [0, *(0 if h[0] else None for h in others)]
-        operands = [
-            x if axis is None else x.reshape(parts, -1, *x.shape[1:])
-            for axis, x in zip(axes, (weight, *operands), strict=True)
-        ]
-        found = jax.vmap(functools.partial(reduce, has), axes)(*operands)
-        return jax.tree.map(lambda x: jnp.sum(x, 0), found)
+        axes = [0, *(0 if h[0] else None for h in has[1:])]
+        one = functools.partial(reduce, has)
+        return added_up(apart(one, share, axes, (weight, *operands)))
 
-    return by_part
+    return by_share
 
 
 def power(x: jax.Array, p: int) -> jax.Array:
@@ -96,25 +115,24 @@ class Steps(NamedTuple):
         held: Bytes that one example and cotangent holds.
         budget: Bytes that a step may hold on each device; None for what suits the
             backend.
-        devices: How many devices the examples may be spread over. A step takes as many
-            examples from each of so many equal parts of the batch, so that none of
-            them has to leave its device.
+        share: How many examples each device has. A step takes as many of them on each,
+            so that none has to leave its device.
         apart: Whether XLA:CPU should take one example and cotangent at a time: it runs
             batches of matrix products an order slower than one product.
     """
 
     held: int
     budget: int | None
-    devices: int
+    share: int
     apart: bool = False
 
-    def rows(self, per_part: int, cotangents: int) -> dict[str, int]:
-        """Returns the examples of each part in a step, by platform; 0 for `apart`."""
+    def rows(self, length: int, cotangents: int) -> dict[str, int]:
+        """Returns the examples of so many in a step, by platform; 0 for `apart`."""
         budget = DEFAULT_CHUNK_BYTES if self.budget is None else self.budget
         most = max(1, budget // (self.held * cotangents or 1))
         # As few steps as the budget allows, as equal as can be.
-        number = -(-per_part // -(-per_part // most)) if per_part else 1
-        apart = self.apart and self.budget is None and per_part * cotangents > 1
+        number = -(-length // -(-length // most)) if length else 1
+        apart = self.apart and self.budget is None and length * cotangents > 1
         return {"default": number} | ({"cpu": 0} if apart else {})
 
 
@@ -167,11 +185,11 @@ def looped(
             return sums(weight, *operands)
         n, *inner = weight.shape
         axes = (0, *by_axis[0])
-        parts = math.gcd(n, steps.devices if steps and live[0] else 1) or 1
-        length = n // parts
+        # The gcd, as it is traced without the axis of the examples too.
+        length = math.gcd(n, steps.share) if steps and live[0] else n
         rows = steps.rows(length, math.prod(inner)) if steps else {"default": length}
 
-        def of_part(number, before, *operands):
+        def of_share(number, before, *operands):
             if number == 0:
                 return added_apart(before, *operands)
 
@@ -191,16 +209,11 @@ def looped(
                 return sums(*operands)
             zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
             zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
-            if parts == 1:
-                return of_part(number, zeros, *operands)
-            # The rows of a part stay together, on the devices that hold them, and the
-            # sums of the parts are added after the loop.
-            operands = [
-                x if axis is None else x.reshape(parts, length, *x.shape[1:])
-                for axis, x in zip(axes, operands, strict=True)
-            ]
-            one = functools.partial(of_part, number, zeros)
-            return jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(one, axes)(*operands))
+            one = functools.partial(of_share, number, zeros)
+            if n == length:
+                return one(*operands)
+            # Devices are added up after the loop.
+            return added_up(apart(one, length, axes, operands))
 
         branches = {
             k: functools.partial(in_steps, number) for k, number in rows.items()
