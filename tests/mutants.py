@@ -514,6 +514,16 @@ MUTANTS = [
         ("    solved = _solved(self, env, dtype)", "    solved = None"),
     ),
     *_mutants(
+        "_engine/collecting.py",
+        "engine_patterns",
+        ("own = term.scale, (", "own = 1.0, ("),
+    ),
+    *_mutants(
+        "_engine/products.py",
+        "engine_patterns",
+        ("(IMAGINARY, IMAGINARY, -1)", "(IMAGINARY, IMAGINARY, 1)"),
+    ),
+    *_mutants(
         "_engine/entries.py",
         "fisher",
         ("return squares(v + u) - squares(v - u)", "return squares(v + u)"),

@@ -334,7 +334,7 @@ def reparametrised(params, x):
     return jnp.sum(jnp.tanh(x @ (2.0 * jnp.exp(params["v"]) / 3.0)))
 
 
-@program({"w": normal(0, 4, 5)}, normal(1, B, 4), "shared dense")
+@program({"w": normal(0, 4, 5)}, normal(1, B, 4), "sum of outer products")
 def regularised(params, x):
     return jnp.sum(jnp.tanh(x @ params["w"])) + jnp.sum(params["w"] ** 2)
 

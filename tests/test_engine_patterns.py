@@ -119,7 +119,22 @@ weight("weight_norm", [PAIRS, "reduction"], 3.0, v=FIXED, g=normal(D))(
 weight(
     "weight_norm_on_tokens", ["mapped shared dense"], 1.5, SEQUENCES, v=FIXED, g=SCALE
 )(lambda p: p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True))
-weight("weight_standardised", [PAIRS], 3.3, v=FIXED)(
+weight("centred", [OUTER], 1.1, w=FIXED)(lambda p: p["w"] - p["w"].mean(0))
+weight(
+    "gains_on_tokens",
+    ["mapped shared dense", "shared dense"],
+    1.3,
+    SEQUENCES,
+    w=FIXED,
+    g=SCALE,
+)(lambda p: p["w"] * jnp.exp(p["g"]))
+weight("lower_and_upper", [OUTER, "reduction"], 1.6, l=FIXED, u=FIXED, s=SCALE)(
+    lambda p: (
+        (jnp.tril(p["l"], -1) + jnp.eye(D))
+        @ (jnp.triu(p["u"], 1) + jnp.diag(jnp.exp(p["s"])))
+    )
+)
+weight("weight_standardised", [PAIRS], 2.4, v=FIXED)(
     lambda p: (p["v"] - p["v"].mean(0)) / jnp.sqrt(p["v"].var(0) + 1e-3)
 )
 weight(
@@ -203,6 +218,19 @@ def word2vec(p, batch):
 def one_table_looked_up_twice(p, batch):
     i, j = batch
     return (p["u"][i] @ p["u"][j] + p["bias"][i] + p["bias"][j] - 1) ** 2
+
+
+@pattern({"w": FIXED, "s": SCALE}, X, [PAIRS, "reduction"], 1.6)
+def flow_with_its_determinant(p, x):
+    """What all examples share is added to the gradient of each."""
+    y = dense(x, p["w"]) + jnp.sum(p["s"] ** 2 + p["s"] * x)
+    return y - jnp.linalg.slogdet(p["w"])[1]
+
+
+@pattern({"a": FIXED, "b": normal(D, D)}, (X, normal(B, D)), [PAIRS], 1.5)
+def complex_dense(p, batch):
+    y = lax.complex(*batch) @ lax.complex(p["a"], p["b"])
+    return jnp.sum(jnp.tanh(jnp.abs(y) ** 2))
 
 
 OFFSETS = np.arange(T)[:, None] - np.arange(T)[None] + T - 1
@@ -426,7 +454,6 @@ OVERSTATED = {
     "word2vec": "the gradient adds whole tables up, which is not told as its own",
     "one_table_looked_up_twice": "as in word2vec",
     "branch_by_the_example": "nor is what the gradient picks of matrices",
-    "solve": "the gradient solves for a matrix, and the sums for its factors",
 }
 
 
@@ -447,6 +474,10 @@ def operations(fn, *args):
     "small_table",
     "word2vec",
     "weight_norm",
+    "centred",
+    "gains_on_tokens",
+    "complex_dense",
+    "flow_with_its_determinant",
     "columns_looked_up_one_by_one_under_vmap",
     "cumulated",
     "tables_looked_up_under_vmap",

@@ -6,12 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._engine.folding import aligned, combined, folded, variables
+from fsam_optax._engine.collecting import combined, distributed, settled
+from fsam_optax._engine.folding import aligned, folded, variables
 from fsam_optax._engine.grouping import grouped
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
 from fsam_optax._engine.pairs import multiplied_out
-from fsam_optax._engine.products import Expander, Mismatch
+from fsam_optax._engine.products import Expander, Factor, Mismatch
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import gram, gram_work, looped, mapped
 from fsam_optax._engine.sums import outer_product, Steps, widened
@@ -28,9 +29,13 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
         terms = [t for v in site.terms for t in expander.expand(v)]
         if mirrored:
             terms += [dataclasses.replace(t, axes=t.axes[::-1]) for t in terms]
+        if not terms:
+            raise Mismatch("a part that is zero")
         limit, examples = site.what.limit, site.what.examples
-        found = [folded(expander, t, limit, examples) for t in aligned(expander, terms)]
-        found = combined(expander, found)
+        terms = _all_varying(aligned(expander, terms))
+        found = [folded(expander, t, limit, examples) for t in terms]
+        found = distributed(expander, combined(expander, found), limit)
+        found = combined(expander, [settled(expander, t) for t in found])
     except Mismatch:
         return None
     reads = [
@@ -49,6 +54,20 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
         rule = _one_group if len(groups) == 1 else _several
         found = rule(site, groups, operands)
     return found
+
+
+def _all_varying(terms):
+    """Gives a term that is the same for all examples the factor one, for each."""
+    some = next((f.v for t in terms for f in t.factors if f.varies), None)
+    if some is None:
+        raise Mismatch("nothing that differs between examples")
+    one = Factor(some, (), True, (("ones", ()),))
+    return [
+        t
+        if any(f.varies for f in t.factors)
+        else dataclasses.replace(t, factors=(*t.factors, one))
+        for t in terms
+    ]
 
 
 def _one_group(site, groups, operands):

@@ -5,7 +5,6 @@ times constants that have no axis but those of the result. The order is the one 
 least work, and nothing larger than the activations is formed on the way.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,11 +92,12 @@ def _solved(x: Contracted, env: dict[Any, Any], dtype: Any) -> Any:
 
 @dataclass(frozen=True)
 class Added:
-    """A sum of products of constants.
+    """A sum of products, of constants or of one factor that varies in each.
 
     Attributes:
-        parts: A number and constants for each product.
+        parts: A number and the factors of each product.
         labels: The labels of the sum.
+        varies: Whether it differs between examples.
     """
 
     parts: tuple[tuple[float, tuple["Expression", ...]], ...]
@@ -167,41 +167,6 @@ def variables(x: Expression) -> list[Any]:
     if isinstance(x, Added):
         return [v for _, factors in x.parts for f in factors for v in variables(f)]
     return [v for part in x.parts for v in variables(part)]
-
-
-def combined(expander: Expander, terms: Sequence[Folded]) -> list[Folded]:
-    """Joins terms of the same factors that vary: their constants are added first."""
-    found: dict[Any, list[Folded]] = {}
-    for t in terms:
-        names: dict[int, int] = {}
-        varying = tuple(_renamed(expander, f, t.out, names) for f in t.varying)
-        key = varying, t.axes, t.precision
-        found.setdefault(key, []).append(dataclasses.replace(t, varying=varying))
-    return [_added(same) if len(same) > 1 else same[0] for same in found.values()]
-
-
-def _renamed(expander, x, out, names):
-    """Names the labels that are summed over by their order."""
-
-    def name(label):
-        if label in out:
-            return label
-        if label not in names:
-            names[label] = expander.standard(len(names), expander.sizes[label])
-        return names[label]
-
-    if isinstance(x, Contracted):
-        parts = tuple(_renamed(expander, y, out, names) for y in x.parts)
-        x = dataclasses.replace(x, parts=parts)
-    return dataclasses.replace(x, labels=tuple(map(name, x.labels)))
-
-
-def _added(terms):
-    labels = {x: 0 for t in terms for mask in t.masks for x in mask.labels}
-    parts = tuple((t.scale, (*t.masks, *t.numbers)) for t in terms)
-    mask = Added(parts, tuple(labels))
-    masks, numbers = ((mask,), ()) if labels else ((), (mask,))
-    return dataclasses.replace(terms[0], scale=1.0, masks=masks, numbers=numbers)
 
 
 def aligned(expander: Expander, terms: Sequence[Term]) -> list[Term]:
@@ -342,11 +307,6 @@ def folded(expander: Expander, term: Term, limit: int, examples: int) -> Folded:
     if best[0] is None:
         raise Mismatch("a constant that joins no factor")
     _, varying, constants, work = best[0]
-    own = [out & set(f.labels) for f in varying]
-    if len(varying) == 2 and (own[0] <= own[1] or own[1] <= own[0]):
-        # A sum of entries: no product is left.
-        one, more = contracted(varying, constants)
-        varying, work = (one,), work + more
     return Folded(
         term.scale,
         tuple(varying),

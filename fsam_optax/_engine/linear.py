@@ -12,7 +12,15 @@ from typing import Any
 from jax import lax
 from jax.extend.core import Literal
 
-from fsam_optax._engine.products import Expander, Factor, Mismatch, Term
+from fsam_optax._engine.jaxpr import is_real
+from fsam_optax._engine.products import (
+    Expander,
+    Factor,
+    IMAGINARY,
+    Mismatch,
+    REAL,
+    Term,
+)
 from fsam_optax._engine.sums import precision_of
 
 
@@ -58,21 +66,7 @@ def _div(self, eqn):
     if self.flow.varies(b):
         raise Mismatch("a divisor that varies")
     n = len(a.aval.shape)
-    terms = []
-    (divisor,) = self.expand(b)
-    factors = tuple(
-        dataclasses.replace(f, steps=(*f.steps, ("reciprocal",)))
-        for f in divisor.factors
-    )
-    for s in self.expand(a):
-        term = Term(
-            s.scale / divisor.scale,
-            s.factors + factors,
-            s.axes + divisor.axes,
-            s.precision,
-        )
-        terms.append(self.joined(term, n))
-    return terms
+    return [self.joined(term, n) for term in self.product(a, b, divides=True)]
 
 
 def _sub(self, eqn):
@@ -87,6 +81,19 @@ def _neg(self, eqn):
 
 def _same(self, eqn):
     return self.expand(eqn.invars[0])
+
+
+def _part(part):
+    """Returns a rule for primitives that take a part of a complex number."""
+    return lambda self, eqn: self.expand(eqn.invars[0], part)
+
+
+def _complex(self, eqn):
+    return self.expand(eqn.invars[self.part == IMAGINARY], REAL)
+
+
+def _conjugated(self, eqn):
+    return _neg(self, eqn) if self.part == IMAGINARY else _same(self, eqn)
 
 
 def _reduce_sum(self, eqn):
@@ -275,7 +282,8 @@ def _taken(self, eqn):
 def _solved(self, eqn):
     """Triangular systems whose matrix is the same for all examples."""
     a, b = eqn.invars
-    if self.flow.varies(a) or len(a.aval.shape) != 2 or isinstance(a, Literal):
+    matrix = len(a.aval.shape) == 2 and is_real(a)
+    if self.flow.varies(a) or not matrix or isinstance(a, Literal):
         raise Mismatch("a system that differs between examples")
     params = eqn.params
     n = a.aval.shape[0]
@@ -310,6 +318,10 @@ LINEAR: dict[str, Callable[[Expander, Any], list[Term]]] = {
     "div": _div,
     "sub": _sub,
     "neg": _neg,
+    "real": _part(REAL),
+    "imag": _part(IMAGINARY),
+    "complex": _complex,
+    "conj": _conjugated,
     "convert_element_type": _same,
     "copy": _same,
     "copy_p": _same,

@@ -38,16 +38,19 @@ class Factor:
         varies: Whether it differs between examples.
         steps: What is done to the variable first: names and arguments of `STEPS`, where
             a variable stands for its value.
+        part: Which of `PARTS` of a complex variable it is.
     """
 
     v: Any
     labels: tuple[int, ...]
     varies: bool
     steps: tuple[tuple[Any, ...], ...] = ()
+    part: str = ""
 
     def value(self, env: dict[Any, Any], dtype: Any) -> Any:
         """Returns the array."""
-        x = jnp.asarray(read(env, self.v)).astype(dtype)
+        x = jnp.asarray(read(env, self.v))
+        x = (PARTS[self.part](x) if self.part else x).astype(dtype)
         for name, *arguments in self.steps:
             x = STEPS[name](
                 x, *(read(env, a) if _is_variable(a) else a for a in arguments)
@@ -158,6 +161,21 @@ STEPS: dict[str, Callable] = {
 }
 
 
+REAL, IMAGINARY, INVERTED = "real", "imaginary", " of the reciprocal"
+PARTS: dict[str, Callable] = {
+    REAL: jnp.real,
+    IMAGINARY: jnp.imag,
+    REAL + INVERTED: lambda x: jnp.real(1 / x),
+    IMAGINARY + INVERTED: lambda x: jnp.imag(1 / x),
+}
+# The parts of a product: those of its factors, and the sign.
+PRODUCT_PARTS = {
+    None: [(None, None, 1)],
+    REAL: [(REAL, REAL, 1), (IMAGINARY, IMAGINARY, -1)],
+    IMAGINARY: [(REAL, IMAGINARY, 1), (IMAGINARY, REAL, 1)],
+}
+
+
 def is_inverse(f: Factor) -> bool:
     """Tells whether a factor is the inverse of a triangular matrix."""
     return [name for name, *_ in f.steps] == ["inverse"]
@@ -181,6 +199,7 @@ class Expander:
         flow: The program.
         inside: The variables to look into; all others are factors.
         sizes: The sizes of the labels.
+        part: Which part of complex variables is expanded; None for real ones.
     """
 
     def __init__(self, flow: Dataflow, inside: Iterable[Any], linear: dict[str, Any]):
@@ -189,6 +208,7 @@ class Expander:
         self.linear = linear
         self.inside = set(inside)
         self.sizes: dict[int, int] = {}
+        self.part: str | None = None
         self._labels = itertools.count()
         self._standard: dict[tuple[int, int], int] = {}
 
@@ -204,10 +224,29 @@ class Expander:
             self._standard[i, n] = self.label(n)
         return self._standard[i, n]
 
-    def expand(self, v: Any) -> list[Term]:
-        """Returns the terms of a variable; raises Mismatch if there are none."""
+    def expand(self, v: Any, part: str | None = None) -> list[Term]:
+        """Returns the terms of a variable; raises Mismatch if there are none.
+
+        Args:
+            v: The variable.
+            part: Which part of it; None for that of what it is read by.
+        """
+        part = part or self.part
+        if is_real(v):
+            if part == IMAGINARY:
+                return []
+            part = None
+        elif part is None:
+            raise Mismatch("a number that is not real")
+        before, self.part = self.part, part
+        try:
+            return self._expanded(v)
+        finally:
+            self.part = before
+
+    def _expanded(self, v):
         if isinstance(v, Literal) or v not in self.inside:
-            return [self._factor(v)]
+            return self.factor(v)
         terms = []
         for x in self.flow.summands(v):
             if x is not v:
@@ -216,23 +255,24 @@ class Expander:
             eqn = self.flow.made_by(x)
             if eqn is None or name_of(eqn) not in self.linear or len(eqn.outvars) != 1:
                 raise Mismatch(f"{name_of(eqn)} is not known to be a product")
-            if not all(is_real(y) for y in (*eqn.outvars,)):
-                raise Mismatch("complex numbers")
             terms += self.linear[name_of(eqn)](self, eqn)
         return terms
 
-    def _factor(self, v):
-        if not is_real(v):
-            raise Mismatch("a factor that is not real")
+    def factor(self, v: Any, inverted: bool = False) -> list[Term]:
+        """Returns a variable as a factor of its own, or its reciprocal."""
         shape = v.aval.shape
+        part = self.part + (INVERTED if inverted else "") if self.part else ""
+        steps = (("reciprocal",),) if inverted and not part else ()
         if isinstance(v, Literal) and math.prod(shape) == 1:
             axes = tuple(() for _ in shape)
-            return Term(float(np.asarray(v.val).reshape(())), (), axes)
+            x = np.asarray(v.val).reshape(())
+            x = PARTS[part](x) if part else 1 / x if inverted else x
+            return [Term(float(x), (), axes)] if x != 0 or not part else []
         axes = tuple((self.label(n),) if n != 1 else () for n in shape)
         labels = tuple(label for axis in axes for label in axis)
         kept = tuple(n for n in shape if n != 1)
-        steps = (("reshape", kept),) if kept != tuple(shape) else ()
-        return Term(1.0, (Factor(v, labels, self.flow.varies(v), steps),), axes)
+        steps += (("reshape", kept),) if kept != tuple(shape) else ()
+        return [Term(1.0, (Factor(v, labels, self.flow.varies(v), steps, part),), axes)]
 
     # Changes of one or several terms at once.
 
@@ -250,7 +290,7 @@ class Expander:
                     labels = renamed(f.labels)
                     shape = tuple(self.sizes[x] for x in labels)
                     steps = (*steps, ("reshape", shape))
-                f = Factor(f.v, renamed(f.labels), f.varies, steps)
+                f = dataclasses.replace(f, labels=renamed(f.labels), steps=steps)
             factors.append(f)
         axes = tuple(map(renamed, term.axes))
         return dataclasses.replace(term, factors=tuple(factors), axes=axes)
@@ -273,21 +313,37 @@ class Expander:
                 raise Mismatch("axes that are cut in different ways")
         return term
 
-    def product(self, a: Any, b: Any) -> list[Term]:
-        """Returns the terms of an outer product; the axes of `a` first."""
-        left, right = self.expand(a), self.expand(b)
-        if len(left) * len(right) > MOST_TERMS:
+    def product(self, a: Any, b: Any, divides: bool = False) -> list[Term]:
+        """Returns the terms of an outer product; the axes of `a` first.
+
+        Args:
+            a: A variable.
+            b: Another one.
+            divides: Whether the reciprocal of `b`, which is no sum, is meant.
+        """
+        pairs = []
+        for of_a, of_b, sign in PRODUCT_PARTS[self.part]:
+            left = self.expand(a, of_a)
+            right = self._reciprocal(b, of_b) if divides else self.expand(b, of_b)
+            pairs += [(s, t, sign) for s in left for t in right]
+        if len(pairs) > MOST_TERMS:
             raise Mismatch("too many terms")
         return [
             Term(
-                s.scale * t.scale,
+                sign * s.scale * t.scale,
                 s.factors + t.factors,
                 s.axes + t.axes,
                 s.precision if s.precision is not None else t.precision,
             )
-            for s in left
-            for t in right
+            for s, t, sign in pairs
         ]
+
+    def _reciprocal(self, v, part):
+        before, self.part = self.part, part
+        try:
+            return self.factor(v, inverted=True)
+        finally:
+            self.part = before
 
     def joined(self, term: Term, n: int) -> Term:
         """Makes the first n axes of a term one with those that follow, if any do."""
@@ -350,7 +406,8 @@ class Expander:
             if old not in f.labels:
                 return f
             labels = tuple(new if x == old else x for x in f.labels)
-            return Factor(f.v, labels, f.varies, (*f.steps, step(f.labels.index(old))))
+            steps = (*f.steps, step(f.labels.index(old)))
+            return dataclasses.replace(f, labels=labels, steps=steps)
 
         axes = tuple((new,) if k == d else axis for k, axis in enumerate(term.axes))
         return dataclasses.replace(

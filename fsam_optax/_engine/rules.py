@@ -80,38 +80,30 @@ def _contracted(site: Site) -> tuple[list[Any], str] | None:
 
 
 def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Source]:
-    """Joins sources that map the same product: it is formed for all of them at once.
+    """Joins sources that come from the same product: it is formed for all at once.
 
-    What has a rule of its own joins them if that is less work.
+    Those that map it are joined, and the others with them, where that is less work.
     """
     groups: list[tuple[set[int], list[Any]]] = []
-    for key, source in sources.items():
-        if source.rule.startswith("mapped "):
-            formed = _formed(sites[key])
-            same = [g for g in groups if not g[0].isdisjoint(formed)]
-            groups = [g for g in groups if g not in same]
-            formed |= {x for g in same for x in g[0]}
-            groups.append((formed, [*(k for g in same for k in g[1]), key]))
+    for key in sources:
+        formed = _formed(sites[key])
+        same = [g for g in groups if not g[0].isdisjoint(formed)]
+        groups = [g for g in groups if g not in same]
+        formed |= {x for g in same for x in g[0]}
+        groups.append((formed, [*(k for g in same for k in g[1]), key]))
     found = dict(sources)
-    for formed, keys in groups:
-        others = [
-            key
-            for key, site in sites.items()
-            if key in sources
-            and key not in keys
-            and not formed.isdisjoint(_formed(site))
-        ]
-        best = sum(sources[key].work for key in (*keys, *others)), {}
-        for several in (keys, [*keys, *others]):
-            whole = [(key, x) for key in several if (x := _contracted(sites[key]))]
-            if len(whole) < max(2, len(several)):
+    for _, keys in groups:
+        whole = {key: x for key in keys if (x := _contracted(sites[key]))}
+        mapping = [key for key in whole if sources[key].rule.startswith("mapped ")]
+        best = sum(sources[key].work for key in keys), {}
+        for several in (mapping, [*whole]):
+            if len(several) < 2:
                 continue
-            stop = [v for _, (operands, _) in whole for v in operands]
-            joint_sources = joint(
-                [sites[key] for key, _ in whole], stop, [rule for _, (_, rule) in whole]
-            )
-            new = dict(zip(several, joint_sources, strict=True))
-            rest = sum(sources[key].work for key in others if key not in new)
+            stop = [v for key in several for v in whole[key][0]]
+            names = [whole[key][1] for key in several]
+            sources_of = joint([sites[key] for key in several], stop, names)
+            new = dict(zip(several, sources_of, strict=True))
+            rest = sum(sources[key].work for key in keys if key not in new)
             work = rest + sum(x.work for x in new.values())
             if work < best[0]:
                 best = work, new
@@ -157,8 +149,9 @@ def reduction(site: Site, held: set[Any], largest: int) -> Source | None:
     """Evaluates a value no larger than the activations for all examples at once."""
     if largest > site.what.limit:
         return None
+    # What leads to its linear maps the gradient of the batch takes too.
     made = site.flow.ancestors(site.terms, stop=held)
-    eqns = site.flow.equations(v for v in made if site.flow.varies(v))
+    eqns = [e for e in site.region() if not made.isdisjoint(e.outvars)]
     adding = (len(site.terms) - 1 + site.what.per_entry) * size(site.terms[0])
     # Rows that each example scatters come one after the other.
     rows = [size(e.invars[-1]) for e in eqns if name_of(e) == SCATTER]

@@ -241,9 +241,10 @@ def _last(varies):
     return not any(varies[:-1])
 
 
+PARTS_OF_NUMBERS = ("real", "imag", "complex", "conj")
 # Linear maps, and which of the operands may differ between examples.
 LINEAR_MAPS: dict[str, Callable[[list[bool]], bool]] = (
-    dict.fromkeys((*LINEAR_MOVES, *SUMS, "sub", "concatenate", "real", "imag"), _any)
+    dict.fromkeys((*LINEAR_MOVES, *SUMS, "sub", "concatenate", *PARTS_OF_NUMBERS), _any)
     | dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _one)
     | dict.fromkeys(
         ("div", "gather", "pad", "dynamic_slice", "reduce_sum", "cumsum", "fft"), _first

@@ -109,7 +109,10 @@ def joint(
         work += sum(size(x) for x in operands if flow.varies(x)) / len(sites)
         for e in own[k]:
             large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
-            each = operations(e) * (waiting if large else 1.0) + _laid_out(e)
+            each = operations(e) + _laid_out(e)
+            if large:
+                entries = max(map(size, (*e.invars, *e.outvars)))
+                each += (waiting - 1) * min(operations(e), entries)
             work += each / users[id(e)]
         found.append(Source(rule, work, operands, reduce, held, part=k))
     return found

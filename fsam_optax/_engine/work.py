@@ -1,12 +1,15 @@
 """Operations of a program, counted from its equations.
 
 Products and convolutions count two for each multiplication, a loop its body as often as
-it runs, and everything that is not just a rearrangement one for each entry.
+it runs, and everything that is not just a rearrangement one for each entry. Complex
+numbers are pairs of real ones.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax.numpy as jnp
 
 from fsam_optax._engine.jaxpr import body_of, size
 from fsam_optax._engine.primitives import name_of
@@ -20,7 +23,7 @@ def operations(eqn: Any) -> float:
     """Returns the operations of one equation."""
     name = name_of(eqn)
     if name in COUNTS:
-        return COUNTS[name](eqn)
+        return COUNTS[name](eqn) * _real_operations(eqn, PAIRED.get(name, 2.0))
     bodies = [
         getattr(x, "jaxpr", x)
         for value in eqn.params.values()
@@ -29,7 +32,16 @@ def operations(eqn: Any) -> float:
     ]
     if bodies:
         return max(total(body.eqns) for body in bodies)
-    return float(sum(size(v) for v in eqn.outvars))
+    number = float(sum(size(v) for v in eqn.outvars))
+    return number * _real_operations(eqn, PAIRED.get(name, 2.0))
+
+
+def _real_operations(eqn, of_pairs):
+    """Returns how many operations of real numbers one of complex numbers counts."""
+    dtypes = [v.aval.dtype for v in eqn.outvars]
+    return (
+        of_pairs if any(jnp.issubdtype(x, jnp.complexfloating) for x in dtypes) else 1.0
+    )
 
 
 def total(eqns: Iterable[Any]) -> float:
@@ -78,6 +90,16 @@ def _transform(eqn):
     return 5.0 * max(map(size, (*eqn.invars, *eqn.outvars))) * math.log2(max(n, 2))
 
 
+def _cubic(factor):
+    """Returns the count of what takes so many operations for each entry and row."""
+    return lambda eqn: factor * size(eqn.invars[0]) * eqn.invars[0].aval.shape[-1]
+
+
+def _substitution(eqn):
+    # Half of the matrix is zero.
+    return float(size(eqn.invars[1]) * eqn.invars[0].aval.shape[-1])
+
+
 def _scan(eqn):
     body, _ = body_of(eqn)
     return eqn.params["length"] * total(body.eqns)
@@ -88,6 +110,19 @@ def _nothing(eqn):
     return 0.0
 
 
+# Where an operation of complex numbers is not one for each of the two parts.
+PAIRED = {
+    "dot_general": 4.0,
+    "ragged_dot_general": 4.0,
+    "conv_general_dilated": 4.0,
+    "triangular_solve": 4.0,
+    "mul": 6.0,
+    "div": 9.0,
+    "complex": 0.0,
+    "scan": 1.0,
+    "fft": 1.0,
+}
+
 COUNTS: dict[str, Callable[[Any], float]] = (
     {
         "dot_general": _product,
@@ -96,6 +131,13 @@ COUNTS: dict[str, Callable[[Any], float]] = (
         "scan": _scan,
         "sort": _sorting,
         "fft": _transform,
+        "triangular_solve": _substitution,
+        "cholesky": _cubic(1 / 3),
+        "lu": _cubic(2 / 3),
+        "geqrf": _cubic(4 / 3),
+        "householder_product": _cubic(4 / 3),
+        "eigh": _cubic(9.0),
+        "svd": _cubic(12.0),
         "scatter-add": _update,
         "scatter": _update,
         "scatter-min": _update,
@@ -121,8 +163,10 @@ COUNTS: dict[str, Callable[[Any], float]] = (
             "copy",
             "copy_p",
             "expand_dims",
+            "imag",
             "iota",
             "optimization_barrier",
+            "real",
             "reshape",
             "rev",
             "sharding_constraint",
