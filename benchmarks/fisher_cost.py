@@ -230,19 +230,17 @@ def experiment(run: harness.Run) -> None:
     cost.print_tables("Ratio to one gradient of the batch", results)
 
 
-def add_options(add):
-    names = [name for name in MODELS if name != "gpt2"]
-    add("--models", nargs="+", choices=[*MODELS, *SMOKE], default=names)
-    add("--growth", action="store_true", help="growth of the cost")
-    add("--norms", action="store_true", help="norms of single examples")
-    add("--repeats", type=harness.whole, default=5)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    smoke = {"models": list(SMOKE), "repeats": 2}
-    return harness.main(
-        __doc__, experiment, arguments, options=add_options, smoke=smoke
-    )
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={"models": list(SMOKE), "repeats": 2},
+    models={
+        "default": [name for name in MODELS if name != "gpt2"],
+        "choices": [*MODELS, *SMOKE],
+    },
+    growth={"default": False, "help": "growth of the cost"},
+    norms={"default": False, "help": "norms of single examples"},
+    repeats=5,
+)
 
 
 if __name__ == "__main__":

@@ -194,9 +194,9 @@ def main(
     experiment: Callable[[Run], None],
     arguments: Sequence[str] | None = None,
     *,
-    options: Callable[[Callable], Any] = lambda add: None,
     defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda found: {},
     smoke: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> int:
     """Reads the command line, runs the experiment and returns the exit code.
 
@@ -204,9 +204,11 @@ def main(
         doc: Docstring of the script.
         experiment: What to run.
         arguments: Command line; default that of the process.
-        options: Receives `add_argument`.
         defaults: Maps options to defaults that depend on them.
         smoke: Defaults of smoke mode: seconds, to see that it runs.
+        **options: Each a default, which tells its type (whole numbers are positive, a
+            list takes several), or a dict of what `add_argument` takes beside or in
+            its place.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     module = pathlib.Path(sys.modules[experiment.__module__].__file__ or "").stem
@@ -214,11 +216,12 @@ def main(
         prog=f"{module}.py", description=doc, formatter_class=_Help, add_help=False
     )
 
-    def add(*names, help="=", **settings):  # Without a help text no default is shown.
-        parser.add_argument(*names, help=help, **settings)
-
-    options(add)
-    add("--out", type=pathlib.Path, default=HERE, help="folder of all that is made")
+    options["out"] = {"default": HERE, "help": "folder of all that is made"}
+    for name, given in options.items():
+        settings = given if isinstance(given, dict) else {"default": given}
+        # Without a help text no default is shown.
+        settings = {"help": "=", **kind(settings.get("default")), **settings}
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
     early, _ = parser.parse_known_args(arguments)
     chosen = {**defaults(early), **(dict(smoke or {}, out=None) if early.smoke else {})}
@@ -250,36 +253,19 @@ def main(
     return 0
 
 
-def script(
-    doc: str | None,
-    experiment: Callable[[Run], None],
-    *,
-    smoke: Mapping[str, Any] | None = None,
-    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda found: {},
-    **options: Any,
-) -> Callable[..., int]:
-    """Returns `main(arguments=None)` of an experiment; see `main`.
+def kind(default: Any) -> dict[str, Any]:
+    """Returns what `add_argument` takes for a default of this type."""
+    if default is None:
+        return {}
+    if isinstance(default, bool):
+        return {"action": "store_true"}
+    if isinstance(default, list):
+        return {"nargs": "+", **kind(default[0])}
+    return {"type": whole if isinstance(default, int) else type(default)}
 
-    An option is a default, which tells its type (whole numbers are positive, a list
-    takes several), or a dict of what `add_argument` takes beside or in its place.
-    """
 
-    def kind(value):
-        return whole if isinstance(value, int) else type(value)
-
-    def add_options(add):
-        for name, given in options.items():
-            settings = given if isinstance(given, dict) else {"default": given}
-            default = settings.get("default")
-            if isinstance(default, bool):
-                settings = {"action": "store_true", **settings}
-            elif isinstance(default, list):
-                settings = {"nargs": "+", "type": kind(default[0]), **settings}
-            elif default is not None:
-                settings = {"type": kind(default), **settings}
-            add(f"--{name.replace('_', '-')}", **settings)
-
-    keywords = {"options": add_options, "defaults": defaults, "smoke": smoke}
+def script(doc: str | None, experiment: Callable[[Run], None], **keywords: Any):
+    """Returns `main(arguments=None)` of an experiment; see `main`."""
     return partial(main, doc, experiment, **keywords)
 
 

@@ -35,16 +35,19 @@ def experiment(run):
             return {{"square": number ** 2, "long": "x" * o.size, "rho": o.rho}}
         print(run.cell(compute, number=number, size=o.size, rho=o.rho)["square"])
 
-def options(add):
-    add("--first", type=int, default=0)
-    add("--cells", type=int, default=3, help="how many")
-    add("--size", type=int, default=10)
-    add("--pause", type=float, default=0)
-    add("--rho", type=harness.positive, default=0.5)
-    add("--log", default=os.devnull)
+main = harness.script(
+    *(__doc__, experiment),
+    smoke={{"cells": 1}},
+    first={{"default": 0, "type": int}},
+    cells={{"default": 3, "help": "how many"}},
+    size=10,
+    pause=0.0,
+    rho={{"default": 0.5, "type": harness.positive}},
+    log=os.devnull,
+)
 
 if __name__ == "__main__":
-    sys.exit(harness.main(__doc__, experiment, options=options, smoke={{"cells": 1}}))
+    sys.exit(main())
 '''
 
 
