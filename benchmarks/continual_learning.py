@@ -211,12 +211,12 @@ def draw(found, joined, options, path):
     fig, axes = show.figure(1, len(found), title, figsize=(12, 4.2), sharey=False)
     shown = np.array(options.strengths)
     for axis, (scenario, results) in zip(axes[0], found.items(), strict=True):
-        for (name, anchoring), result in results.items():
-            if anchoring == ONLINE:
-                continue
-            values = np.array(result["accuracy"])[shown > 0]
-            style = show.look(name) | {"ms": 4, "label": name}
-            show.errors(axis, shown[shown > 0], values, 100, **style)
+        values = {
+            name: np.array(result["accuracy"])[shown > 0]
+            for (name, anchoring), result in results.items()
+            if anchoring == EWC
+        }
+        show.curves(axis, shown[shown > 0], values, ms=4)
         plain = 100 * np.mean(next(iter(results.values()))["accuracy"][0])
         axis.axhline(100 * np.mean(joined[scenario]), **LINE, label="all at once")
         axis.axhline(plain, **LINE, ls=":", label="no penalty")

@@ -15,21 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import show
-from models import ResNet
-
-
-class MLP(nn.Module):
-    """Dense layers; 784-512-512-10 by default."""
-
-    widths: tuple[int, ...] = (512, 512)
-    classes: int = 10
-
-    @nn.compact
-    def __call__(self, x):
-        """Maps (batch, features) to logits (batch, classes)."""
-        for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.classes)(x)
+from models import MLP, ResNet
 
 
 class CNN(nn.Module):

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import methods
 import zoo
-from cost import MLP, Problem, problem
+from cost import Problem, problem
+from models import MLP
 
 import fsam_optax as fsam
 

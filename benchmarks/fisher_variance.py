@@ -80,16 +80,9 @@ def descend(kind: str, name: str, damping: float, epochs: int, key: jax.Array):
     precondition = fsam.scale_by_inverse_fisher(estimator, damping=damping)
     optimizer = optax.chain(precondition, optax.scale_by_learning_rate(RATE))
 
-    def step(carry, rows):
-        w, state = carry
-        batch = x[rows], y[rows]
-        grads = jax.grad(loss_fn)(w, batch)
-        updates, state = optimizer.update(grads, state, w, batch=batch)
-        return (optax.apply_updates(w, updates), state), None
-
     def epoch(carry, key):
         rows = jax.random.permutation(key, TRAIN).reshape(-1, BATCH)
-        (w, state), _ = jax.lax.scan(step, carry, rows)
+        w, state = perceptron.follow(loss_fn, optimizer, carry, (x[rows], y[rows]))
         test = x[TRAIN:], y[TRAIN:]
         return (w, state), (w, loss_fn(w, test) - loss_fn(TRUTH, test))
 
@@ -207,16 +200,9 @@ def train(data, plan: Plan, task: str, activation: str, seed: int) -> dict[str, 
     init_key, order_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
-    def epoch(params, state, key):
+    def epoch(carry, key):
         rows = jax.random.permutation(key, len(x)).reshape(-1, BATCH_SIZE)
-
-        def step(carry, rows):
-            params, state = carry
-            grads = jax.grad(loss_fn)(params, (x[rows], targets[rows]))
-            updates, state = optimizer.update(grads, state)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), rows)[0]
+        return perceptron.follow(loss_fn, optimizer, carry, (x[rows], targets[rows]))
 
     @jax.jit
     def measure(params):
@@ -225,12 +211,12 @@ def train(data, plan: Plan, task: str, activation: str, seed: int) -> dict[str, 
         return {"accuracy": jnp.mean(guesses == test_y[:1000]), **found}
 
     params = initial_params(init_key, (x.shape[1], *(plan.width,) * 3, 10))
-    state, records = optimizer.init(params), []
+    carry, records = (params, optimizer.init(params)), []
     for number in range(plan.checkpoints[-1] + 1):
         if number in plan.checkpoints:
-            record = jax.device_get(measure(params))
+            record = jax.device_get(measure(carry[0]))
             records.append({**record, "preferred": preferences(record)})
-        params, state = epoch(params, state, jax.random.fold_in(order_key, number))
+        carry = epoch(carry, jax.random.fold_in(order_key, number))
     return {name: [record[name] for record in records] for name in records[0]}
 
 

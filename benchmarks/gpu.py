@@ -48,7 +48,7 @@ def resnet(batch):
 
 
 MODELS: dict[str, Callable[[], cost.Problem]] = {
-    "mlp": lambda: problem(cost.MLP(), (784,), 512),
+    "mlp": lambda: problem(models.MLP(), (784,), 512),
     "cnn": lambda: problem(cost.CNN(), (32, 32, 3), 512),
     "resnet18": lambda: resnet(512),
     "transf. 64": lambda: problem(cost.Transformer(), (64,), 256),

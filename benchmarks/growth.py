@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import show
-from cost import MLP, Problem, problem
+from cost import Problem, problem
+from models import MLP
 from steps import measure, OPTIMIZERS
 
 

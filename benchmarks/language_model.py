@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import optax
+import perceptron
 import show
 
 import fsam_optax as fsam
@@ -71,13 +72,9 @@ def pretraining(data, pieces, options):
     data = jax.tree.map(jnp.asarray, data.batch)
     steps = options.pretraining
     schedule = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 10, steps)
-    optimizer = optax.adam(schedule)
 
-    def step(carry, rows):
-        net, state = carry
-        batch = jax.tree.map(lambda a: a[rows], data)
-        updates, state = optimizer.update(jax.grad(gpt.NET)(net, batch), state)
-        return (optax.apply_updates(net, updates), state), None
+    def loss(net, rows):
+        return gpt.NET(net, jax.tree.map(lambda a: a[rows], data))
 
     @jax.jit
     def pretrain(seed):
@@ -85,7 +82,7 @@ def pretraining(data, pieces, options):
         net = gpt.initial(key, pieces, LENGTH, options.width, options.depth)
         rows = (steps, 2 * options.batch)
         rows = jax.random.randint(jax.random.fold_in(key, 1), rows, 0, len(data[1]))
-        return jax.lax.scan(step, (net, optimizer.init(net)), rows)[0][0]
+        return perceptron.minimise(loss, net, optax.adam(schedule), rows)
 
     return pretrain
 

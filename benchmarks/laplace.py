@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
+import diagonals
 import harness
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,15 @@ import fsam_optax as fsam
 
 
 HIDDEN = (16,)
-BATCH = 50
 TAUS = np.geomspace(0.1, 1e5, 13)
 TEMPERATURES = np.geomspace(0.3, 10, 13)
 NOISES = np.geomspace(0.3, 2, 13)  # in deviations of the target
 LEVELS = np.linspace(0.05, 0.95, 10)
-FISHERS = ("exact", "empirical", "squared")
+FISHERS = {
+    "exact": diagonals.EXACT,
+    "empirical": diagonals.EMPIRICAL,
+    "squared": diagonals.squared(50),
+}
 WAYS = {
     "network": ("network", "exact"),
     **{f"linearised, {name} F": ("linearised", name) for name in FISHERS},
@@ -85,12 +89,7 @@ def fit(key, data, task, steps, decay):
 def fisher(kind, likelihood, params, data):
     """Returns a diagonal as one vector: a mean over the labels."""
     loss = fsam.negative_log_likelihood(perceptron.apply, likelihood)
-    if kind == "squared":
-        batches = jax.tree.map(lambda a: a.reshape(-1, BATCH, *a.shape[1:]), data)
-        grads = jax.vmap(lambda batch: jax.grad(loss)(params, batch))(batches)
-        return ravel_pytree(jax.tree.map(lambda g: jnp.mean(g**2, 0), grads))[0]
-    estimators = {"exact": fsam.fisher_exact, "empirical": fsam.fisher_empirical}
-    return ravel_pytree(fsam.diagonal(estimators[kind](loss), params, data))[0]
+    return ravel_pytree(diagonals.diagonal(FISHERS[kind], loss, params, data))[0]
 
 
 @jax.jit

@@ -42,16 +42,17 @@ def draw(results, path):
     """Draws accuracy against the budget, and the gain over the base optimizer."""
     fig, axes = show.figure(1, 2, headline(results), figsize=(11, 4.6))
     left, right = axes[0]
-    for method, found in results.items():
-        budgets = np.array(list(found))
-        reached = [facts["accuracy"] for facts in found.values()]
-        gains = [perceptron.over(found[b], results["base"][b]) for b in found]
-        for ax, values in ((left, reached), (right, gains)):
-            show.errors(ax, budgets, values, 100, label=method, **show.look(method))
-            ax.set_xscale("log")
-            ax.set_xticks(budgets, [str(b) for b in budgets])
-            ax.minorticks_off()
-            ax.set_xlabel("gradients")
+    budgets = [*results["base"]]
+    reached = {
+        m: [found[b]["accuracy"] for b in budgets] for m, found in results.items()
+    }
+    gains = {m: np.subtract(values, reached["base"]) for m, values in reached.items()}
+    for ax, values in ((left, reached), (right, gains)):
+        show.curves(ax, budgets, values)
+        ax.set_xscale("log")
+        ax.set_xticks(budgets, [str(b) for b in budgets])
+        ax.minorticks_off()
+        ax.set_xlabel("gradients")
     left.set_title("Test accuracy, %, mean ± standard error")
     right.set_title("Points over the base optimizer, on the same seeds")
     show.legend(fig, left, 4, fontsize=8)

@@ -27,7 +27,6 @@ import show
 
 
 HIDDEN = (64, 64)
-BATCH = 50
 RATE = 1e-3
 LOSS = perceptron.LOSS
 AVERAGE, DAMPED = "average", f"{diagonals.EXACT} + its mean"
@@ -80,17 +79,6 @@ def problem_of(scenario: str, options: Any) -> Problem:
     )
 
 
-def train(params, data, steps, key):
-    """Returns parameters after Adam with cosine decay."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
-    rows = jax.random.randint(key, (steps, BATCH), 0, len(data[1]))
-
-    def loss(params, rows):
-        return LOSS(params, (data[0][rows], data[1][rows]))
-
-    return perceptron.minimise(loss, params, optimizer, rows)
-
-
 def fit(problem, seeds, steps):
     """Returns the start, both fine-tuned networks and one fine-tuned on both tasks."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *problem.train)
@@ -98,9 +86,10 @@ def fit(problem, seeds, steps):
     def one(seed):
         keys = jax.random.split(jax.random.key(seed), 5)
         sizes = (problem.start[0].shape[-1], *HIDDEN, 10)
-        start = train(perceptron.initial(keys[0], sizes), problem.start, 300, keys[1])
+        start = perceptron.initial(keys[0], sizes)
+        start = perceptron.by_adam(start, problem.start, 300, RATE, keys[1])
         tuned = [
-            train(start, data, steps, key)
+            perceptron.by_adam(start, data, steps, RATE, key)
             for data, key in zip((*problem.train, both), keys[2:], strict=True)
         ]
         return start, *tuned
@@ -184,9 +173,8 @@ def draw(found, options, path):
     for axis, ((scenario, steps), (alone, results)) in zip(
         cells, found.items(), strict=True
     ):
-        for method, result in results.items():
-            style = show.look(method) | {"ms": 3, "label": method}
-            show.errors(axis, options.shares, result["accuracy"], 100, **style)
+        values = {method: result["accuracy"] for method, result in results.items()}
+        show.curves(axis, options.shares, values, ms=3)
         axis.axhline(100 * np.mean(alone["both at once"]), color=show.GREY, lw=1)
         axis.set_title(f"{scenario}: {SCENARIOS[scenario]}, {steps} steps")
     for axis in axes[-1]:

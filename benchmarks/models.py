@@ -47,17 +47,18 @@ Conv = partial(nn.Conv, conv_general_dilated=convolve)
 
 
 class MLP(nn.Module):
-    """Two hidden layers."""
+    """Dense layers."""
 
-    width: int = 128
+    widths: tuple[int, ...] = (512, 512)
+    classes: int = 10
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        """Maps images (batch, height, width, channels) to logits (batch, 10)."""
+        """Maps images, or rows of features, to logits (batch, classes)."""
         x = x.reshape(x.shape[0], -1)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(self.width)(x))
-        return nn.Dense(10)(x)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.classes)(x)
 
 
 class CNN(nn.Module):
@@ -110,7 +111,7 @@ class ResNet(nn.Module):
 
 
 MODELS = {
-    "mlp": MLP,
+    "mlp": partial(MLP, (128, 128)),
     "cnn": CNN,
     "resnet": partial(ResNet, groups=4),
     # ResNet-18 itself, products in bfloat16.

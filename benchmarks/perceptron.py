@@ -72,15 +72,37 @@ def minimise(objective: Callable, params: Any, optimizer: Any, inputs: Any) -> A
 
     The objective is a function of parameters and one of the inputs.
     """
+    return follow(objective, optimizer, (params, optimizer.init(params)), inputs)[0]
+
+
+def follow(objective: Callable, optimizer: Any, carry: Any, inputs: Any) -> Any:
+    """Returns parameters and state of the optimizer; its batch is one of the inputs."""
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(carry, one):
         params, state = carry
         gradient = jax.grad(objective)(params, one)
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = optimizer.update(gradient, state, params, batch=one)
         return (optax.apply_updates(params, updates), state), None
 
-    carry, _ = jax.lax.scan(step, (params, optimizer.init(params)), inputs)
-    return carry[0]
+    return jax.lax.scan(step, carry, inputs)[0]
+
+
+def by_adam(
+    params: Any, data: Any, steps: int, rate: float, key: jax.Array, mask: Any = None
+) -> Any:
+    """Returns parameters after Adam with cosine decay, on 50 images a step.
+
+    What the mask drops stays 0.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    rows = jax.random.randint(key, (steps, 50), 0, len(data[1]))
+
+    def loss(params, rows):
+        kept = params if mask is None else jax.tree.map(jnp.multiply, params, mask)
+        return LOSS(kept, (data[0][rows], data[1][rows]))
+
+    return minimise(loss, params, optimizer, rows)
 
 
 def train_by(method, gradients, seed, images, labels, rho, rate):

@@ -26,24 +26,11 @@ import show
 
 
 HIDDEN = (64, 64)
-BATCH = 50
 RATE = 2e-3
 MAGNITUDE, BY_LAYER, RANDOM = "magnitude", "magnitude by layer", "random"
 SHARES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SHOWN = (0.0, 0.5, 0.7, 0.8, 0.9)
 LOSS = perceptron.LOSS
-
-
-def train(params, mask, data, steps, rate, key):
-    """Returns parameters after Adam with cosine decay; what the mask drops stays 0."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    rows = jax.random.randint(key, (steps, BATCH), 0, len(data[1]))
-
-    def loss(params, rows):
-        kept = jax.tree.map(jnp.multiply, params, mask)
-        return LOSS(kept, (data[0][rows], data[1][rows]))
-
-    return perceptron.minimise(loss, params, optimizer, rows)
 
 
 def fit(data, seeds, steps):
@@ -52,8 +39,7 @@ def fit(data, seeds, steps):
     def one(seed):
         key = jax.random.key(seed)
         params = perceptron.initial(key, (data[0].shape[-1], *HIDDEN, 10))
-        whole = jax.tree.map(jnp.ones_like, params)
-        return train(params, whole, data, steps, RATE, jax.random.fold_in(key, 1))
+        return perceptron.by_adam(params, data, steps, RATE, jax.random.fold_in(key, 1))
 
     return jax.jit(jax.vmap(one))(jnp.arange(seeds))
 
@@ -94,7 +80,8 @@ def prune(method, data, test, steps, params, seed, share):
     mask = masks(score, share)
     left = jax.tree.map(jnp.multiply, params, mask)
     loss, accuracy = perceptron.score(left, *test)
-    again = train(left, mask, data, steps, RATE / 2, jax.random.fold_in(key, 3))
+    key = jax.random.fold_in(key, 3)
+    again = perceptron.by_adam(left, data, steps, RATE / 2, key, mask)
     gone = jax.tree.map(lambda s, m: jnp.sum(s * (1 - m)), score, mask)
     return {
         "accuracy": accuracy,
@@ -138,11 +125,10 @@ def draw(found, options, path):
     """Draws accuracy against what is removed, at one shot and trained again."""
     fig, axes = show.figure(1, 3, headline(found, options), figsize=(12, 4.2))
     shares = 100 * np.array(options.shares)
+    for axis, name in zip(axes[0], ("accuracy", "trained again"), strict=False):
+        show.curves(axis, shares, {m: r[name] for m, r in found.items()}, ms=4)
+        axis.set_xlabel("weights removed, %")
     for method, result in found.items():
-        for axis, name in zip(axes[0], ("accuracy", "trained again"), strict=False):
-            style = show.look(method) | {"ms": 4, "label": method}
-            show.errors(axis, shares, result[name], 100, **style)
-            axis.set_xlabel("weights removed, %")
         if method not in (MAGNITUDE, BY_LAYER, RANDOM):
             rise, foretold = (
                 np.array(result[n])[1:].mean(1) for n in ("rise", "foretold")

@@ -143,6 +143,12 @@ def errors(axis: Any, x: Any, values: Any, factor: float = 1.0, **style: Any) ->
     axis.errorbar(x, means, spread, **style)
 
 
+def curves(axis: Any, x: Any, by_method: Any, **style: Any) -> None:
+    """Draws a line a method: means over seeds in per cent, with their errors."""
+    for method, values in by_method.items():
+        errors(axis, x, values, 100, label=method, **look(method), **style)
+
+
 def later(axis: Any, curves: Sequence[Any]) -> None:
     """Sets limits to what follows the first quarter, which would flatten the rest."""
     curves = [np.array(curve, float) for curve in curves]
