@@ -101,7 +101,7 @@ def tune(run: harness.Run, settings) -> None:
         points = grid(method, options.data)
         points = points[::9] if options.smoke else points
         compute = lambda m, p: search(m, problem(), options, p)  # noqa: E731
-        key = {"part": "tuning", "method": method, **settings}
+        key = {"part": "tuning", "method": method, "points": points, **settings}
         found = run.cell(compute, method, points, **key)
         best = methods.choose(found["points"], found["accuracy"])
         options.rho[method], options.learning_rate[method] = best["rho"], best["rate"]

@@ -19,11 +19,16 @@ FAMILY = ("GSAM", "WSAM", "Friendly SAM", PUBLISHED)
 
 def by_setting(name, *keys):
     """Returns results by setting and method: those that have all of the keys."""
-    found = {}
+    found, score = {}, {}
     for cell in harness.read(harness.HERE / "results" / f"{name}.json").values():
         settings, result = cell["settings"], cell["result"]
+        if settings.get("part") == "tuning":
+            score[settings["data"], settings["method"]] = max(result["accuracy"])
         if "part" in settings or not all(key in settings for key in keys):
             continue
+        if name == "generalization":
+            at = settings["data"], settings["method"]
+            result |= {"score": score.get(at, 0)}
         method = settings["method"].replace("squared gradient", "squared")
         if name == "which_fisher" and method not in ("base", "SAM"):
             method = f"Fisher SAM, {method}"
