@@ -301,11 +301,8 @@ MUTANTS = [
     *_mutants(
         "_fisher/one_pass.py",
         "negative_log_likelihood fused",
-        (
-            "return (value / total, aux), grads, squares",
-            "return (value, aux), grads, squares",
-        ),
-        ("weights=labels.examples,", "weights=None,"),
+        (" / labels.divisor,", ","),
+        ("weights=labels.examples / labels.divisor,", "weights=None,"),
     ),
     # The estimators.
     *_mutants(

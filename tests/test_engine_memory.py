@@ -23,6 +23,7 @@ from fsam_optax import (
     negative_log_likelihood,
     power_sums,
 )
+from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
 
 BUDGET = 64 << 20
@@ -120,6 +121,35 @@ def test_signs_of_large_outputs_hold_little_more_than_the_gradient():
     estimator = fisher_hutchinson(nll, key=KEY)
     used = temporaries(functools.partial(diagonal, estimator), params, (x, labels))
     assert used < 1.5 * gradient
+
+
+def layers_of_words(params, tokens):
+    """Equal layers in a loop, recomputed, between a table and a matrix of words."""
+
+    @jax.checkpoint
+    def layer(x, w):
+        return x + jnp.tanh(x @ w), None
+
+    x, _ = jax.lax.scan(layer, params["table"][tokens], params["layers"])
+    return x @ params["head"]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older compiler")
+def test_the_sums_of_layers_are_held_from_where_they_begin():
+    """Not from the beginning on, beside the largest activations."""
+    shapes = {"table": (2000, 64), "layers": (24, 64, 64), "head": (64, 2000)}
+    params = {name: like(*shape) for name, shape in shapes.items()}
+    batch = tuple(like(4, 64, dtype=jnp.int32) for _ in range(2))
+    nll = negative_log_likelihood(layers_of_words, categorical)
+    gradient = temporaries(jax.grad(nll), params, batch)
+
+    def one_pass(params, batch):
+        _, grads, fisher = value_grad_and_fisher(nll, params, batch, (), {})
+        return jax.tree.map(jnp.add, grads, fisher)
+
+    alone = functools.partial(diagonal, fisher_empirical(nll))
+    assert temporaries(alone, params, batch) < 0.85 * gradient
+    assert temporaries(one_pass, params, batch) < 0.65 * gradient
 
 
 PARAMS = {"c": normal(4, 3) / 2, "w": normal(3, 5) / 2}

@@ -140,24 +140,32 @@ def adaptive(
     return optax.stateless(operator)
 
 
-def _unit(diagonal: Any, moves: Any, shard_axes: AxisName) -> jax.Array:
-    """Returns 1 / the mean over the perturbed parameters.
+def _unit(
+    diagonal: Any, moves: Any, shard_axes: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    """Returns 1 / the mean over the perturbed parameters, and whether it is finite.
 
-    1 where the mean is 0, NaN where it is not finite.
+    1 where the mean is 0 or not finite. Negative entries count as 0.
     """
+
+    def amount_of(f):
+        # Of all ways to say so one that XLA:CPU does not write down. At 0, which F may
+        # well be, a maximum with 0 would have half a derivative.
+        return jnp.sum(jnp.maximum(f, -jnp.finfo(f.dtype).tiny))
+
     sums_and_sizes = [
-        jnp.stack([jnp.sum(f), jnp.asarray(f.size, f.dtype)])
+        jnp.stack([amount_of(f), jnp.asarray(f.size, f.dtype)])
         for f, move in zip(
             jax.tree.leaves(diagonal), jax.tree.leaves(moves), strict=True
         )
         if move and f.size
     ]
     if not sums_and_sizes:
-        return jnp.ones([])
+        return jnp.ones([]), jnp.array(True)
     amount, size = total(sums_and_sizes, shard_axes)
     mean = amount / size
     unit = Reciprocal.of(divisor(mean))
-    return jnp.where(jnp.isfinite(mean), unit.first * unit.second, jnp.nan)
+    return unit.first * unit.second, jnp.isfinite(mean)
 
 
 def fisher(
@@ -184,24 +192,24 @@ def fisher(
         diagonal, state = estimator.update(updates, state, params, **extra_args)
         check_like("the estimator's output", diagonal, "grads", updates)
         diagonal = jax.tree.map(lambda f: jnp.asarray(f, widen(f)), diagonal)
-        # Not a maximum: that has half a derivative at 0, which F may well be. What is
-        # not finite comes back below: here, it would have a derivative.
-        positive = jax.tree.map(
-            lambda f: jnp.where((f >= 0) & (f < jnp.inf), f, 0), diagonal
-        )
         moves = movable(updates, params, mask)
         # A factor, not a divisor: cheap enough for compilers to compute twice, where
         # they would keep the quotients of all entries.
-        unit = _unit(positive, moves, shard_axes) if relative else 1.0
+        unit, finite = (
+            _unit(diagonal, moves, shard_axes) if relative else (1.0, jnp.array(True))
+        )
 
-        def inverse_root(f, positive):
+        def inverse_root(f):
+            # What is not finite comes back below: here, it would have a derivative.
+            positive = jnp.where((f >= 0) & (f < jnp.inf), f, 0)
             if damping is None:
                 metric = 1 + (eta * unit) * positive
             else:
                 metric = unit * positive + damping
             root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
-            return jnp.where((f < jnp.inf) & jnp.isfinite(metric), root, jnp.nan)
+            known = finite & (f < jnp.inf) & jnp.isfinite(metric)
+            return jnp.where(known, root, jnp.nan)
 
-        return jax.tree.map(inverse_root, diagonal, positive), state
+        return jax.tree.map(inverse_root, diagonal), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

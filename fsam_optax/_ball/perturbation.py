@@ -219,7 +219,15 @@ def perturbation(
 
     def worst_case(ts, gs, radius, count):
         """Returns eps, the dual norm, and whether there is one, of what may move."""
-        products = [jax.lax.stop_gradient(t * g) for t, g in zip(ts, gs, strict=True)]
+        ts = [
+            t if isinstance(t, float) else _beside(t, g)
+            for t, g in zip(ts, gs, strict=True)
+        ]
+        # In two factors: T g is an array that nothing but its norm needs.
+        products = [
+            jax.lax.stop_gradient(t * g if isinstance(t, float) else (t, g))
+            for t, g in zip(ts, gs, strict=True)
+        ]
         if per_leaf:
             known, finite = norms(products, dual_ord, shard_axes)
         else:
@@ -306,6 +314,12 @@ def _as_array(t: Any, dtype: jnp.dtype) -> Any:
     """Returns T as an array; as it is if it is a number, such as 1."""
     number = isinstance(t, float) and math.isfinite(t)
     return t if number else jnp.asarray(t, dtype)
+
+
+def _beside(t: jax.Array, g: jax.Array) -> jax.Array:
+    """Returns T such that compilers do not form it before g is there, to hold it."""
+    never = jnp.isnan(g) & (g > 0)
+    return jnp.where(jax.lax.stop_gradient(never), jnp.ones_like(t), t)
 
 
 def _where(usable: jax.Array, x: Any, instead: float) -> Any:

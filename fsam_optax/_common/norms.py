@@ -20,6 +20,9 @@ from fsam_optax._common.mapped_axes import (
 )
 
 
+Leaf = jax.Array | tuple[jax.Array, jax.Array]  # Or the factors of a product.
+
+
 def widen(*arrays: Any) -> jnp.dtype:
     """Returns the dtype to compute in: float32, or wider where an array is wider."""
     return jnp.result_type(jnp.float32, *arrays)
@@ -129,7 +132,7 @@ def _in_range(powers: jax.Array) -> jax.Array:
 
 
 def norm(
-    leaves: Iterable[jax.Array], ord: Any = 2, shard_axes: AxisName = None
+    leaves: Iterable[Leaf], ord: Any = 2, shard_axes: AxisName = None
 ) -> jax.Array:
     """Returns the `ord`-norm of all leaves taken as one vector (0 for no leaves).
 
@@ -139,14 +142,15 @@ def norm(
     one of the sums did. Another order takes a pass and a maximum over devices more.
 
     Args:
-        leaves: Real arrays. Sharded ones are summed over the devices of `shard_axes`.
+        leaves: Real arrays, or pairs of factors, whose products are not written down.
+            Sharded ones are summed over the devices of `shard_axes`.
         ord: A number >= 1, possibly traced.
         shard_axes: Mapped axes over which leaves are sharded by hand.
 
     Returns:
         A scalar, float32 or wider. Not finite if an element is not.
     """
-    leaves = [x for x in leaves if x.size]
+    leaves = [x for x in leaves if _factors(x)[0].size]
     if not leaves:
         return jnp.zeros([], widen())
     (value,), _ = _any_norm(leaves, ord, shard_axes, False)
@@ -154,7 +158,7 @@ def norm(
 
 
 def norms(
-    leaves: Iterable[jax.Array], ord: Any = 2, shard_axes: AxisName = None
+    leaves: Iterable[Leaf], ord: Any = 2, shard_axes: AxisName = None
 ) -> tuple[list[jax.Array], jax.Array]:
     """Returns the `ord`-norm of each leaf, at the price of `norm`.
 
@@ -170,25 +174,41 @@ def norms(
 
 
 def _any_norm(
-    leaves: list[jax.Array], ord: Any, shard_axes: AxisName, apart: bool
+    leaves: list[Leaf], ord: Any, shard_axes: AxisName, apart: bool
 ) -> tuple[list[jax.Array], jax.Array]:
     known = isinstance(ord, int | float)
     return (_compiled_norm if known else _norm)(leaves, ord, shard_axes, apart)
 
 
+def _factors(leaf: Leaf) -> tuple[jax.Array, ...]:
+    return leaf if isinstance(leaf, tuple) else (leaf,)
+
+
+def _scaled(factors: tuple[jax.Array, ...], unit: jax.Array) -> jax.Array:
+    """Returns a product divided by a unit.
+
+    Each of two factors is divided by the root, and neither leaves its range. A product
+    of what does not change in the loop, compilers take out of it and write down.
+    """
+    if len(factors) == 1:
+        return factors[0] * (1 / unit)
+    part = 1 / jnp.sqrt(unit)
+    first, second = factors
+    return (first * part) * (second * part)
+
+
 def _norm(
-    leaves: list[jax.Array], ord: Any, shard_axes: AxisName, apart: bool
+    leaves: list[Leaf], ord: Any, shard_axes: AxisName, apart: bool
 ) -> tuple[list[jax.Array], jax.Array]:
     """Returns norms, of all leaves or of each; and a number, finite if they are."""
-    dtype = widen(*leaves)
-    leaves = [x.astype(dtype) for x in leaves]
+    dtype = widen(*jax.tree.leaves(leaves))
+    leaves = [tuple(x.astype(dtype) for x in _factors(leaf)) for leaf in leaves]
     number = len(leaves) if apart else 1
 
     def powers(leaves, units):
         each = units if apart else units * len(leaves)
-        terms = [
-            jnp.sum(_power(x * (1 / u), ord)) for x, u in zip(leaves, each, strict=True)
-        ]
+        scaled = map(_scaled, leaves, each)
+        terms = [jnp.sum(_power(x, ord)) for x in scaled]
         if not apart:
             return [total(terms, shard_axes)]
         terms = totals(terms, shard_axes)
@@ -199,9 +219,10 @@ def _norm(
         found, units = in_range_sums(powers, number, more, shard_axes, leaves)
     else:
         # Higher powers may leave their range in any unit but this.
-        units = largest(leaves, shard_axes)
+        formed = [_scaled(x, jnp.ones([], dtype)) for x in leaves]
+        units = largest(formed, shard_axes)
         units = [unit_of(x) for x in (units if apart else [jnp.max(units)])]
-        found = powers(_opaque(leaves), units)
+        found = powers([(x,) for x in _opaque(formed)], units)
     pairs = zip(units, found[:number], strict=True)
     return [u * root(x, ord) for u, x in pairs], found[-1]
 
@@ -235,12 +256,12 @@ def _yardstick(squares: jax.Array) -> jax.Array:
 
     Of a sum of lower powers too, from the first on.
 
-    1, or a power of 2, so that scaling is exact: magnitudes move by two thirds of the
-    largest exponent, down from overflow or up from underflow. Then neither the largest
-    nor what matters beside it leaves the range when squared, for up to 2^42 elements
-    in float32.
+    1, or an even power of 2, so that scaling is exact, by its root too: magnitudes move
+    by two thirds of the largest exponent, down from overflow or up from underflow. Then
+    neither the largest nor what matters beside it leaves the range when squared, for up
+    to 2^42 elements in float32.
     """
-    far = 2.0 ** (jnp.finfo(squares.dtype).maxexp * 2 // 3)
+    far = 2.0 ** (-(-jnp.finfo(squares.dtype).maxexp // 3) * 2)
     near = jnp.where(_in_range(squares), 1.0, far)
     return jnp.where(squares < 1, 1 / near, near).astype(squares.dtype)
 

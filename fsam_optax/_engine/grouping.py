@@ -161,7 +161,9 @@ def grouped(terms: Sequence[Folded], sizes: dict[int, int], dtype: Any) -> list[
         own = [tuple(x for x in f.labels if x in t.out) for f in t.varying]
         batch = tuple(sorted(set.intersection(*map(set, own)))) if len(own) == 2 else ()
         sides = [tuple(sorted(set(x) - set(batch))) for x in own]
-        order = sorted(range(len(sides)), key=lambda k: sides[k])
+        # As they lie in the result, so that no product has to be transposed.
+        axes = [x for axis in t.axes for x in axis]
+        order = sorted(range(len(sides)), key=lambda k: list(map(axes.index, sides[k])))
         t = dataclasses.replace(t, varying=tuple(t.varying[k] for k in order))
         key = tuple(sides[k] for k in order), batch, t.axes, t.masks
         groups.setdefault(key, []).append(t)

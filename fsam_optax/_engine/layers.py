@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 
 from fsam_optax._engine.jaxpr import body_of, Dataflow, loop_counts, loop_flow, read
 from fsam_optax._engine.primitives import LOOP, name_of
+from fsam_optax._engine.sums import reduced, zeros_for
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def run_loop(
     needed: set[Any],
     env: dict[Any, Any],
     run: Callable,
+    weight: Any,
+    what: Any,
     counts: Any = None,
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Returns the values of a loop by variable, and its sums by output variable.
@@ -78,6 +83,8 @@ def run_loop(
         needed: The variables of the program that are needed as they are.
         env: The values of the program.
         run: Evaluates a plan: `run(plan, env, counts=) -> sums`.
+        weight: The weight of the example.
+        what: What is summed.
         counts: What the plan is given of this at each step, by its leading axes.
     """
     eqn, plan = loop.eqn, loop.plan
@@ -87,21 +94,45 @@ def run_loop(
     jaxpr = plan.flow.jaxpr
     kept = [k for k in range(n_carry, len(eqn.outvars)) if eqn.outvars[k] in needed]
 
-    def step(carry, x):
-        x, counts = x
+    totals: Any = None
+    if counts is None:
+        # Not stacked by the loop itself, which does it in zeros; see `zeros_for`.
+        stacked = [eqn.outvars[k].aval for k in loop.outputs]
+
+        def zeros(has, weight, *carry):
+            del has
+            alone = weight.shape[:1] in ((), (what.examples,))
+            found = zeros_for(stacked, (weight, *carry), alone)
+            return [[x] * len(what.powers) for x in found]
+
+        totals = reduced(zeros, what.axes)(weight, *carry)
+
+    def step(state, x):
+        carry, totals = state
+        i, x, counts = x
         inner = dict(zip(jaxpr.invars, [*consts, *carry, *x], strict=True))
         sums = run(plan, inner, counts=counts)
         out = [read(inner, v) for v in jaxpr.outvars[:n_carry]]
-        return out, ([read(inner, jaxpr.outvars[k]) for k in kept], sums)
+        kept_now = [read(inner, jaxpr.outvars[k]) for k in kept]
+        if totals is None:
+            return (out, None), (kept_now, sums)
+        totals = jax.tree.map(
+            lambda t, s: lax.dynamic_update_index_in_dim(t, s.astype(t.dtype), i, 0),
+            totals,
+            sums,
+        )
+        return (out, totals), (kept_now, None)
 
-    carry, (stacks, sums) = lax.scan(
+    length = eqn.params["length"]
+    (carry, totals), (stacks, sums) = lax.scan(
         step,
-        carry,
-        (operands[n_consts + n_carry :], counts),
-        length=eqn.params["length"],
+        (carry, totals),
+        (jnp.arange(length), operands[n_consts + n_carry :], counts),
+        length=length,
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
+    sums: Any = sums if totals is None else totals
     values = dict(zip(eqn.outvars[:n_carry], carry, strict=True))
     values |= {eqn.outvars[k]: y for k, y in zip(kept, stacks, strict=True)}
     return values, {eqn.outvars[k]: s for k, s in zip(loop.outputs, sums, strict=True)}

@@ -203,7 +203,9 @@ def run(
                 inner = functools.partial(inner, counts=ways)
                 values, found = run_branches(part, plan.needed, env, inner)
             else:
-                values, found = run_loop(part, plan.needed, env, inner, ways)
+                values, found = run_loop(
+                    part, plan.needed, env, inner, weight, what, ways
+                )
             env.update(values)
             sums.update({(id(v),): s for v, s in found.items()})
         else:

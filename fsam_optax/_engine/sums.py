@@ -81,6 +81,38 @@ def added_up(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.sum(x, 0), tree)
 
 
+def zeros_for(
+    like: Sequence[Any], values: Sequence[jax.Array], alone: bool
+) -> list[jax.Array]:
+    """Returns zeros to add up in, in float32 or wider, made when the values are there.
+
+    Plain ones depend on nothing: XLA:CPU makes them when the program begins, the same
+    ones for all that starts from such zeros, and holds them until then. Here they
+    depend on an entry of each array, which on several devices would be an exchange.
+
+    Args:
+        like: Their shapes and dtypes.
+        values: Arrays that are known when they are needed.
+        alone: Whether they are known to lie on one device.
+    """
+    entries = [
+        x[(0,) * x.ndim]
+        for x in values
+        if alone and x.size and jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    zero: Any = jnp.zeros(())
+    if entries:
+        known = sum(map(jnp.real, entries))
+        zero = jnp.isnan(known) & (known > 0)  # Never both.
+    found = []
+    for v in like:
+        x = jnp.full(v.shape, zero.astype(widened(v.dtype)))
+        for y in values:
+            x = vary_like(x, y)
+        found.append(x)
+    return found
+
+
 def by_device(reduce: Callable, share: int) -> Callable:
     """Returns a rule of several sums that adds them up before it adds up devices.
 
@@ -207,8 +239,8 @@ def looped(
         def in_steps(number, *operands):
             if number == length:
                 return sums(*operands)
-            zeros = [jnp.zeros(v.shape, widened(v.dtype)) for v in out]
-            zeros = [[vary_like(z, weight)] * len(powers) for z in zeros]
+            zeros = zeros_for(out, (weight, *operands[1:]), n == length)
+            zeros = [[z] * len(powers) for z in zeros]
             one = functools.partial(of_share, number, zeros)
             if n == length:
                 return one(*operands)

@@ -140,17 +140,17 @@ def _one_pass(nll, params, kinds, axes, parts, args, kwargs):
         params,
         examples,
         powers=(1, 2),
-        weights=labels.examples,
+        # Divided here: what is done to the sums takes an array more of each.
+        weights=labels.examples / labels.divisor,
         has_value=True,
         **({"has_aux": True} if nll.has_aux else {}),
     )
-    total = labels.divisor
-    grads, squares = (jax.tree.map(lambda x: x / total, tree) for tree in sums)
+    grads, squares = sums
     grads = jax.tree.map(lambda g, w: g.astype(jnp.asarray(w).dtype), grads, params)
     aux = aux[0] if aux else None
     if nll.has_aux:
         aux = jax.tree.map(lambda own, a: a if own else a[0], axes, aux)
-    return (value / total, aux), grads, squares
+    return (value, aux), grads, squares
 
 
 def _keys_as_data(tree):
