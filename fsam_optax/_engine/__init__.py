@@ -18,7 +18,9 @@ from fsam_optax._engine.one_row import as_batch_of_one as as_batch_of_one
 from fsam_optax._engine.power_sums import (
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
+    share_of as share_of,
     sums_of_powers as sums_of_powers,
     without_explicit_axes as without_explicit_axes,
 )
 from fsam_optax._engine.report import Explanation as Explanation, Leaf as Leaf
+from fsam_optax._engine.sums import added_up as added_up, apart as apart

@@ -121,7 +121,8 @@ def sum_of_products(
 ) -> jax.Array:
     """Returns `sum_n (A_n^T v_n) (A_n^T u_n)`, elementwise, with z = A_n theta.
 
-    By the squares of sum and difference, after v and u were brought to one length.
+    By the squares of sum and difference, after v and u were brought to one length. The
+    examples are taken for those of one device.
 
     Args:
         entry: Where the parameter enters.
@@ -148,8 +149,9 @@ def sum_of_products(
     weights = (lengths[0] * lengths[1] / 4).reshape(-1)
 
     def squares(c):
+        examples = inputs, c.astype(entry.dtype)
         (total,) = sums_of_powers(
-            entry.enter, leaf, (inputs, c.astype(entry.dtype)), _only, (2,), weights
+            entry.enter, leaf, examples, _only, (2,), weights, share=len(c)
         )
         return total
 

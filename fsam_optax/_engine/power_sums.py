@@ -220,10 +220,11 @@ def sums_of_powers(
     powers: Sequence[int],
     weights: jax.Array,
     chunk_bytes: int | None = None,
+    share: int | None = None,
 ) -> tuple[PyTree, ...]:
     """Returns what `power_sums` does, for a function of one example."""
     return sums_and_outputs(
-        fn, params, examples, cotangents, powers, weights, chunk_bytes
+        fn, params, examples, cotangents, powers, weights, chunk_bytes, share=share
     )[0]
 
 
@@ -238,10 +239,12 @@ def sums_and_outputs(
     report=None,
     keep=False,
     by_example=False,
+    share=None,
 ):
     """Returns the sums of powers, and all outputs if they are to be kept.
 
-    If `by_example`, the squared norms of examples in the place of sums over them.
+    If `by_example`, the squared norms of examples in the place of sums over them. Each
+    device has a `share` of the examples, see `share_of`.
     """
     if not isinstance(powers, Sequence) or not powers or {*powers} - {1, 2, 4}:
         raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers!r}.")
@@ -263,8 +266,7 @@ def sums_and_outputs(
             f"`weights` must have shape ({n},), one per example; got {weights.shape}."
         )
     operands = lax.stop_gradient((params, examples, weights))
-    devices = _devices_of(examples, params)
-    share = n // math.gcd(n, devices) if n else 0
+    share = share_of(examples, params) if share is None else share
     what = Summation(powers, chunk_bytes, share, by_example=by_example)
     # Typed as varying over devices, so that the gradients are those of one device.
     witness = jnp.zeros(())
@@ -354,30 +356,32 @@ def _count(examples):
     return n[0]
 
 
-def _devices_of(examples, params):
-    """Returns how many devices the examples may be spread over, as far as is known.
+def share_of(examples: PyTree, params: PyTree) -> int:
+    """Returns how many examples each device has, as far as is known.
 
     On explicit axes that is in their types. On automatic ones only the mesh is known,
-    also if it is that of the parameters: as many as it has.
+    also if it is that of the parameters: as few as they may be.
     """
+    n = _count(examples)
     types = [
         jax.typeof(x) for x in (*jax.tree.leaves(examples), *jax.tree.leaves(params))
     ]
     meshes = [x.sharding.mesh for x in types] + [jax.sharding.get_abstract_mesh()]
     mesh = next((mesh for mesh in meshes if not mesh.empty), None)
     if mesh is None:
-        return 1
+        return n
     rows = {
         name
         for x in jax.tree.leaves(examples)
         for names in jax.typeof(x).sharding.spec[:1]
         for name in (names if isinstance(names, tuple) else (names,))
     }
-    return math.prod(
+    devices = math.prod(
         mesh.shape[name]
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == jax.sharding.AxisType.Auto or name in rows
     )
+    return n // math.gcd(n, devices)
 
 
 def without_explicit_axes(fn: Callable, operands: tuple, like: tuple) -> Any:

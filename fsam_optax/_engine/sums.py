@@ -67,13 +67,20 @@ def apart(
         fn: Maps the operands, with some of the examples, to arrays.
         share: How many examples each device has.
         axes: 0 for the operands that have an axis of examples in front, else None.
-        operands: The operands.
+        operands: The operands, which may be pytrees.
     """
-    cut = [
-        x if axis is None else x.reshape(len(x) // share, share, *x.shape[1:])
+    mapped = [x for axis, x in zip(axes, operands, strict=True) if axis is not None]
+    if all(len(x) == share for x in jax.tree.leaves(mapped)):
+        return jax.tree.map(lambda x: x[None], fn(*operands))
+
+    def cut(x):
+        return x.reshape(len(x) // share, share, *x.shape[1:])
+
+    operands = [
+        x if axis is None else jax.tree.map(cut, x)
         for axis, x in zip(axes, operands, strict=True)
     ]
-    return jax.vmap(fn, axes)(*cut)
+    return jax.vmap(fn, axes)(*operands)
 
 
 def added_up(tree: Any) -> Any:
@@ -121,7 +128,7 @@ def by_device(reduce: Callable, share: int) -> Callable:
     """
 
     def by_share(has, weight, *operands):
-        if weight.ndim == 0 or len(weight) % share or len(weight) == share:
+        if weight.ndim == 0 or len(weight) % share:
             return reduce(has, weight, *operands)
         axes = [0, *(0 if h[0] else None for h in has[1:])]
         one = functools.partial(reduce, has)
@@ -242,8 +249,6 @@ def looped(
             zeros = zeros_for(out, (weight, *operands[1:]), n == length)
             zeros = [[z] * len(powers) for z in zeros]
             one = functools.partial(of_share, number, zeros)
-            if n == length:
-                return one(*operands)
             # Devices are added up after the loop.
             return added_up(apart(one, length, axes, operands))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,8 +15,11 @@ from fsam_optax._common.checks import check_choice, check_count
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._common.norms import widen
 from fsam_optax._engine import (
+    added_up,
+    apart,
     depends,
     entries,
+    share_of,
     sum_of_products,
 )
 from fsam_optax._fisher.estimation import mean_powers, Problem, sampled
@@ -23,14 +27,14 @@ from fsam_optax._fisher.estimators import check_bytes, exact_cotangents, Model
 from fsam_optax._fisher.labels import drawn_score
 from fsam_optax._fisher.likelihoods import Likelihood
 from fsam_optax._fisher.negative_log_likelihood import resolve
+from fsam_optax._fisher.outputs import row_numbers
 
 
-def _read_diagonal(product: Callable, leaf: jax.Array) -> jax.Array:
-    """Reads the diagonal of a linear map off its products with the unit vectors."""
+def _by_unit_vector(fn: Callable, leaf: jax.Array) -> jax.Array:
+    """Returns an array like a leaf, of what `fn` maps each of its unit vectors to."""
 
     def entry(i):
-        unit = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1)
-        return product(unit.reshape(leaf.shape)).ravel()[i]
+        return fn(jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape))
 
     entries = jax.lax.map(entry, jnp.arange(leaf.size), batch_size=64)
     return entries.reshape(leaf.shape)
@@ -49,11 +53,15 @@ def _curvature(
 ) -> Any:
     """Returns the Hessian diagonal of `sum(h * scores)`, one array at a time.
 
+    Every device sums up its own examples first, however many products it takes: only
+    the sums of all are exchanged.
+
     An array in which h is linear, or piecewise linear, while the others are held fixed
     has a Hessian that JAX knows to be zero without computing it.
     """
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, problem.params))
     examples = problem.inputs, problem.rows
+    numbers = row_numbers(problem.inputs)
     spots = entries(
         lambda params, example: _as_one(problem.of_one(params, example), 0),
         problem.params,
@@ -61,20 +69,24 @@ def _curvature(
     )
 
     def block(leaf, spot, key, i):
-        if exact and spot and math.prod(spot.shape) >= leaf.size:
-            spot = None  # Fewer products in the space of the parameters.
+        if not leaf.size:
+            return jnp.zeros(leaf.shape, widen(leaf))
+        of_device = functools.partial(of_examples, leaf, spot, key, i)
+        share = share_of(examples, problem.params)
+        return added_up(apart(of_device, share, [0] * 3, (examples, numbers, scores)))
 
+    def of_examples(leaf, spot, key, i, examples, numbers, scores):
         def along(delta):
             if spot:
                 h = jax.vmap(spot.onward)(delta, examples)
             else:
-                moved = [*leaves[:i], leaf + delta, *leaves[i + 1 :]]
-                h = problem.of_all(structure.unflatten(moved), problem.inputs)
-                h = _as_one(h, 1)
+                moved = structure.unflatten(
+                    [*leaves[:i], leaf + delta, *leaves[i + 1 :]]
+                )
+                one = functools.partial(problem.of_one, moved)
+                h = jax.vmap(lambda x: _as_one(one(x), 0))(examples)
             return jnp.sum(h.astype(scores.dtype) * scores)
 
-        if not leaf.size:
-            return jnp.zeros(leaf.shape, widen(leaf))
         here = jnp.zeros_like(leaf)
         if spot:
             here = jnp.zeros((len(scores), *spot.shape), spot.dtype)
@@ -82,21 +94,33 @@ def _curvature(
         _, product = jax.linearize(jax.grad(along), here)
         if not depends(product, here):
             return jnp.zeros(leaf.shape, widen(leaf))
-        if exact and not spot:
-            return _read_diagonal(product, leaf)
+        if exact and not (spot and math.prod(spot.shape) < leaf.size):
+            # The unit vectors of the parameters, of which there are fewer.
+            def curvature(unit):
+                v = unit
+                if spot:
+                    v = jax.vmap(functools.partial(spot.enter, unit))(examples)
+                return jnp.sum((v * product(v)).astype(widen(leaf)))
+
+            return _by_unit_vector(curvature, leaf)
 
         def seen_along(v):
             if spot:
                 return sum_of_products(spot, leaf, examples, v, product(v))
             return (v * product(v)).astype(widen(leaf))
 
+        def signs(key):
+            if spot:  # Of each example the same, whatever device it is on.
+                keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+                shape = here.shape[1:]
+                return jax.vmap(lambda k: jax.random.rademacher(k, shape, here.dtype))(
+                    keys
+                )
+            return jax.random.rademacher(key, here.shape, here.dtype)
+
         if not exact:
-            return _mean_over(
-                lambda key: seen_along(
-                    jax.random.rademacher(key, here.shape, here.dtype)
-                ),
-                jax.random.split(key, num_probes),
-            )
+            keys = jax.random.split(key, num_probes)
+            return _mean_over(lambda key: seen_along(signs(key)), keys)
         # The unit vectors, each for all examples at once.
         shape = here.shape[1:]
         size = math.prod(shape)
