@@ -79,8 +79,9 @@ def test_the_standard_error_is_that_of_all_draws_at_once(num_samples):
 def test_variances_for_given_inputs_add_up():
     estimator = fsam.fisher_gnb(NLL, key=KEY, standard_error=True)
     states, state = [], estimator.init(PARAMS)
+    update = jax.jit(functools.partial(estimator.update, None))
     for batch in batches(7):
-        _, state = estimator.update(None, state, PARAMS, batch=batch)
+        _, state = update(state, PARAMS, batch=batch)
         states.append(state)
     total = sum(state.batch_weight for state in states)
     _, error = fsam.dataset_diagonal(estimator, PARAMS, batches(7), standard_error=True)
@@ -150,7 +151,7 @@ def test_a_tree_that_can_be_called_is_a_mask():
     close(found.last, expected["out"])
     assert found.first == optax.MaskedNode()
     grouped = fsam.by_group(mask, grouped | {True: exact})
-    found = fsam.diagonal(grouped, params, (X, Y, W))
+    found = jax.jit(functools.partial(fsam.diagonal, grouped))(params, (X, Y, W))
     close([found.first, found.last], [at_once(EMPIRICAL)[0]["in"], expected["out"]])
     for ball in (
         fsam.euclidean_ball(0.1, mask=mask),

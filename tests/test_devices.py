@@ -140,6 +140,7 @@ def expected_steps(name, parts, every=1, steps=2):
     """The mean of the perturbed gradients of `parts` parts, on one device."""
     perturbation = PERTURBATIONS[name]
     state, results = perturbation.init(PARAMS), []
+    update = jax.jit(perturbation.update)
     for i in range(steps):
         batches = [
             jax.tree.map(lambda x, j=j: jnp.split(x, parts)[j], BATCH)
@@ -147,7 +148,7 @@ def expected_steps(name, parts, every=1, steps=2):
         ]
         grads = [gradient(PARAMS, batch) for batch in batches]
         if i % every == 0:
-            ascents = [perturbation.update(g, state, PARAMS) for g in grads]
+            ascents = [update(g, state, PARAMS) for g in grads]
             grads = [
                 gradient(jax.tree.map(jnp.add, PARAMS, eps), batch)
                 for (eps, _), batch in zip(ascents, batches, strict=True)
@@ -368,7 +369,7 @@ def by_hand(name, leaves="bksw", check_vma=True):
 def alone(name, grads=SHARDED_GRADS, params=SHARDED):
     fisher = jax.tree.map(jnp.abs, params)
     tx = GEOMETRIES[name]()
-    return tx.update(grads, tx.init(params), params, fisher=fisher)
+    return jax.jit(tx.update)(grads, tx.init(params), params, fisher=fisher)
 
 
 GEOMETRIES = {

@@ -52,11 +52,16 @@ def two_points(params, base, ball, steps):
     """The same by hand: w and eps apart, one gradient a step at w + eps."""
     eps = jax.tree.map(jnp.zeros_like, params)
     base_state, ball_state = base.init(params), ball.init(params)
-    for _ in range(steps):
+
+    @jax.jit
+    def step(params, eps, base_state, ball_state):
         h = gradient(jax.tree.map(jnp.add, params, eps))
         updates, base_state = base.update(h, base_state, params)
         eps, ball_state = ball.update(h, ball_state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), eps, base_state, ball_state
+
+    for _ in range(steps):
+        params, eps, base_state, ball_state = step(params, eps, base_state, ball_state)
     return params, eps
 
 
@@ -260,6 +265,7 @@ def test_it_can_be_differentiated():
     """Through a step, by the radius: central differences agree."""
     tx = lambda rho: displaced(optax.sgd(0.1), euclidean_ball(rho))  # noqa: E731
 
+    @jax.jit
     def after(rho):
         params, state = params_of(), tx(rho).init(params_of())
         for _ in range(2):

@@ -638,16 +638,18 @@ def test_first_power_is_the_gradient_and_value_the_loss():
     value, (grad, _) = jax.jit(
         lambda *args: loss_power_sums(dense, *args, powers=(1, 2), has_value=True)
     )(MLP, X)
-    expected = jax.value_and_grad(lambda p: jnp.sum(jax.vmap(dense, (None, 0))(p, X)))(
-        MLP
-    )
+    expected = jax.jit(
+        jax.value_and_grad(lambda p: jnp.sum(jax.vmap(dense, (None, 0))(p, X)))
+    )(MLP)
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     oracles.assert_close(grad, jax.tree.map(np.asarray, expected[1]))
 
 
 def test_weighted_value():
     weights = jnp.array([0.0, 1.0, 0.0, 2.0, 0.0])
-    value, _ = loss_power_sums(dense, MLP, X, weights=weights, has_value=True)
+    value, _ = jax.jit(
+        lambda *args: loss_power_sums(dense, *args, weights=weights, has_value=True)
+    )(MLP, X)
     np.testing.assert_allclose(
         value, dense(MLP, X[1]) + 2 * dense(MLP, X[3]), rtol=1e-6
     )
@@ -877,7 +879,7 @@ def test_narrow_indices(dtype, mode):
 
     (leaf,) = explain_loss(loss_fn, table, rows)
     assert leaf.rule == "embedding"
-    (sums,) = loss_power_sums(loss_fn, table, rows)
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(table, rows)
     oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, table, rows)[0])
 
 
@@ -969,9 +971,12 @@ def test_falls_back_with_a_warning_if_rewriting_breaks(monkeypatch):
     expected = oracles.power_sums(apply_fn, MLP, X, factor, Y, POWERS)
     for chunk_bytes in None, 1:
         with pytest.warns(UserWarning, match="moved in a later version") as caught:
-            sums = power_sums(
-                apply_fn, MLP, X, factor, Y, powers=POWERS, chunk_bytes=chunk_bytes
-            )
+            sums = jax.jit(
+                lambda *args, chunk_bytes=chunk_bytes: power_sums(
+                    apply_fn, *args, Y, powers=POWERS, chunk_bytes=chunk_bytes
+                ),
+                static_argnums=2,
+            )(MLP, X, factor)
         assert len(caught) == 1
         oracles.assert_close(sums, expected)
 

@@ -170,13 +170,16 @@ def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, wei
     def columns(params, x):
         return jax.jacobian(dense)(params, x[None])  # (1, T, C, *shape)
 
-    factors = categorical.factor(dense(PARAMS, POSITIONS))  # (N, T, C, K)
+    factors = jax.jit(lambda p, x: categorical.factor(dense(p, x)))(  # (N, T, C, K)
+        PARAMS, POSITIONS
+    )
     a = np.max(m, 1, keepdims=True)
     within = np.divide(m, a, where=a > 0, out=np.zeros_like(m))
     scale = a * within**2 / np.sum(m)
-    for name, jacobian in jax.vmap(columns, (None, 0))(PARAMS, POSITIONS).items():
-        rows = jnp.einsum("ntcij,ntck->ntkij", jacobian[:, 0], factors)
-        expected = jnp.einsum("nt,ntkij->ij", scale, rows**2)
+    jacobians = jax.jit(jax.vmap(columns, (None, 0)))(PARAMS, POSITIONS)
+    for name, jacobian in jacobians.items():
+        rows = np.einsum("ntcij,ntck->ntkij", np.asarray(jacobian)[:, 0], factors)
+        expected = np.einsum("nt,ntkij->ij", scale, rows**2)
         np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=1e-8)
 
 

@@ -271,11 +271,11 @@ def test_the_three_forms_of_a_loss():
         return scale * jnp.sum((apply_fn(w, x[None])[0] - y) ** 2)
 
     nll, w = negative_log_likelihood(apply_fn, gaussian()), PARAMS["w"]
-    norms = per_example_norms(nll, w, (x, y))
+    norms = jax.jit(functools.partial(per_example_norms, nll))(w, (x, y))
     for form in ((apply_fn, gaussian()), (loss_fn,)):
         options = {"loss_args": (0.5,)} if len(form) == 1 else {}
-        found = per_example_norms(*form, w, (x, y), **options)
-        np.testing.assert_allclose(found, norms, rtol=1e-5)
+        found = jax.jit(functools.partial(per_example_norms, *form, **options))
+        np.testing.assert_allclose(found(w, (x, y)), norms, rtol=1e-5)
         assert explain(
             per_example_norms, *form, w, (x, y), *options.get("loss_args", ())
         )
@@ -413,7 +413,9 @@ def test_statistics_over_the_batch_are_an_error(function):
     with pytest.raises(ValueError, match="A statistic over the batch"):
         getattr(fsam_nnx, function)(nll, model, batch, **options)
     model.eval()
-    getattr(fsam_nnx, function)(nll, model, batch, **options)
+    nnx.jit(functools.partial(getattr(fsam_nnx, function), nll, **options))(
+        model, batch
+    )
 
 
 @pytest.mark.short("convolutional-AxisType.Auto")
@@ -475,7 +477,8 @@ def test_half_precision_is_squared_in_float32(dtype):
 
 
 def test_no_examples_and_no_cancelling_below_zero():
-    assert per_example_norms(mlp_loss, programs.MLP, jnp.zeros((0, 6))).shape == (0,)
+    compiled = jax.jit(per_example_norms, static_argnums=0)
+    assert compiled(mlp_loss, programs.MLP, jnp.zeros((0, 6))).shape == (0,)
 
     def loss_fn(w, x):
         first, second = jnp.tanh(x @ w)
@@ -484,7 +487,7 @@ def test_no_examples_and_no_cancelling_below_zero():
     # Two equal positions: what they add cancels.
     w, x = normal(0, 50, 50), jnp.repeat(normal(1, 4, 1, 50), 2, axis=1)
     assert explain_squares(loss_fn, w, x)[0].rule == GRAM
-    norms = per_example_norms(loss_fn, w, x)
+    norms = compiled(loss_fn, w, x)
     largest = norms_in_full(lambda w, x: jnp.sum(jnp.tanh(x[0] @ w)), w, x)
     assert np.all(norms >= 0) and np.all(norms < 1e-3 * largest)
 
@@ -593,9 +596,10 @@ def test_clipped_gradient(form):
     whole, _ = clipped(params, jnp.inf)
     mean = jax.tree.map(lambda g: np.sum(g, 0) / total, grads)
     assert_close({k: whole[k] for k in mean}, mean)
-    only = clipped_gradient(
-        loss, params, batch, max_norm=limit, mask=lambda p: {k: k == "w" for k in p}
-    )[0]
+    masked = functools.partial(
+        clipped_gradient, loss, mask=lambda p: {k: k == "w" for k in p}
+    )
+    only, _ = jax.jit(masked)(params, batch, max_norm=limit)
     assert only["table"] == optax.MaskedNode() and only["w"].shape == (D, C)
 
 

@@ -150,7 +150,13 @@ def test_filters_of_a_convolution(filter_axis):
 def eps_of(params, **kwargs):
     """eps of ones, by ASAM with p = inf and eta = 0: T itself."""
     tx = adaptive_ellipsoid(1.0, eta=0.0, ord=jnp.inf, **kwargs)
-    return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+
+    @jax.jit
+    def eps(params):
+        ones = jax.tree.map(jnp.ones_like, params)
+        return tx.update(ones, tx.init(params), params)[0]
+
+    return eps(params)
 
 
 def random(*shape):

@@ -56,14 +56,14 @@ def labels_and_probabilities(name):
     else:
         values = range(2 if name == "bernoulli" else 25)
         labels = jnp.array(list(itertools.product(values, repeat=3)))
-    log_prob = jax.vmap(LIKELIHOODS[name].log_prob, (None, 0))
+    log_prob = jax.jit(jax.vmap(LIKELIHOODS[name].log_prob, (None, 0)))
     return labels, np.exp(log_prob(H, labels), dtype=np.float64)
 
 
 @functools.cache
 def scores_and_probabilities(name):
     labels, p = labels_and_probabilities(name)
-    scores = jax.vmap(LIKELIHOODS[name].score, (None, 0))(H, labels)
+    scores = jax.jit(jax.vmap(LIKELIHOODS[name].score, (None, 0)))(H, labels)
     return np.asarray(scores, np.float64), p
 
 
@@ -86,7 +86,7 @@ def unit_vectors(size):
 def test_score_is_the_derivative_of_log_prob(name, likelihood):
     labels, _ = labels_and_probabilities(name)
     scores, _ = scores_and_probabilities(name)
-    expected = jax.vmap(jax.grad(likelihood.log_prob), (None, 0))(H, labels)
+    expected = jax.jit(jax.vmap(jax.grad(likelihood.log_prob), (None, 0)))(H, labels)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -113,8 +113,9 @@ def test_score_has_mean_zero_and_the_covariance_of_the_factor(name, likelihood):
 def test_factor_is_that_of_minus_the_hessian(name, likelihood):
     """h is the natural parameter: the Hessian is the same for all labels."""
     factor = likelihood.factor(H)
+    hessian_of = jax.jit(jax.hessian(likelihood.log_prob))
     for y in labels_and_probabilities(name)[0][:3]:
-        hessian = jax.hessian(likelihood.log_prob)(H, y)
+        hessian = hessian_of(H, y)
         np.testing.assert_allclose(factor @ factor.T, -hessian, rtol=1e-5, atol=1e-6)
 
 
@@ -175,8 +176,8 @@ def test_categorical_bounds_are_those_of_theorem_5_2():
 def test_samples_have_the_moments_of_the_score(name, likelihood):
     n = 10_000
     keys = jax.random.split(jax.random.key(0), n)
-    labels = jax.vmap(likelihood.sample, (0, None))(keys, H)
-    scores = jax.vmap(likelihood.score, (None, 0))(H, labels)
+    labels = jax.jit(jax.vmap(likelihood.sample, (0, None)))(keys, H)
+    scores = jax.jit(jax.vmap(likelihood.score, (None, 0)))(H, labels)
     factor = likelihood.factor(H)
     covariance = factor @ factor.T
     error = np.sqrt(np.diag(covariance) / n)

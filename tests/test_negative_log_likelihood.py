@@ -343,7 +343,7 @@ def test_every_example_draws_by_its_own_key_in_every_pass(kind):
     (value, aux), grads, fisher = one_pass(nll, (X, Y), *args, **kwargs)
     close((value, grads, fisher), expected)
     close(aux["hidden"], np.tanh(X @ PARAMS["in"]))
-    (value, again), grads = jax.value_and_grad(nll, has_aux=True)(
+    (value, again), grads = jax.jit(jax.value_and_grad(nll, has_aux=True))(
         PARAMS, (X, Y), *args, **kwargs
     )
     close((value, grads), expected[:2])
@@ -603,7 +603,7 @@ ONE_BY_ONE = {
 def test_statistics_of_the_batch_are_warned_of(how, apply_fn):
     nll = fsam.negative_log_likelihood(apply_fn, fsam.categorical)
     with pytest.warns(UserWarning, match="reduces over the examples.*check_separable"):
-        ONE_BY_ONE[how](nll)
+        jax.eval_shape(lambda: ONE_BY_ONE[how](nll))
 
 
 def steps_first(p, x):
@@ -623,7 +623,7 @@ def test_reductions_that_mix_no_examples_are_not_warned_of(how):
         nll = fsam.negative_log_likelihood(apply_fn, fsam.categorical)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ONE_BY_ONE[how](nll)
+            jax.eval_shape(lambda nll=nll: ONE_BY_ONE[how](nll))
 
 
 def test_the_loss_itself_may_take_statistics_of_the_batch():
@@ -631,4 +631,4 @@ def test_the_loss_itself_may_take_statistics_of_the_batch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         f = fsam.value_and_grad(nll, fsam.euclidean_ball(0.1))
-        f(PARAMS, f.init(PARAMS), (X, Y))
+        jax.eval_shape(f, PARAMS, f.init(PARAMS), (X, Y))

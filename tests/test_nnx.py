@@ -117,6 +117,7 @@ def test_gradient_is_that_at_the_perturbed_weights_with_the_same_masks():
     batch = make_batch()
     nodes = make_nodes()
 
+    @jax.jit
     def gradient(shift):
         model, rngs, head, metrics = nnx.clone(nodes)
         params = nnx.state(model, nnx.Param)

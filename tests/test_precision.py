@@ -161,12 +161,13 @@ def test_half_precision_steps_are_those_of_float32(front_end):
     def run(params, perturb_dtype):
         if front_end == "value_and_grad":
             f = value_and_grad(LOSS, tx, perturb_dtype=perturb_dtype)
-            return f(params, f.init(params), BATCH)[1]
+            return jax.jit(f)(params, f.init(params), BATCH)[1]
         optimizer = sharpness_aware(optax.identity(), tx, perturb_dtype=perturb_dtype)
         grads = cast(gradient(cast(params, "float32"), BATCH), "bfloat16")
-        return optimizer.update(
-            grads, optimizer.init(params), params, grad_fn=lambda p: gradient(p, BATCH)
-        )[0]
+        update = functools.partial(
+            optimizer.update, grad_fn=lambda p: gradient(p, BATCH)
+        )
+        return jax.jit(update)(grads, optimizer.init(params), params)[0]
 
     params = cast(PARAMS, "bfloat16")
     grads = run(params, jnp.float32)

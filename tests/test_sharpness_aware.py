@@ -128,14 +128,19 @@ def test_trains_as_by_hand(x64, base, method):
         params, gradient, batches, NP_RADIUS, scale_of, by_hand, ord
     )
     state = tx.init(params)
-    for batch in batches:
+
+    @jax.jit
+    def step(params, state, batch):
         updates, state = tx.update(
             gradient(params, batch),
             state,
             params,
-            grad_fn=lambda p, batch=batch: gradient(p, batch),
+            grad_fn=lambda p: gradient(p, batch),
         )
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for batch in batches:
+        params, state = step(params, state, batch)
     assert params["k"].dtype == np.float64
     # Schedules of optax round to float32.
     assert_close(params, expected, rtol=1e-6)
