@@ -764,15 +764,46 @@ def test_on_each_device_of_a_shard_map(check_vma):
         return jax.tree.map(lambda s: lax.psum(s, "data"), sums)
 
     i = tokens(12, 6)
-    run = jax.shard_map(
+    run = on_four_devices(local, check_vma)
+    expected = oracles.power_sums(model, tables, i, factor, powers=(1, 2))
+    oracles.assert_close(jax.jit(run)(tables, i), expected)
+
+
+def on_four_devices(local, check_vma):
+    return jax.shard_map(
         local,
         mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
         in_specs=(P(), P("data")),
         out_specs=P(),
         check_vma=check_vma,
     )
-    expected = oracles.power_sums(model, tables, i, factor, powers=(1, 2))
-    oracles.assert_close(jax.jit(run)(tables, i), expected)
+
+
+@pytest.mark.short("True")
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_numbers_known_in_advance_are_known_in_a_shard_map(check_vma):
+    """Of layers that a loop counts, and of rows; else a fallback warns."""
+    params = {"layers": normal(0, 3, 4, 4), "rows": normal(1, 5, 4)}
+
+    def model(params, x):
+        _, rows = lax.scan(lambda i, _: ((2 * i + 1) % 5, i), 0, length=6)
+
+        def layer(i, h):
+            return jnp.tanh(h @ params["layers"][i])
+
+        return lax.fori_loop(0, 3, layer, x + params["rows"][rows][None])[..., :3]
+
+    def cotangents(h, _):
+        return jnp.stack([h, h**2])
+
+    def local(params, x):
+        (sums,) = power_sums(model, params, x, cotangents)
+        return jax.tree.map(lambda s: lax.psum(s, "data"), sums)
+
+    x = normal(2, 8, 6, 4)
+    (expected,) = oracles.power_sums(model, params, x, cotangents)
+    found = jax.jit(on_four_devices(local, check_vma))(params, x)
+    oracles.assert_close(found, expected)
 
 
 # Numbers.

@@ -24,6 +24,7 @@ from fsam_optax._engine.primitives import (
     name_of,
     REMATERIALISED,
     SUMS,
+    VARY,
 )
 
 
@@ -126,7 +127,9 @@ class Dataflow:
         if v not in self._known:
             self._known[v] = None
             eqn = self.made_by(v)
-            if eqn is not None and not self.varies(v):
+            if name_of(eqn) == VARY:
+                self._known[v] = self.known_value(eqn.invars[0])
+            elif eqn is not None and not self.varies(v):
                 values = [self.known_value(x) for x in eqn.invars]
                 if all(x is not None for x in values):
                     compute = functools.partial(bind, eqn)

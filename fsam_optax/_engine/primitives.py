@@ -18,10 +18,11 @@ BRANCHES = "cond"
 SCATTER = "scatter-add"
 UPDATE = "dynamic_update_slice"
 CONSTRAINT = "sharding_constraint"
+VARY = "pvary"  # Of types alone, under `jax.shard_map`.
 SOLVE = "custom_linear_solve"
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 SUMS = ("add_any", "add")
-KEEPS_ZEROS = ("broadcast_in_dim", "convert_element_type", "copy")
+KEEPS_ZEROS = ("broadcast_in_dim", "convert_element_type", "copy", VARY)
 # What the gradient of a weight ends in, by what it is called in reports.
 CONTRACTIONS = {
     "dot_general": "shared dense",
