@@ -112,10 +112,19 @@ def settled(make, repeats: int, rounds: int):
     return facts
 
 
+def headline(results):
+    """Returns what the picture shows."""
+    parts = []
+    for row in ("SAM", "Fisher SAM, empirical, one pass", "Fisher SAM, exact"):
+        every = [f[row]["ratio"] for of in results.values() for f in of.values()]
+        parts.append(f"{ROWS[row]} {min(every):.1f} to {max(every):.1f}")
+    return "Steps in base steps, over all sizes: " + "; ".join(parts)
+
+
 def draw(results, path):
     """Draws one panel for each kind of growth, quartiles as bars."""
     fig, axes = show.figure(
-        *(1, len(results), "What a step costs stays where it is as the problem grows"),
+        *(1, len(results), headline(results)),
         figsize=(3.1 * len(results), 4.2),
         sharey=True,
     )
@@ -136,6 +145,7 @@ def draw(results, path):
         ax.set_xlim(x[0] / 1.3, x[-1] * 1.3)
         ax.set_xlabel(kind)
     axes[0, 0].set_yscale("log", base=2)
+    axes[0, 0].set_ylim(0.8, 16)
     ticks = 1, 1.5, 2, 3, 4, 6, 8
     axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0, 0].set_ylabel("time of a step / base step")
