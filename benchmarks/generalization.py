@@ -60,8 +60,14 @@ DIGITS_CHOICE = MAIN | {
 USUAL = {"SAM": 0.05, "ASAM": 0.5, "relative": 0.1, "absolute": 0.015, "MSAM": 3.0}
 # What --tune offers. Digits: 24 tries a method, of which Fisher SAM has two forms, with
 # half as many radii each. CIFAR-10: six.
-RATES = {"digits": (0.0125, 0.025, 0.05, 0.1), "cifar10": (0.00625, 0.0125)}
-BASE_RATES = {"digits": (0.002, 0.5, 24), "cifar10": (0.0015, 0.016, 6)}
+RATES = {
+    "digits": {"base": np.geomspace(0.002, 0.5, 24), "": (0.0125, 0.025, 0.05, 0.1)},
+    "cifar10": {
+        "base": np.geomspace(0.0015, 0.016, 6),
+        "MSAM": (0.0015, 0.003),  # It takes as many steps as base.
+        "": (0.00625, 0.0125),
+    },
+}
 RADII = {
     "digits": {
         "SAM": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
@@ -76,7 +82,7 @@ RADII = {
         "ASAM": (0.03125, 0.125, 0.5),
         "absolute": (0.00075, 0.002, 0.005),
         "WSAM": (0.0025, 0.00625, 0.015),
-        "MSAM": (0.24, 0.6, 1.5),
+        "MSAM": (0.1, 0.24, 0.6),
     },
 }
 
@@ -84,11 +90,11 @@ RADII = {
 def grid(method: str, data: str) -> list[dict[str, float]]:
     """Returns what --tune offers a method; other data than CIFAR-10 are as digits."""
     data = data if data in RADII else "digits"
+    rates = RATES[data].get(method, RATES[data][""])
     if method == "base":
-        rates = np.geomspace(*BASE_RATES[data])
-        return [{"rho": 0.0, "rate": rate} for rate in rates.tolist()]
+        return [{"rho": 0.0, "rate": float(rate)} for rate in rates]
     radii = RADII[data].get(method.split(", ")[-1], RADII[data]["SAM"])
-    return methods.grid(method, RATES[data], radii)
+    return methods.grid(method, rates, radii)
 
 
 def tune(run: harness.Run, settings) -> None:
