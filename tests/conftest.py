@@ -22,6 +22,12 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and (
 ):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+# Nor is a matrix product left to a library, which takes longer to be set up for it than
+# these small ones take. Sums are, as for users: it takes less memory for them.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and (
+    importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12."))
+):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type=reduce"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
@@ -211,6 +217,12 @@ def no_rank_promotion():
     """
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def old_objects_stay():
+    """What was there before is not looked through, as for a leak after each trace."""
+    gc.freeze()
 
 
 @pytest.fixture
