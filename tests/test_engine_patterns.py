@@ -511,6 +511,7 @@ def test_patterns(name):
 
     ratio = operations(sums, params, batch) / operations(jax.grad(mean), params, batch)
     assert ratio <= bound, ratio
+    np.testing.assert_allclose(explanation.cost, ratio, rtol=0.05)
     # What is said of the leaves is all that comes on top of the gradient without them.
     used = []
     jax.eval_shape(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from fsam_optax._engine.primitives import (
     REMATERIALISED,
 )
 from fsam_optax._engine.report import Explanation, leaves_of
+from fsam_optax._engine.work import total
 
 
 PyTree = Any
@@ -50,7 +52,8 @@ def explain(
         One `Leaf` per parameter. `cost` counts the operations of the rule against those
         of the gradient of the parameter: for a bias three, a square, a weight and a
         sum, for each addition. A fallback forms the gradient of each example, a few at
-        a time; its note says why.
+        a time; its note says why. The `cost` of the whole counts one pass, forward and
+        backward, against one gradient of the batch.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -61,6 +64,7 @@ def explain(
         parameter   shape      rule           cost
         ['bias']    (90,)      reduction      3.00
         ['kernel']  (300, 90)  outer product  1.02
+        All of it costs 1.01 gradients of the batch.
     """
     check_model(apply_fn, inputs)
     check_cotangents(cotangents)
@@ -160,11 +164,34 @@ def _explain(fn, params, examples, cotangents, by_example=False):
             by_example=by_example,
         )[0]
 
-    jax.eval_shape(record, params, examples)
+    sums = total(jax.make_jaxpr(record)(params, examples).jaxpr.eqns)
     found = Explanation(leaves_of(params, report))
+    found.cost = sums / _gradient_work(fn, params, examples[0])
     # A loss of one example has no axis that could be one of a batch.
     found.remarks = _remarks(fn, params, examples) if cotangents is not None else ()
     return found
+
+
+def _gradient_work(fn, params, inputs):
+    """Returns the operations of one gradient of the batch."""
+
+    def outputs(batch, params, inputs):
+        def one(x):
+            h = jax.tree.leaves(fn(params, x))
+            return [y for y in h if jnp.issubdtype(y.dtype, jnp.inexact)]
+
+        return jax.vmap(one)(inputs) if batch else lax.map(one, inputs)
+
+    def gradient(batch, params, inputs):
+        h, pull = jax.vjp(lambda params: outputs(batch, params, inputs), params)
+        return pull([jnp.ones_like(x) for x in h])
+
+    traced = functools.partial(jax.make_jaxpr, static_argnums=0)(gradient)
+    try:
+        jaxpr = traced(True, params, inputs)
+    except NotImplementedError:  # Something in the model has no batching rule.
+        jaxpr = traced(False, params, inputs)
+    return total(jaxpr.jaxpr.eqns)
 
 
 def _remarks(fn, params, examples):

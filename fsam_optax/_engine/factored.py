@@ -12,7 +12,7 @@ from fsam_optax._engine.grouping import grouped
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
 from fsam_optax._engine.pairs import multiplied_out
-from fsam_optax._engine.products import Expander, Factor, Mismatch
+from fsam_optax._engine.products import Expander, Mismatch
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import gram, gram_work, looped, mapped
 from fsam_optax._engine.sums import outer_product, Steps, widened
@@ -58,10 +58,10 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
 
 def _all_varying(terms):
     """Gives a term that is the same for all examples the factor one, for each."""
-    some = next((f.v for t in terms for f in t.factors if f.varies), None)
+    some = next((f for t in terms for f in t.factors if f.varies), None)
     if some is None:
         raise Mismatch("nothing that differs between examples")
-    one = Factor(some, (), True, (("ones", ()),))
+    one = dataclasses.replace(some, labels=(), steps=(("ones", ()),))
     return [
         t
         if any(f.varies for f in t.factors)
@@ -91,7 +91,7 @@ def _one_group(site, groups, operands):
         return [sum(map(group.product, products[1:]), group.product(products[0]))]
 
     like = jax.ShapeDtypeStruct(tuple(shape), group.dtype)
-    held = 0
+    held, waits = 0, 0.0
     if each == 1:
         rule, work = "reduction", work + what.per_entry * spread
         reduce = looped(fn, [like], what, None)
@@ -104,14 +104,17 @@ def _one_group(site, groups, operands):
         work += what.per_entry * sides + _placing(site, group)
         reduce = outer_product(group.numbers(), group.dtype, precision, what.powers)
     else:
-        rule, work = "shared dense", work + 2.0 * IN_LOOPS * spread
+        waits = (2.0 * IN_LOOPS - what.per_entry) * spread
+        rule, work = "shared dense", work + what.per_entry * spread + waits
         sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
         work += sum(n) * sides
         held = 2 * spread * group.dtype.itemsize
         steps = Steps(held, what.chunk_bytes, what.examples, apart=True)
         reduce = looped(fn, [like], what, steps)
     keeps = _keeps(site, group)
-    return Source(rule, work, operands, reduce, held, prepare, finish, like, keeps)
+    return Source(
+        rule, work, operands, reduce, held, prepare, finish, like, keeps, waits=waits
+    )
 
 
 def _placing(site, group):
@@ -156,6 +159,7 @@ def _several(site, groups, operands):
     what, out = site.what, size(site.terms[0])
     elementwise = 2.0 + sum(2 + len(g.terms[0].masks) for g in groups)
     work = sum(g.work() for g in groups) + IN_LOOPS * out * elementwise
+    waits = (IN_LOOPS - 1) * out * elementwise
     counts = [len(g.positions()) * len(g.sides) for g in groups]
 
     def prepare(*values):
@@ -177,9 +181,9 @@ def _several(site, groups, operands):
     like = jax.ShapeDtypeStruct(site.like.shape, groups[0].dtype)
     if out <= what.limit and all(len(g.sides) == 1 for g in groups):
         reduce = looped(fn, [like], what, None)
-        return Source("reduction", work, operands, reduce, 0, prepare)
+        return Source("reduction", work, operands, reduce, 0, prepare, waits=waits)
     held = 2 * out * groups[0].dtype.itemsize
     products = any(len(g.sides) == 2 for g in groups)
     steps = Steps(held, what.chunk_bytes, what.examples, apart=products)
     reduce = looped(fn, [like], what, steps)
-    return Source("sum of products", work, operands, reduce, held, prepare)
+    return Source("sum of products", work, operands, reduce, held, prepare, waits=waits)

@@ -83,6 +83,11 @@ def _same(self, eqn):
     return self.expand(eqn.invars[0])
 
 
+def _converted(self, eqn):
+    """Of complex numbers to real ones: their real parts."""
+    return self.expand(eqn.invars[0], REAL if is_real(eqn.outvars[0]) else None)
+
+
 def _part(part):
     """Returns a rule for primitives that take a part of a complex number."""
     return lambda self, eqn: self.expand(eqn.invars[0], part)
@@ -322,7 +327,7 @@ LINEAR: dict[str, Callable[[Expander, Any], list[Term]]] = {
     "imag": _part(IMAGINARY),
     "complex": _complex,
     "conj": _conjugated,
-    "convert_element_type": _same,
+    "convert_element_type": _converted,
     "copy": _same,
     "copy_p": _same,
     "reduce_sum": _reduce_sum,

@@ -96,7 +96,7 @@ def windows_by_rows(zeros, index, rows, numbers, mode, dims):
     ]
     last = last.reshape((1,) * (index.ndim - 1) + (-1,))
     inside = jnp.all((index >= 0) & (index <= last), -1)
-    index = jnp.clip(index, jnp.zeros_like(last), last) if clips else index
+    index = jnp.clip(index, jnp.zeros_like(last), last) if clips and split else index
     lead = index.ndim - 1
     index = jnp.expand_dims(index, range(lead, lead + len(split)))
     for k, d in enumerate(split):
@@ -111,7 +111,7 @@ def windows_by_rows(zeros, index, rows, numbers, mode, dims):
         )
         shape_of_step = (1,) * lead + step.shape
         index = index + step.reshape(shape_of_step)
-    if not clips:
+    if split and not clips:
         # All of a window is dropped, if it is not all within bounds.
         whole = jnp.expand_dims(inside, range(lead, lead + len(split) + 1))
         index = jnp.where(whole, index, jnp.full_like(index, -1))

@@ -25,7 +25,8 @@ class Vectors(NamedTuple):
     """A vector for each example and cotangent.
 
     Attributes:
-        x: The vectors; of size one where they are constant.  # shape=(*leading, rest)
+        x: The vectors, perhaps several; of size one where they are constant.
+            # shape=(*leading, *batch, rest)
         has: Which of the leading axes it carries; the others are left out.
     """
 
@@ -48,6 +49,7 @@ def summed_product(weight: jax.Array, a: Vectors, g: Vectors, precision: Any) ->
     """Returns `sum w a g^T` over the leading axes."""
     axes = [*range(weight.ndim)]
     row, column = weight.ndim, weight.ndim + 1
+    batch = [column + 1 + d for d in range(a.x.ndim - 1 - sum(a.has))]
 
     def lead(y):
         return [j for j in axes if y.has[j]]
@@ -60,16 +62,16 @@ def summed_product(weight: jax.Array, a: Vectors, g: Vectors, precision: Any) ->
         weight.astype(a.x.dtype),
         axes,
         many[0].x,
-        [*lead(many[0]), many[1]],
-        [*lead(few[0]), many[1]],
+        [*lead(many[0]), *batch, many[1]],
+        [*lead(few[0]), *batch, many[1]],
         precision=precision,
     )
     return jnp.einsum(
         few[0].x,
-        [*lead(few[0]), few[1]],
+        [*lead(few[0]), *batch, few[1]],
         weighted,
-        [*lead(few[0]), many[1]],
-        [row, column],
+        [*lead(few[0]), *batch, many[1]],
+        [*batch, row, column],
         precision=precision,
     )
 
@@ -86,7 +88,8 @@ def multiplied_out(
         or max(site.what.powers) > 2
         or not double
         or not 1 < count <= MOST_POSITIONS
-        or any(g.sides != double[0].sides or g.batch for g in double)
+        or any((g.sides, g.batch) != (double[0].sides, double[0].batch) for g in double)
+        or (double[0].batch and single)
         or not all(
             any(set(g.labels) <= set(side) for side in double[0].sides) for g in single
         )
@@ -141,7 +144,8 @@ def multiplied_out(
 
         def summed(a, g, *numbers):
             y = summed_product(weight, a, g, base.terms[0].precision)
-            y = jnp.broadcast_to(y, (base.volume(left), base.volume(right)))
+            shape = *y.shape[:-2], base.volume(left), base.volume(right)
+            y = jnp.broadcast_to(y, shape)
             y = base.arranged(y.reshape([sizes[x] for x in base.labels]), base.labels)
             for k in numbers:
                 y = y if masks[k] is None else y * masks[k]
@@ -166,7 +170,8 @@ def multiplied_out(
     work = sum(t.work for g in groups for t in g.terms)
     work += 2.0 * pairs * base.volume(base.labels)
     reduce = by_device(reduce, site.what.examples)
-    work += site.what.per_entry * pairs * (base.volume(left) + base.volume(right))
+    sides = base.volume((*base.batch, *left)) + base.volume((*base.batch, *right))
+    work += site.what.per_entry * pairs * sides
     masks = sum(len(g.terms[0].masks) for g in groups) + 2
     work += masks * pairs * size(site.terms[0]) / site.what.examples
     return Source("sum of outer products", work, operands, reduce, 0, prepare)

@@ -74,7 +74,8 @@ class Plan:
         for base in self.wanted[k].sources():
             if base.key in self.sources:
                 source, own = self.sources[base.key]
-                found.append(Used(source.rule, source.work, own, source.note))
+                counted = source.work - source.waits
+                found.append(Used(source.rule, counted, own, source.note))
                 continue
             (v,) = base.terms
             part = next(x for x in self.inner if v in x.eqn.outvars)

@@ -163,10 +163,10 @@ STEPS: dict[str, Callable] = {
 
 REAL, IMAGINARY, INVERTED = "real", "imaginary", " of the reciprocal"
 PARTS: dict[str, Callable] = {
-    REAL: jnp.real,
-    IMAGINARY: jnp.imag,
-    REAL + INVERTED: lambda x: jnp.real(1 / x),
-    IMAGINARY + INVERTED: lambda x: jnp.imag(1 / x),
+    REAL: lambda x: x.real,
+    IMAGINARY: lambda x: x.imag,
+    REAL + INVERTED: lambda x: (1 / x).real,
+    IMAGINARY + INVERTED: lambda x: (1 / x).imag,
 }
 # The parts of a product: those of its factors, and the sign.
 PRODUCT_PARTS = {
@@ -393,8 +393,11 @@ class Expander:
         if not owners:
             if not term.factors:
                 raise Mismatch("a number is cut")
-            ones = Factor(
-                term.factors[0].v, (old,), False, (("ones", (self.sizes[old],)),)
+            ones = dataclasses.replace(
+                term.factors[0],
+                labels=(old,),
+                varies=False,
+                steps=(("ones", (self.sizes[old],)),),
             )
             owners = [ones]
             term = dataclasses.replace(term, factors=(*term.factors, ones))

@@ -58,13 +58,16 @@ class Explanation(tuple[Leaf, ...]):
     """The rule for each parameter; a table when printed, with remarks below.
 
     Attributes:
+        cost: Operations of one pass for all parameters, forward and backward, relative
+            to those of one gradient of the batch.
         remarks: What to know beside the table.
     """
 
+    cost: float
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Returns one line per parameter, then the remarks."""
+        """Returns one line per parameter, what all cost, then the remarks."""
         rows = [("parameter", "shape", "rule", "cost")]
         rows += [(x.path, str(x.shape), x.rule, f"{x.cost:.2f}") for x in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -75,7 +78,8 @@ class Explanation(tuple[Leaf, ...]):
             for row in rows
         ]
         notes = [f"{x.path}: {x.note}" for x in self if x.note]
-        return "\n".join([*table, *notes, *self.remarks])
+        whole = f"All of it costs {self.cost:.2f} gradients of the batch."
+        return "\n".join([*table, whole, *notes, *self.remarks])
 
 
 def leaves_of(params: PyTree, report: Sequence[Sequence[Used]]) -> list[Leaf]:

@@ -215,17 +215,15 @@ def _filled(site, indexed, lookups):
     dtype = widened(site.like.dtype)
 
     def fn(*operands):
-        index, rows = operands[::2], operands[1::2]
-        tables = [
-            _into_table(
-                site,
-                indexed,
-                _flat(i, bounds, k),
-                _stacked(x.astype(dtype), k.window),
-            )
-            for i, x, k in zip(index, rows, lookups, strict=True)
+        flat = [
+            _flat(i, bounds, k) for i, k in zip(operands[::2], lookups, strict=True)
         ]
-        return [sum(tables[1:], tables[0])]
+        rows = [
+            _stacked(x.astype(dtype), k.window)
+            for x, k in zip(operands[1::2], lookups, strict=True)
+        ]
+        both = (jnp.concatenate(x) if len(x) > 1 else x[0] for x in (flat, rows))
+        return [_into_table(site, indexed, *both)]
 
     return fn
 

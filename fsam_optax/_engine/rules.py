@@ -149,13 +149,19 @@ def reduction(site: Site, held: set[Any], largest: int) -> Source | None:
     """Evaluates a value no larger than the activations for all examples at once."""
     if largest > site.what.limit:
         return None
-    # What leads to its linear maps the gradient of the batch takes too.
+    # What leads to its linear maps the gradient of the batch takes too, and loops.
     made = site.flow.ancestors(site.terms, stop=held)
-    eqns = [e for e in site.region() if not made.isdisjoint(e.outvars)]
+    eqns = [
+        e
+        for e in site.region()
+        if not made.isdisjoint(e.outvars) and not site.runs_anyway(e)
+    ]
     adding = (len(site.terms) - 1 + site.what.per_entry) * size(site.terms[0])
     # Rows that each example scatters come one after the other.
     rows = [size(e.invars[-1]) for e in eqns if name_of(e) == SCATTER]
-    return whole(site, "reduction", total(eqns) + IN_LOOPS * sum(rows) + adding)
+    waits = IN_LOOPS * sum(rows)
+    source = whole(site, "reduction", total(eqns) + waits + adding)
+    return dataclasses.replace(source, waits=waits)
 
 
 def fallback(site: Site, held: set[Any]) -> Source:

@@ -70,6 +70,8 @@ class Source:
         note: Why it is a fallback.
         part: Which of the values that the rule reduces it is; sources of the same rule
             share what it computes.
+        waits: How much of the work stands for the time that large arrays take to be
+            written, and is no operation.
     """
 
     rule: str
@@ -83,6 +85,7 @@ class Source:
     keeps: bool = False
     note: str = ""
     part: int = 0
+    waits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,12 @@ class Site:
                 pending += eqn.invars if eqn is not None else ()
         return self.flow.equations(found)
 
+    def runs_anyway(self, eqn: Any) -> bool:
+        """Tells whether an equation is a loop that runs whatever is made of it."""
+        return name_of(eqn) == LOOP and not any(
+            v in self.inside for v in eqn.invars if not isinstance(v, Literal)
+        )
+
     def own_work(self) -> float:
         """Returns the operations of the gradient itself, for each example of a batch.
 
@@ -157,9 +166,13 @@ def own_work(sites: Mapping[Any, Site]) -> dict[Any, float]:
             given = [v for v in e.invars if not isinstance(v, Literal)]
             if any(v in site.inside for v in given):
                 each = operations(e) / site.what.examples
+            elif name_of(e) in CONTRACTIONS:
+                each = operations(e)
+            elif site.runs_anyway(e):
+                work += sum(size(v) for v in e.outvars if v in site.inside)
+                continue
             else:
-                added = 0 if name_of(e) in CONTRACTIONS else sum(map(size, e.outvars))
-                each = operations(e) + added
+                each = operations(e) + sum(map(size, e.outvars))
             work += each / users[id(e)]
         found[key] = max(work, 1.0)
     return found

@@ -104,17 +104,22 @@ def joint(
     reduce = looped(fn, [site.like for site in sites], what, steps)
     found = []
     for k, (site, rule) in enumerate(zip(sites, rules, strict=True)):
-        work = max(2.0 * waiting, what.per_entry) * size(site.terms[0])
+        out, more = size(site.terms[0]), len(site.terms) - 1
+        work = (max(2.0 * waiting, what.per_entry) + more * waiting) * out
+        waits = work - (what.per_entry + more) * out
         # A loop takes the rows of its operands out of their stacks.
         work += sum(size(x) for x in operands if flow.varies(x)) / len(sites)
         for e in own[k]:
+            if site.runs_anyway(e):
+                continue
             large = name_of(e) not in CONTRACTIONS and not site.is_small(e.outvars[0])
             each = operations(e) + _laid_out(e)
             if large:
                 entries = max(map(size, (*e.invars, *e.outvars)))
-                each += (waiting - 1) * min(operations(e), entries)
+                more = (waiting - 1) * min(operations(e), entries)
+                each, waits = each + more, waits + more / users[id(e)]
             work += each / users[id(e)]
-        found.append(Source(rule, work, operands, reduce, held, part=k))
+        found.append(Source(rule, work, operands, reduce, held, part=k, waits=waits))
     return found
 
 

@@ -50,7 +50,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
         One `Leaf` for each parameter: its path, shape, rule and cost, which are
         operations relative to those of the gradient of this parameter; a table when
         printed. That of a bias is one addition for each example, so that 2 or 3 times
-        as much is next to nothing. A fallback forms the gradient of each example.
+        as much is next to nothing. A fallback forms the gradient of each example. Its
+        `cost` is that of one pass for all parameters, in gradients of the batch.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -63,6 +64,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
         parameter   shape      rule           cost
         ['bias']    (90,)      reduction      2.00
         ['kernel']  (300, 90)  outer product  1.02
+        All of it costs 1.01 gradients of the batch.
     """
     if model is per_example_norms:
         return _explain_norms(*args, **kwargs)
