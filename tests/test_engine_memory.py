@@ -152,6 +152,23 @@ def test_the_sums_of_layers_are_held_from_where_they_begin():
     assert temporaries(one_pass, params, batch) < 0.65 * gradient
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older compiler")
+def test_squares_of_activations_are_made_when_they_are_used():
+    """Not held, beside the activations, all the way back to their layer."""
+
+    def perceptron(params, x):
+        for w in params[:-1]:
+            x = jax.nn.relu(x @ w)
+        return x @ params[-1]
+
+    params = [like(256, 256)] * 6 + [like(256, 10)]
+    batch = like(128, 256), like(128, dtype=jnp.int32)
+    nll = negative_log_likelihood(perceptron, categorical)
+    gradient = temporaries(jax.grad(nll), params, batch)
+    alone = functools.partial(diagonal, fisher_empirical(nll))
+    assert temporaries(alone, params, batch) < 0.6 * gradient
+
+
 PARAMS = {"c": normal(4, 3) / 2, "w": normal(3, 5) / 2}
 POSITIONS = normal(6, 5, 4)
 WEIGHTS = np.asarray(RNG.uniform(size=(6, 5)) * (RNG.uniform(size=(6, 5)) > 0.3))

@@ -102,7 +102,15 @@ def _one_group(site, groups, operands):
         rule, precision = "outer product", group.terms[0].precision
         sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
         work += what.per_entry * sides + _placing(site, group)
-        reduce = outer_product(group.numbers(), group.dtype, precision, what.powers)
+        made = [max(map(site.flow.place, variables(f))) for f in group.terms[0].varying]
+        reduce = outer_product(
+            group.numbers(),
+            group.dtype,
+            precision,
+            what.powers,
+            what.examples,
+            made.index(min(made)),
+        )
     else:
         waits = (2.0 * IN_LOOPS - what.per_entry) * spread
         rule, work = "shared dense", work + what.per_entry * spread + waits

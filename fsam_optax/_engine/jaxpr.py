@@ -113,6 +113,18 @@ class Dataflow:
         """Returns the equation that produces `v`; None for inputs and literals."""
         return None if isinstance(v, Literal) else self.producer.get(v)
 
+    def place(self, v: Any) -> int:
+        """Returns the number of the equation that makes a variable; -1 for none.
+
+        Of the one before where that only changes it.
+        """
+        while (eqn := self.made_by(v)) is not None:
+            operands = [x for x in eqn.invars if not isinstance(x, Literal)]
+            if len(operands) != 1:
+                return self._order[id(eqn)]
+            (v,) = operands
+        return -1
+
     def is_zero(self, v: Any) -> bool:
         """Tells whether the value is known to be all zeros."""
         if isinstance(v, Literal):

@@ -10,7 +10,8 @@ from jax import lax
 
 from fsam_optax._engine.jaxpr import body_of, Dataflow, loop_counts, loop_flow, read
 from fsam_optax._engine.primitives import LOOP, name_of
-from fsam_optax._engine.sums import reduced, zeros_for
+from fsam_optax._engine.sums import reduced, widened
+from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ def run_loop(
 
     totals: Any = None
     if counts is None:
-        # Not stacked by the loop itself, which does it in zeros; see `zeros_for`.
-        stacked = [eqn.outvars[k].aval for k in loop.outputs]
+        # Not stacked by the loop itself, which begins with zeros that do not wait.
+        avals = [eqn.outvars[k].aval for k in loop.outputs]
+        like = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in avals]
 
         def zeros(has, weight, *carry):
             del has
-            alone = weight.shape[:1] in ((), (what.examples,))
-            found = zeros_for(stacked, (weight, *carry), alone)
+            alone = on_one_device(weight, what.examples)
+            found = zeros_after((weight, *carry), like, alone)
             return [[x] * len(what.powers) for x in found]
 
         totals = reduced(zeros, what.axes)(weight, *carry)

@@ -23,7 +23,8 @@ from fsam_optax._engine.jaxpr import Dataflow, is_real, size
 from fsam_optax._engine.primitives import name_of, SCATTER
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import looped, mapped, square
-from fsam_optax._engine.sums import power, widened, zeros_for
+from fsam_optax._engine.sums import power, widened
+from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 
 # A table of so many entries a row is filled for each example, rather than rows sorted.
@@ -204,7 +205,7 @@ def _into_table(site, indexed, flat, rows, alone=False):
     """Scatters rows (rows, *window) into zeros of the shape of the sum."""
     bounds, window = _table(site, indexed)
     like = jax.ShapeDtypeStruct((math.prod(bounds), *window), rows.dtype)
-    (zeros,) = zeros_for([like], [rows], alone)
+    (zeros,) = zeros_after([rows], [like], alone)
     table = _scattered(lax.scatter_add, zeros, flat, rows).reshape(*bounds, *window)
     return jnp.moveaxis(table, range(len(bounds)), indexed)
 
@@ -301,7 +302,7 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
 def _summed(site, indexed, weight, flat, has_index, rows, has_rows):
     axes = range(weight.ndim)
     n_window = rows.ndim - 1 - sum(has_rows)
-    alone = weight.shape[:1] in ((), (site.what.examples,))
+    alone = on_one_device(weight, site.what.examples)
     rows = jnp.expand_dims(rows, [j for j in axes if not has_rows[j]])
     weight = weight.astype(rows.dtype).reshape(weight.shape + (1,) * (1 + n_window))
     # Where the indices are the same for all, one scatter does.

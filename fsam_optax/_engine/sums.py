@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._engine.waiting import after, on_one_device, zeros_after
 
 
 DEFAULT_CHUNK_BYTES = 64 << 20
@@ -86,38 +86,6 @@ def apart(
 def added_up(tree: Any) -> Any:
     """Returns the sums of arrays over their leading axis."""
     return jax.tree.map(lambda x: jnp.sum(x, 0), tree)
-
-
-def zeros_for(
-    like: Sequence[Any], values: Sequence[jax.Array], alone: bool
-) -> list[jax.Array]:
-    """Returns zeros to add up in, in float32 or wider, made when the values are there.
-
-    Plain ones depend on nothing: XLA:CPU makes them when the program begins, the same
-    ones for all that starts from such zeros, and holds them until then. Here they
-    depend on an entry of each array, which on several devices would be an exchange.
-
-    Args:
-        like: Their shapes and dtypes.
-        values: Arrays that are known when they are needed.
-        alone: Whether they are known to lie on one device.
-    """
-    entries = [
-        x[(0,) * x.ndim]
-        for x in values
-        if alone and x.size and jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
-    zero: Any = jnp.zeros(())
-    if entries:
-        known = sum(map(jnp.real, entries))
-        zero = jnp.isnan(known) & (known > 0)  # Never both.
-    found = []
-    for v in like:
-        x = jnp.full(v.shape, zero.astype(widened(v.dtype)))
-        for y in values:
-            x = vary_like(x, y)
-        found.append(x)
-    return found
 
 
 def by_device(reduce: Callable, share: int) -> Callable:
@@ -246,7 +214,8 @@ def looped(
         def in_steps(number, *operands):
             if number == length:
                 return sums(*operands)
-            zeros = zeros_for(out, (weight, *operands[1:]), n == length)
+            zeros = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in out]
+            zeros = zeros_after((weight, *operands[1:]), zeros, n == length)
             zeros = [[z] * len(powers) for z in zeros]
             one = functools.partial(of_share, number, zeros)
             # Devices are added up after the loop.
@@ -304,7 +273,12 @@ def precision_of(eqn: Any) -> Any:
 
 
 def outer_product(
-    numbers: Any, dtype: Any, precision: Any, powers: tuple[int, ...]
+    numbers: Any,
+    dtype: Any,
+    precision: Any,
+    powers: tuple[int, ...],
+    share: int,
+    early: int,
 ) -> Callable:
     """Returns the sums of powers of an outer product: one matrix product per power.
 
@@ -315,6 +289,8 @@ def outer_product(
         dtype: What to compute in.
         precision: The precision of the products.
         powers: The powers.
+        share: How many examples each device has.
+        early: Which of the two is known first, as activations are.
     """
     (contract_a, contract_g), (batch_a, batch_g) = numbers
 
@@ -354,9 +330,14 @@ def outer_product(
             )
 
         balanced = _balance(a, g, has) if max(powers) > 2 else (a, g)
+        alone = on_one_device(weight, share)
 
         def sums(p):
-            left, right = (power(x, p) for x in (balanced if p > 2 else (a, g)))
+            pair = [*(balanced if p > 2 else (a, g))]
+            if p > 1:
+                # The powers of activations are not held all the way back to them.
+                pair[early] = after([pair[1 - early]], pair[early], alone)
+            left, right = (power(x, p) for x in pair)
             if many == 0:
                 left = weighted(left)
             else:
