@@ -185,6 +185,26 @@ def test_a_short_last_batch_stays_on_its_devices(kind):
     close(traced(*batches), expected)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="jax 0.7 says it in other words"
+)
+def test_a_model_that_names_explicit_axes_is_refused_with_advice():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+
+    def apply_fn(params, x):
+        h = jnp.dot(x, params["in"], out_sharding=P("d"))
+        return jnp.dot(jnp.tanh(h), params["out"], out_sharding=P("d"))
+
+    nll = fsam.negative_log_likelihood(apply_fn, fsam.categorical)
+    estimator = fsam.fisher_empirical(nll)
+    with set_mesh(mesh):
+        params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+        batch = jax.device_put((X, Y), NamedSharding(mesh, P("d")))
+        assert jnp.isfinite(jax.jit(nll)(params, batch))
+        with pytest.raises(TypeError, match="same model without `out_sharding=`"):
+            jax.eval_shape(lambda p, b: fsam.diagonal(estimator, p, b), params, batch)
+
+
 def test_a_model_that_divides_the_batch_by_hand_is_refused_with_advice():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     by_hand = jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P("d"), out_specs=P("d"))

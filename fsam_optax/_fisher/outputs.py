@@ -248,6 +248,13 @@ def _advice(error, call, params, inputs) -> str | None:
             "is; or call the estimator within a `shard_map`, and average what it "
             "returns."
         )
+    if "type auto" in text and "axis name" in text:
+        return (
+            "It names shardings of Explicit axes, which single examples cannot have: "
+            "give the estimator the same model without `out_sharding=` and "
+            "`jax.reshard`, as the axes are left to the compiler there. A mesh of Auto "
+            "axes takes a model with `jax.lax.with_sharding_constraint` as it is."
+        )
     if not call.holds_keys and ("rng" in text or "prng" in text):
         return (
             "It needs PRNG keys: give them to the loss, `nll(params, batch, "
