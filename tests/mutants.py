@@ -383,8 +383,8 @@ MUTANTS = [
         "_engine/sums.py",
         "engine engine_patterns",
         (
-            "return x if p == 1 else power(x * x, p // 2)",
-            "return x if p == 1 else x * x",
+            "return x if p == 1 else power(lax.mul(x, x), p // 2)",
+            "return x if p == 1 else lax.mul(x, x)",
         ),
         (
             "weight = jnp.sum(weight, axis=tuple(j for j, b in enumerate(live)",

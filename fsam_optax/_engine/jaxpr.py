@@ -155,7 +155,8 @@ class Dataflow:
 
     def ancestors(self, roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
         """Returns the variables that `roots` are computed from, and themselves."""
-        stop = {v for v in stop if not isinstance(v, Literal)}
+        if not isinstance(stop, set):  # Looked through once, not for each source.
+            stop = {v for v in stop if not isinstance(v, Literal)}
         found: set[Any] = set()
         pending = list(roots)
         while pending:

@@ -107,7 +107,7 @@ def by_device(reduce: Callable, share: int) -> Callable:
 
 def power(x: jax.Array, p: int) -> jax.Array:
     """Returns x**p for p = 1, 2 or 4."""
-    return x if p == 1 else power(x * x, p // 2)
+    return x if p == 1 else power(lax.mul(x, x), p // 2)
 
 
 def widened(dtype: Any) -> Any:
@@ -167,12 +167,11 @@ def looped(
             each = fn
             for axes in by_axis[len(by_axis) - weight.ndim :][::-1]:
                 each = jax.vmap(each, axes)
+            rows = tuple(range(weight.ndim))
+            found = zip(out, each(*operands), strict=True)
             return [
-                [
-                    _weighted_sum(weight, power(x.astype(widened(v.dtype)), p))
-                    for p in powers
-                ]
-                for v, x in zip(out, each(*operands), strict=True)
+                [lax.reduce_sum(_weighted(weight, power(x, p)), rows) for p in powers]
+                for x in (x.astype(widened(v.dtype)) for v, x in found)
             ]
 
         def added(before, weight, *operands):
@@ -244,11 +243,10 @@ def _rows(axes, operands, start, count=None):
     ]
 
 
-def _weighted_sum(weight, x):
-    """Sums weight * x over the axes of the weight."""
-    shape = weight.shape + (1,) * (x.ndim - weight.ndim)
-    axes = tuple(range(weight.ndim))
-    return jnp.sum(weight.reshape(shape).astype(x.dtype) * x, axis=axes)
+def _weighted(weight, x):
+    """Multiplies x with the weight, whose axes are the leading ones of x."""
+    weight = lax.convert_element_type(weight, x.dtype)
+    return lax.mul(lax.broadcast_in_dim(weight, x.shape, range(weight.ndim)), x)
 
 
 def precision_of(eqn: Any) -> Any:
@@ -299,7 +297,7 @@ def outer_product(
         lead = sum(has)
         free = [d for d in range(x.ndim - lead) if d not in (*contract, *batch)]
         order = [*range(lead), *(lead + d for d in (*batch, *contract, *free))]
-        x = jnp.transpose(x.astype(dtype), order)
+        x = lax.transpose(lax.convert_element_type(x, dtype), order)
         shape = x.shape[x.ndim - len(free) :]
         return x.reshape(*x.shape[: lead + len(batch)], -1), shape
 
@@ -318,9 +316,7 @@ def outer_product(
 
         def weighted(x):
             if len(lead) == weight.ndim and all(has[many]):
-                return x * weight.astype(dtype).reshape(
-                    weight.shape + (1,) * (x.ndim - weight.ndim)
-                )
+                return _weighted(weight, x)
             x = jnp.expand_dims(x, [j for j, b in enumerate(has[many]) if not b])
             x = jnp.broadcast_to(x, weight.shape + x.shape[weight.ndim :])
             body = range(weight.ndim, x.ndim)
