@@ -315,6 +315,17 @@ def test_a_run_can_be_interrupted_and_resumed(
     assert len(json.loads(file.read_text())["cells"]) == len(cells) + 1
 
 
+def test_tuning_ends_in_a_training_at_what_it_chose(generalization, tmp_path):
+    command = ["--smoke", "--tune", "--model", "mlp", "--methods", "SAM"]
+    assert generalization.main([*command, "--out", str(tmp_path)]) == 0
+    cells = json.loads((tmp_path / "generalization.json").read_text())["cells"]
+    tuning, training = (cell for cell in cells if "method" in cell["settings"])
+    tried = tuning["result"]
+    assert tuning["settings"]["points"] == tried["points"]
+    best = tried["points"][np.argmax(tried["accuracy"])]
+    assert best.items() <= training["settings"].items()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
