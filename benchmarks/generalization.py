@@ -199,8 +199,10 @@ def draw(found, costs, options, path) -> None:
     left, middle, right = axes[0]
     for at, (method, values) in enumerate(last.items()):
         show.dots(left, at, values, method)
-    short = [m.replace("Fisher SAM", "F-SAM").replace(", ", "\n") for m in last]
-    left.set_xticks(range(len(last)), short)
+    many = len(last) > 6
+    short = [m.replace("Fisher SAM", "F-SAM") for m in last]
+    short = [m if many else m.replace(", ", "\n") for m in short]
+    left.set_xticks(range(len(last)), short, rotation=90 if many else 0)
     left.set_title(f"Test accuracy, %, at the end ({options.data})")
     for method, facts in found.items():
         values = np.array(facts["test_loss"], float)
@@ -209,7 +211,10 @@ def draw(found, costs, options, path) -> None:
     show.later(middle, [facts["test_loss"] for facts in found.values()])
     middle.set_xlabel("gradients spent")
     middle.set_title("Test loss, mean of the seeds")
-    middle.legend(fontsize=7)
+    if many:
+        show.legend(fig, middle, 5, fontsize=8)
+    else:
+        middle.legend(fontsize=7)
     for row, offset, color in (("plain", -0.2, show.GREY), ("ours", 0.2, show.GREEN)):
         values = [facts[row]["ratio"] for facts in costs.values()]
         bars = right.bar(np.arange(len(costs)) + offset, values, 0.36, color=color)
