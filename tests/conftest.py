@@ -1,7 +1,5 @@
 """Settings under which every test runs, and the modes: `pytest --mode x64`."""
 
-import contextlib
-import functools
 import gc
 import importlib.metadata
 import os
@@ -45,13 +43,6 @@ import pytest
 # Tracing makes many objects and hardly any garbage in cycles: a sixth of the time went
 # into looking for it. Never again among what has survived.
 gc.set_threshold(10_000, 10, 10_000)
-
-# A program is lowered in a context, which jax makes for each of them: half of what it
-# takes to lower one operation. Here they share one.
-with contextlib.suppress(ImportError, AttributeError):
-    from jax._src.interpreters import mlir
-
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 MODES = {

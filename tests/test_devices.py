@@ -472,6 +472,20 @@ def test_fault_27_jit_on_sharded_parameters_keeps_the_sharding(axes, name):
         )
 
 
+def test_the_operator_may_lie_elsewhere_than_the_gradient_under_explicit_axes():
+    """T = |w| of replicated parameters, and a gradient that is sharded."""
+    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Explicit,))
+    params, grads = (
+        {"k": jax.device_put(tree["k"], NamedSharding(mesh, spec))}
+        for tree, spec in ((SHARDED, P()), (SHARDED_GRADS, SPECS["k"]))
+    )
+    tx = adaptive_ellipsoid(RHO)
+    eps, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    params, grads = ({"k": tree["k"]} for tree in (SHARDED, SHARDED_GRADS))
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert_close(eps, expected, 2e-6)
+
+
 # Whole steps under jit, whatever is sharded
 
 

@@ -319,7 +319,8 @@ def _as_array(t: Any, dtype: jnp.dtype) -> Any:
 def _beside(t: jax.Array, g: jax.Array) -> jax.Array:
     """Returns T such that compilers do not form it before g is there, to hold it."""
     never = jnp.isnan(g) & (g > 0)
-    return jnp.where(jax.lax.stop_gradient(never), jnp.ones_like(t), t)
+    # A product, since T may lie on the devices in another way, which a choice may not.
+    return t * jnp.where(jax.lax.stop_gradient(never), 2, 1).astype(t.dtype)
 
 
 def _where(usable: jax.Array, x: Any, instead: float) -> Any:

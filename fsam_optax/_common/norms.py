@@ -187,8 +187,9 @@ def _factors(leaf: Leaf) -> tuple[jax.Array, ...]:
 def _scaled(factors: tuple[jax.Array, ...], unit: jax.Array) -> jax.Array:
     """Returns a product divided by a unit.
 
-    Each of two factors is divided by the root, and neither leaves its range. A product
-    of what does not change in the loop, compilers take out of it and write down.
+    Each of two factors is divided by the root, and neither leaves its range, but one
+    above 2^85, in float32, where the norm is below 2^-40. A product of what does not
+    change in the loop, compilers take out of it and write down.
     """
     if len(factors) == 1:
         return factors[0] * (1 / unit)
