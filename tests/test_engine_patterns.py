@@ -450,7 +450,6 @@ def biases_in_a_linear_loop(p, x):
 
 # Of which more is told than runs, and why.
 OVERSTATED = {
-    "unstacked": "each column is told as a product of its own, and one is made of all",
     "word2vec": "the gradient adds whole tables up, which is not told as its own",
     "one_table_looked_up_twice": "as in word2vec",
     "branch_by_the_example": "nor is what the gradient picks of matrices",

@@ -71,7 +71,8 @@ class Plan:
     def rules(self, k: int) -> list[Used]:
         """Returns the rules of the k-th wanted value."""
         found = []
-        for base in self.wanted[k].sources():
+        # One that several parts are moved from is formed once.
+        for base in {base.key: base for base in self.wanted[k].sources()}.values():
             if base.key in self.sources:
                 source, own = self.sources[base.key]
                 counted = source.work - source.waits
