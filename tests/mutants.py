@@ -486,6 +486,11 @@ MUTANTS = [
         ("    if share is not None:\n", "    if False:\n"),
     ),
     *_mutants(
+        "_fisher/i2.py",
+        "engine_devices",
+        ("share = share_of(examples, problem.params)", "share = len(scores)"),
+    ),
+    *_mutants(
         "_engine/one_row.py",
         "engine_placements",
         ("    if any(map(_names_positions, one)):", "    if False:"),
