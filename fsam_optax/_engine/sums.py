@@ -326,7 +326,8 @@ def outer_product(
             )
 
         balanced = _balance(a, g, has) if max(powers) > 2 else (a, g)
-        alone = on_one_device(weight, share)
+        # Beside the squares of several cotangents those of activations are small.
+        alone = on_one_device(weight, share) and has[0] == has[1]
 
         def sums(p):
             pair = [*(balanced if p > 2 else (a, g))]
