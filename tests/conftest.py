@@ -26,6 +26,9 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and (
     importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12."))
 ):
     os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type=reduce"
+# Each once, also in the processes of xdist, which inherit them: what was compiled is
+# found again by the flags.
+os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(os.environ["XLA_FLAGS"].split()))
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
