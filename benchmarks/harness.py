@@ -180,7 +180,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
-        if default in (None, False, argparse.SUPPRESS):
+        if default is False or default in (None, argparse.SUPPRESS):  # 0 is shown.
             return (action.help or "").lstrip("=")
         if isinstance(default, Mapping):
             default = [f"{k}={v:g}" for k, v in default.items()]

@@ -232,6 +232,7 @@ def test_the_help_shows_the_defaults(script):
     assert code == 0
     assert "how many; default 3" in " ".join(printed)
     assert "--rho RHO default 0.5" in " ".join(printed)
+    assert "--pause PAUSE default 0.0" in " ".join(printed)
 
 
 def test_numbers_become_json(harness):

@@ -203,7 +203,7 @@ def _norm(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Returns norms, of all leaves or of each; and a number, finite if they are."""
     dtype = widen(*jax.tree.leaves(leaves))
-    leaves = [tuple(x.astype(dtype) for x in _factors(leaf)) for leaf in leaves]
+    products = [tuple(x.astype(dtype) for x in _factors(leaf)) for leaf in leaves]
     number = len(leaves) if apart else 1
 
     def powers(leaves, units):
@@ -217,10 +217,10 @@ def _norm(
 
     if isinstance(ord, int | float) and ord <= 2:
         more = int(apart)
-        found, units = in_range_sums(powers, number, more, shard_axes, leaves)
+        found, units = in_range_sums(powers, number, more, shard_axes, products)
     else:
         # Higher powers may leave their range in any unit but this.
-        formed = [_scaled(x, jnp.ones([], dtype)) for x in leaves]
+        formed = [_scaled(x, jnp.ones([], dtype)) for x in products]
         units = largest(formed, shard_axes)
         units = [unit_of(x) for x in (units if apart else [jnp.max(units)])]
         found = powers([(x,) for x in _opaque(formed)], units)
