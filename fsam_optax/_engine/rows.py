@@ -223,8 +223,8 @@ def _filled(site, indexed, lookups):
             _stacked(x.astype(dtype), k.window)
             for x, k in zip(operands[1::2], lookups, strict=True)
         ]
-        both = (jnp.concatenate(x) if len(x) > 1 else x[0] for x in (flat, rows))
-        return [_into_table(site, indexed, *both)]
+        flat, rows = (jnp.concatenate(x) if len(x) > 1 else x[0] for x in (flat, rows))
+        return [_into_table(site, indexed, flat, rows)]
 
     return fn
 
