@@ -374,6 +374,27 @@ def scanned_layers_with_a_shared_scale(params, x):
     return jnp.sum(lax.scan(layer, x, params["w"])[0] ** 2)
 
 
+@program(
+    {"w": normal(0, 0, 6, 6), "b": normal(1, 6)},
+    normal(2, B, 6),
+    "outer product",
+    "reduction",
+)
+def no_layers(params, x):
+    x, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])
+    return jnp.sum(jnp.tanh(x + params["b"]))
+
+
+@program({"w": normal(0, 2, 6, 6)}, normal(1, B, 6), "outer product")
+def layers_in_eight_bits(params, x):
+    def layer(h, w):
+        h = jnp.tanh(h.astype(jnp.float32) @ w)
+        return h.astype(jnp.float8_e4m3fn), None
+
+    h, _ = lax.scan(layer, x.astype(jnp.float8_e4m3fn), params["w"])
+    return jnp.sum(h.astype(jnp.float32))
+
+
 @program({"w": normal(0, 6, 6)}, normal(1, B, 6), "fallback")
 def rounded_on_the_way(params, x):
     """Rounding is not linear. Gradients are rounded too, to less than the tolerance."""
@@ -668,6 +689,12 @@ def test_zero_weights():
 
 def test_no_parameters():
     assert power_sums(lambda p, x: x, {}, X, score, Y % 2, powers=(1, 2)) == ({}, {})
+    assert explain(lambda p, x: x, {}, X, score, Y % 2) == ()
+
+
+def test_a_parameter_that_is_not_used_is_explained():
+    (leaf,) = explain(lambda p, x: x, {"w": X}, X, score, Y % 2)
+    assert leaf.rule == "constant"
 
 
 # Transformations around it.

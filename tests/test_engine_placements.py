@@ -203,3 +203,37 @@ def test_programs_are_computed_and_exchanged_as_the_gradient_is(name, monkeypatc
     found = compiled(placed, batch)
     for leaf, w in expected.items():
         np.testing.assert_allclose(found[leaf], w, rtol=2e-5, atol=1e-6 * w.max())
+
+
+def of_one_or_all(put, params, x):
+    if len(x) not in (1, EXAMPLES):
+        raise ValueError("neither one example nor all")
+    return merged(put, params, x)
+
+
+def without_an_axis_of_one(put, params, x):
+    y = jnp.tanh(x @ params["in"][0])
+    y = put(y[0], "data")[None] if len(y) == 1 else put(y, "data")
+    return y @ params["out"]
+
+
+@pytest.mark.parametrize("model", [of_one_or_all, without_an_axis_of_one])
+def test_models_that_are_no_model_of_two_examples(model):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P("data"))
+
+    def put(x, *spec):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+    params = {k: np.float32(RNG.normal(size=s) / 2) for k, s in LAYERS.items()}
+    x = np.float32(RNG.normal(size=(EXAMPLES, TOKENS, WIDTH)))
+    labels = np.int32(RNG.integers(CLASSES, size=(EXAMPLES, TOKENS)))
+    nll = negative_log_likelihood(lambda p, x: model(put, p, x), categorical)
+    found = jax.jit(lambda *args: diagonal(fisher_empirical(nll), *args))(
+        params, jax.device_put((x, labels), sharding)
+    )
+    expected = jax.jit(one_by_one, static_argnums=0)(
+        lambda *args: model(lambda x, *_: x, *args), params, x, labels
+    )
+    for leaf, w in expected.items():
+        np.testing.assert_allclose(found[leaf], w, rtol=2e-5, atol=1e-6 * w.max())

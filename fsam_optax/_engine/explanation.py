@@ -191,7 +191,7 @@ def _gradient_work(fn, params, inputs):
         jaxpr = traced(True, params, inputs)
     except NotImplementedError:  # Something in the model has no batching rule.
         jaxpr = traced(False, params, inputs)
-    return total(jaxpr.jaxpr.eqns)
+    return max(total(jaxpr.jaxpr.eqns), 1.0)
 
 
 def _remarks(fn, params, examples):

@@ -96,7 +96,7 @@ def run_loop(
     kept = [k for k in range(n_carry, len(eqn.outvars)) if eqn.outvars[k] in needed]
 
     totals: Any = None
-    if counts is None:
+    if counts is None and eqn.params["length"]:
         # Not stacked by the loop itself, which begins with zeros that do not wait.
         avals = [eqn.outvars[k].aval for k in loop.outputs]
         like = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in avals]

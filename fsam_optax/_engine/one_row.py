@@ -35,8 +35,11 @@ def as_batch_of_one(model: Callable[[PyTree], PyTree], example: PyTree) -> PyTre
     closed, like = jax.make_jaxpr(rows(1), return_shape=True)(*given)
     one = _constraints(closed)
     if any(map(_names_positions, one)):
-        two = _constraints(jax.make_jaxpr(rows(2))(*given))
-        if len(one) == len(two):
+        try:
+            two = _constraints(jax.make_jaxpr(rows(2))(*given))
+        except Exception:  # A model for other numbers of rows alone.
+            two = []
+        if list(map(_rank, one)) == list(map(_rank, two)):
             found = iter(two)
             closed = _with_constraints(closed, lambda eqn: _freed(eqn, next(found)))
     return jax.tree.structure(like).unflatten(jaxpr_as_fun(closed)(*given))
@@ -48,6 +51,10 @@ def _names_positions(eqn):
     return isinstance(sharding, NamedSharding) and any(
         names and n > 1 for names, n in zip(sharding.spec, shape, strict=False)
     )
+
+
+def _rank(eqn):
+    return eqn.outvars[0].aval.ndim
 
 
 def _freed(eqn, other):

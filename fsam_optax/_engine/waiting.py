@@ -25,7 +25,7 @@ def on_one_device(weight: jax.Array, share: int) -> bool:
 def _never(values: Sequence[jax.Array]) -> jax.Array:
     """Returns False, which is not known before an entry of each array is."""
     entries = [
-        x[(0,) * x.ndim].real
+        x[(0,) * x.ndim].real.astype(jnp.float32)
         for x in values
         if x.size and jnp.issubdtype(x.dtype, jnp.inexact)
     ]
