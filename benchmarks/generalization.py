@@ -307,10 +307,7 @@ main = harness.script(
         "help": "shift",
     },
     model={"default": "cnn", "choices": models.MODELS},
-    methods={
-        **{"choices": methods.METHODS, "nargs": "+", "metavar": "METHOD"},
-        "help": f"of {'; '.join(methods.METHODS)}",
-    },
+    methods={"choices": methods.METHODS, "nargs": "+"},
     optimizer={"default": "sgd", "choices": OPTIMIZERS},
     learning_rate=PAIRS,
     rho=PAIRS,

@@ -221,6 +221,10 @@ def main(
         settings = given if isinstance(given, dict) else {"default": given}
         # Without a help text no default is shown.
         settings = {"help": "=", **kind(settings.get("default")), **settings}
+        choices = "; ".join(map(str, settings.get("choices", ())))
+        if len(choices) > 40:  # As one word, they would not be broken into lines.
+            settings["help"] = f"{settings['help']}, of {choices}".lstrip("=, ")
+            settings["metavar"] = name.upper()
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
     early, _ = parser.parse_known_args(arguments)

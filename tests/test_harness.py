@@ -43,6 +43,7 @@ main = harness.script(
     size=10,
     pause=0.0,
     rho={{"default": 0.5, "type": harness.positive}},
+    method={{"default": "no", "choices": ["no", *map(str, range(900, 930))]}},
     log=os.devnull,
 )
 
@@ -233,6 +234,8 @@ def test_the_help_shows_the_defaults(script):
     assert "how many; default 3" in " ".join(printed)
     assert "--rho RHO default 0.5" in " ".join(printed)
     assert "--pause PAUSE default 0.0" in " ".join(printed)
+    assert "of no; 900; 901" in " ".join(printed)
+    assert max(map(len, printed)) <= 80
 
 
 def test_numbers_become_json(harness):
