@@ -39,6 +39,7 @@ def tokens(*shape, vocabulary=7):
 
 
 PAIRS = "sum of outer products"
+HIGHEST = lax.Precision.HIGHEST
 
 # Programs: name -> (loss of one example, params, batch, the rules they take).
 
@@ -911,6 +912,35 @@ def test_squares_have_the_precision_asked_for(precision, kept, positions):
     plain = jax.make_jaxpr(lambda w: jnp.dot(w, w.T, precision=precision))(MLP["w0"])
     expected = plain.eqns[-1].params["precision"] if kept else None
     assert all(eqn.params["precision"] == expected for eqn in products)
+
+
+def two_products(params, x):
+    first, second = jnp.dot(x, params["w"], precision=HIGHEST), jnp.cos(x) @ params["w"]
+    return jnp.sum(jnp.tanh(first) + jnp.tanh(second))
+
+
+def low_rank(params, x):
+    return jnp.sum(jnp.tanh(jnp.dot(x, params["a"] @ params["b"], precision=HIGHEST)))
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+@pytest.mark.parametrize("loss_fn", [two_products, low_rank])
+def test_squares_have_the_precision_asked_for_of_one_of_several(loss_fn, positions):
+    params = {"a": normal(0, 6, 2), "b": normal(1, 2, 7)}
+    if loss_fn is two_products:
+        params = {"w": normal(0, 6, 7)}
+    jaxpr = jax.make_jaxpr(lambda *args: loss_power_sums(loss_fn, *args))(
+        params, normal(2, B, positions, 6)
+    )
+    shapes = [sorted(leaf.shape) for leaf in params.values()]
+    products = [
+        eqn
+        for eqn in equations(jaxpr.jaxpr)
+        if eqn.primitive.name == "dot_general"
+        and sorted(eqn.outvars[0].aval.shape) in shapes
+    ]
+    assert products
+    assert all(eqn.params["precision"] == (HIGHEST,) * 2 for eqn in products)
 
 
 def equations(jaxpr):

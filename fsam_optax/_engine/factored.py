@@ -99,7 +99,7 @@ def _one_group(site, groups, operands):
         rule, own, reduce, held = found
         work = sum(t.work for t in group.terms) + own
     elif n == [1]:
-        rule, precision = "outer product", group.terms[0].precision
+        rule, precision = "outer product", group.precision
         sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
         work += what.per_entry * sides + _placing(site, group)
         made = [max(map(site.flow.place, variables(f))) for f in group.terms[0].varying]

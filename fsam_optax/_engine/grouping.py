@@ -47,6 +47,12 @@ class Group:
         """Returns how many entries labels stand for."""
         return math.prod(self.sizes[x] for x in labels)
 
+    @property
+    def precision(self) -> Any:
+        """Returns the precision that was asked for, of one of the products at least."""
+        asked = (t.precision for t in self.terms if t.precision is not None)
+        return next(asked, None)
+
     def positions(self) -> list[int]:
         """Returns over how many positions each product is summed; few are joined."""
         if len(self.sides) == 1:
@@ -110,7 +116,7 @@ class Group:
                 left,
                 right,
                 self.numbers(),
-                precision=self.terms[0].precision,
+                precision=self.precision,
                 preferred_element_type=self.dtype,
             )
         return y.reshape([self.sizes[x] for x in self.labels])

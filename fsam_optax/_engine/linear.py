@@ -51,7 +51,9 @@ def _dot_general(self, eqn):
             ),
             range(len(order), len(order) + len(summed)),
         )
-        terms.append(dataclasses.replace(kept, precision=precision_of(eqn)))
+        # Asked for where the activations are, or else here.
+        asked = precision_of(eqn) if term.precision is None else term.precision
+        terms.append(dataclasses.replace(kept, precision=asked))
     return terms
 
 

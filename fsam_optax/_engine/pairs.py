@@ -98,6 +98,7 @@ def multiplied_out(
     left, right = double[0].sides
     base, sizes = double[0], double[0].sizes
     ordered = [*double, *single]
+    precision = next((g.precision for g in double if g.precision is not None), None)
 
     def prepare(*values):
         env = dict(zip(operands, values, strict=True))
@@ -143,7 +144,7 @@ def multiplied_out(
             )
 
         def summed(a, g, *numbers):
-            y = summed_product(weight, a, g, base.terms[0].precision)
+            y = summed_product(weight, a, g, precision)
             shape = *y.shape[:-2], base.volume(left), base.volume(right)
             y = jnp.broadcast_to(y, shape)
             y = base.arranged(y.reshape([sizes[x] for x in base.labels]), base.labels)

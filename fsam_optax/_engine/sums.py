@@ -214,7 +214,7 @@ def looped(
             if number == length:
                 return sums(*operands)
             zeros = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in out]
-            zeros = zeros_after((weight, *operands[1:]), zeros, n == length)
+            zeros = zeros_after(operands, zeros, n == length)
             zeros = [[z] * len(powers) for z in zeros]
             one = functools.partial(of_share, number, zeros)
             # Devices are added up after the loop.
