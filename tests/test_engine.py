@@ -396,6 +396,13 @@ def layers_in_eight_bits(params, x):
     return jnp.sum(h.astype(jnp.float32))
 
 
+@program({"w": normal(0, 6, 6)}, normal(1, B, 6), PAIRS)
+def masks_that_differ(params, x):
+    low = np.tril(np.ones((6, 6), np.float32))
+    y = x @ (params["w"] * low) + jnp.cos(x) @ (params["w"] * (2 - low))
+    return jnp.sum(jnp.tanh(y))
+
+
 @program({"w": normal(0, 6, 6)}, normal(1, B, 6), "fallback")
 def rounded_on_the_way(params, x):
     """Rounding is not linear. Gradients are rounded too, to less than the tolerance."""
@@ -849,6 +856,17 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
     expected = oracles.power_sums(apply_fn, params, x, half_score, Y, POWERS)
     oracles.assert_close(sums, expected, tolerance=0.05)
+
+
+def test_layers_in_half_precision_are_summed_in_float32():
+    def loss_fn(w, x):
+        x, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)
+        return jnp.sum(x.astype(jnp.float32))
+
+    half = [normal(0, 2, 4, 4).astype(jnp.bfloat16), X[:, :4].astype(jnp.bfloat16)]
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(*half)
+    assert sums.dtype == jnp.float32
+    assert np.all(sums != sums.astype(jnp.bfloat16))  # Not rounded on the way.
 
 
 def test_small_squares_do_not_underflow_in_float16():
