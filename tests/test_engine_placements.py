@@ -219,7 +219,9 @@ def without_an_axis_of_one(put, params, x):
 
 @pytest.mark.parametrize("model", [of_one_or_all, without_an_axis_of_one])
 def test_models_that_are_no_model_of_two_examples(model):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    # Two devices: XLA:CPU of jax 0.7.0 stops at several exchanges among eight.
+    devices = jax.devices()[:2]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     sharding = NamedSharding(mesh, P("data"))
 
     def put(x, *spec):

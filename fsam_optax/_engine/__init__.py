@@ -1,5 +1,6 @@
 """Sums of powers of per-example gradients, for about the price of the gradient."""
 
+from fsam_optax._engine.canonical import mappable as mappable
 from fsam_optax._engine.columns import Columns as Columns
 from fsam_optax._engine.entries import (
     entries as entries,

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.canonical import bound
@@ -24,6 +23,7 @@ from fsam_optax._engine.columns import (
 )
 from fsam_optax._engine.flatten import flatten
 from fsam_optax._engine.jaxpr import (
+    as_function,
     Dataflow,
     evaluate,
     laid_out,
@@ -78,7 +78,7 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
 
     def backward(params, inputs, cs):
         def model(params):
-            h = jaxpr_as_fun(forward)(*params, *inputs)
+            h = as_function(forward)(*params, *inputs)
             return [x for x in h if _is_floating(x)], h
 
         _, pull, h = jax.vjp(model, params, has_aux=True)
@@ -201,7 +201,7 @@ def _rewritten(program, what, report):
 
 def _as_it_is(program, what, report):
     closed, known, n_outputs, cotangents, weight = program
-    fn = jaxpr_as_fun(closed)
+    fn = as_function(closed)
     zeros = [jnp.zeros(x.shape, x.dtype) for x in closed.in_avals[len(known) :]]
     h = fn(*known, *(vary_like(c, weight) for c in zeros))[:n_outputs]
     made = cotangents(lax.stop_gradient(h))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
 
 from fsam_optax._engine.primitives import (
     BARRIER,
@@ -34,6 +34,12 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     out = eqn.primitive.bind(*functions, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def as_function(closed: Any) -> Callable[..., list[jax.Array]]:
+    """Returns a program as a function to arrays; jax 0.7 has numbers among them."""
+    run = jaxpr_as_fun(closed)
+    return lambda *operands: [jnp.asarray(x) for x in run(*operands)]
 
 
 def body_of(eqn: Any) -> tuple[Any, Sequence[Any]]:
@@ -356,3 +362,26 @@ def evaluate(
                     strict=True,
                 )
             )
+
+
+def with_equations(program: Any, name: str, change: Callable[[Any], Any]) -> Any:
+    """Returns a program with the equations of one primitive changed, inner ones too.
+
+    But for those in the derivatives that a `jax.custom_vjp` has of its own.
+    """
+
+    def changed(eqn):
+        if name_of(eqn) == name:
+            return change(eqn)
+        params = jax.tree.map(
+            lambda x: with_equations(x, name, change),
+            eqn.params,
+            is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr)),
+        )
+        return eqn.replace(params=params)
+
+    if isinstance(program, Jaxpr):
+        return program.replace(eqns=[changed(eqn) for eqn in program.eqns])
+    if isinstance(program, ClosedJaxpr):
+        return program.replace(jaxpr=with_equations(program.jaxpr, name, change))
+    return program

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
+from fsam_optax._engine.jaxpr import as_function, with_equations
 from fsam_optax._engine.normal import constrained_but
-from fsam_optax._engine.primitives import CONSTRAINT, name_of
+from fsam_optax._engine.primitives import CONSTRAINT
 
 
 PyTree = Any
@@ -41,8 +41,10 @@ def as_batch_of_one(model: Callable[[PyTree], PyTree], example: PyTree) -> PyTre
             two = []
         if list(map(_rank, one)) == list(map(_rank, two)):
             found = iter(two)
-            closed = _with_constraints(closed, lambda eqn: _freed(eqn, next(found)))
-    return jax.tree.structure(like).unflatten(jaxpr_as_fun(closed)(*given))
+            closed = with_equations(
+                closed, CONSTRAINT, lambda eqn: _freed(eqn, next(found))
+            )
+    return jax.tree.structure(like).unflatten(as_function(closed)(*given))
 
 
 def _names_positions(eqn):
@@ -69,28 +71,5 @@ def _freed(eqn, other):
 def _constraints(closed):
     """Returns the equations that say where a value lies, of inner programs too."""
     found = []
-    _with_constraints(closed, lambda eqn: found.append(eqn) or eqn)
+    with_equations(closed, CONSTRAINT, lambda eqn: found.append(eqn) or eqn)
     return found
-
-
-def _with_constraints(program, change):
-    """Returns the program with such equations changed, in the order of `_constraints`.
-
-    But for those in the derivatives that a `jax.custom_vjp` has of its own.
-    """
-    if isinstance(program, Jaxpr):
-        return program.replace(eqns=[_changed(eqn, change) for eqn in program.eqns])
-    if isinstance(program, ClosedJaxpr):
-        return program.replace(jaxpr=_with_constraints(program.jaxpr, change))
-    return program
-
-
-def _changed(eqn, change):
-    if name_of(eqn) == CONSTRAINT:
-        return change(eqn)
-    params = jax.tree.map(
-        lambda x: _with_constraints(x, change),
-        eqn.params,
-        is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr)),
-    )
-    return eqn.replace(params=params)

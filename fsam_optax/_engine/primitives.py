@@ -18,6 +18,7 @@ BRANCHES = "cond"
 SCATTER = "scatter-add"
 UPDATE = "dynamic_update_slice"
 CONSTRAINT = "sharding_constraint"
+CONVOLUTION = "conv_general_dilated"
 VARY = "pvary"  # Of types alone, under `jax.shard_map`.
 SOLVE = "custom_linear_solve"
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")

@@ -19,6 +19,7 @@ from fsam_optax._engine import (
     apart,
     depends,
     entries,
+    mappable,
     share_of,
     sum_of_products,
 )
@@ -91,7 +92,7 @@ def _curvature(
         if spot:
             here = jnp.zeros((len(scores), *spot.shape), spot.dtype)
         here = vary_like(here, scores)
-        _, product = jax.linearize(jax.grad(along), here)
+        _, product = jax.linearize(mappable(jax.grad(along), here), here)
         if not depends(product, here):
             return jnp.zeros(leaf.shape, widen(leaf))
         if exact and not (spot and math.prod(spot.shape) < leaf.size):
