@@ -95,15 +95,27 @@ def ratios(
     runs: Mapping[str, Callable[[], Any]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    least: float = 0.05,
 ) -> dict[str, dict[str, Any]]:
-    """Times the runs in turn; returns medians and quartiles relative to the first."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = clock()
+    """Times the runs in turn; returns medians and quartiles relative to the first.
+
+    One figure is the mean of as many calls as take `least` seconds: a short one alone
+    says more about what else the machine does.
+    """
+
+    def seconds(run, calls=1):
+        start = clock()
+        for _ in range(calls):
             jax.block_until_ready(run())
-            if repeat:  # The first is a warm-up.
-                times[name].append(clock() - start)
+        return (clock() - start) / calls
+
+    for run in runs.values():
+        seconds(run)  # a warm-up
+    calls = {n: max(1, round(least / max(seconds(r), 1e-6))) for n, r in runs.items()}
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, calls[name]))
     yardstick = next(iter(times.values()))
     facts = {}
     for name, record in times.items():
