@@ -463,6 +463,7 @@ MUTANTS = [
             "if whole:",
         ),
         ("a[1] <= b[0] or b[1] <= a[0]", "True"),
+        ("math.gcd(a[2], b[2]) == 0", "max(a[2], b[2]) == 0"),
         (
             'return i == 0 and (not fills or eqn.params["fill_value"] == 0)',
             "return i == 0",

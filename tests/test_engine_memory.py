@@ -243,6 +243,24 @@ def test_the_loop_over_examples_is_chosen_for_the_platform():
         np.testing.assert_allclose(x, y, rtol=1e-4)
 
 
+def test_a_branch_for_a_platform_is_chosen_when_the_program_is_lowered():
+    """Those for other platforms need not run on this one."""
+
+    def apply(w, x):
+        return jax.lax.platform_dependent(x @ w, cpu=jnp.tanh, default=jnp.exp)
+
+    def squares(w, x):
+        return power_sums(apply, w, x, lambda h, _: h[None])[0]
+
+    args = normal(4, 4), normal(3, 4)
+    traced = jax.jit(squares).trace(*args)
+    for platform, name in (("cpu", "tanh"), ("cuda", "exponential")):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert set(re.findall("tanh|exponential", text)) == {name}
+    (expected,) = oracles.power_sums(apply, *args, lambda h, _: h[None])
+    oracles.assert_close(squares(*args), expected)
+
+
 def convolved(layout):
     """Returns a model of three convolutions, and its kernels, in some layout."""
     data, kernels, groups = layout

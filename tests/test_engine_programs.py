@@ -235,6 +235,13 @@ def standardised_kernel(p, x):
     return size(convolved(x, w / 8))
 
 
+@program(SEQUENCES, w=normal(D, 2 * D), s=normal(3, D))
+def values_and_gates_in_turn(p, x):
+    """Parts of a weight that lie between each other."""
+    x = sum(p["s"].reshape(-1)[k::3] * jnp.tanh(k * x) for k in range(3))
+    return size((x @ p["w"][:, ::2]) * nn.sigmoid(x @ p["w"][:, 1::2]))
+
+
 # Structure, probability, implicit layers.
 
 
@@ -383,6 +390,11 @@ weight("quantised", "ws", lambda p: quantised(p["w"], jnp.exp(p["s"])))
 weight("gains", "wc", lambda p: p["w"] * jnp.exp(p["c"]))
 weight("centred", "w", lambda p: p["w"] - p["w"].mean(0), 1.15)
 weight("standardised", "wc", lambda p: nn.standardize(p["w"], axis=0) * p["c"])
+weight(
+    "lower_with_positive_diagonal",
+    "w",
+    lambda p: jnp.tril(p["w"], -1) + jnp.diag(nn.softplus(jnp.diag(p["w"]))),
+)
 weight("rotation", "c", lambda p: jnp.eye(D) - jnp.outer(p["c"], p["c"]))
 weight("of_probabilities", "w", lambda p: nn.softmax(p["w"], -1))
 weight("of_large_ones", "w", lambda p: p["w"] * (jnp.abs(p["w"]) > 0.1), 1.15)

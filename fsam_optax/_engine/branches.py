@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax import lax
 
 from fsam_optax._engine.jaxpr import Dataflow, read
@@ -29,6 +30,25 @@ class Branching:
 def is_common_choice(flow: Dataflow, eqn: Any) -> bool:
     """Tells whether an equation is a choice that is the same for all examples."""
     return name_of(eqn) == BRANCHES and not flow.varies(eqn.invars[0])
+
+
+def switched(
+    eqn: Any, index: jax.Array, branches: Sequence[Callable], operands: Sequence[Any]
+) -> Any:
+    """Evaluates the branch that is taken, or that of the platform, when it is known.
+
+    Args:
+        eqn: The equation of the choice.
+        index: The number of the branch.
+        branches: What each does in its place.
+        operands: Their operands.
+    """
+    platforms = eqn.params.get("branches_platforms")
+    if not platforms:
+        return lax.switch(index, branches, *operands)
+    named = zip(platforms, branches, strict=True)
+    by_name = {x: branch for xs, branch in named for x in xs or ("default",)}
+    return lax.platform_dependent(*operands, **by_name)
 
 
 def plan_branches(
@@ -70,7 +90,7 @@ def run_branches(
         return [read(inner, jaxpr.outvars[k]) for k in kept], sums
 
     branches = [functools.partial(branch, plan) for plan in branching.plans]
-    values, sums = lax.switch(index, branches, *operands)
+    values, sums = switched(eqn, index, branches, operands)
     return (
         {eqn.outvars[k]: y for k, y in zip(kept, values, strict=True)},
         {eqn.outvars[k]: s for k, s in zip(branching.outputs, sums, strict=True)},

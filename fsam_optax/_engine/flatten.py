@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
+from fsam_optax._engine.branches import switched
 from fsam_optax._engine.jaxpr import (
     bind,
     body_of,
@@ -22,6 +23,7 @@ from fsam_optax._engine.normal import as_it_is, NORMAL, windows_by_rows, without
 from fsam_optax._engine.primitives import (
     BRANCHES,
     CALLS,
+    IN_KERNELS,
     LINEAR_MOVES,
     LOOP,
     name_of,
@@ -104,12 +106,15 @@ def _branches(flow, eqn, values):
     varies = [flow.varies(v) for v in eqn.invars[1:]]
     index, *operands = values
     known = flow.known_value(eqn.invars[0])
-    if known is not None:
-        closed = branches[int(np.clip(known, 0, len(branches) - 1))]
-        return _run(closed.jaxpr, closed.consts, operands, varies)
-    if flow.varies(eqn.invars[0]) or all(_is_move(x, varies) for x in branches):
+    platforms = eqn.params.get("branches_platforms") or ()
+    outside = [k for k, names in enumerate(platforms) if names != IN_KERNELS]
+    if known is not None or len(outside) == 1:
+        k = outside[0] if known is None else int(np.clip(known, 0, len(branches) - 1))
+        return _run(branches[k].jaxpr, branches[k].consts, operands, varies)
+    moves = not platforms and all(_is_move(x, varies) for x in branches)
+    if moves or flow.varies(eqn.invars[0]):
         return _chosen(branches, varies, index, operands)
-    return lax.switch(index, [flatten(x, varies) for x in branches], *operands)
+    return switched(eqn, index, [flatten(x, varies) for x in branches], operands)
 
 
 def _is_move(closed, varies):

@@ -22,6 +22,7 @@ from fsam_optax._engine.primitives import (
     KEEPS_ZEROS,
     LOOP,
     name_of,
+    PLATFORM,
     REMATERIALISED,
     SUMS,
     VARY,
@@ -147,7 +148,7 @@ class Dataflow:
             eqn = self.made_by(v)
             if name_of(eqn) == VARY:
                 self._known[v] = self.known_value(eqn.invars[0])
-            elif eqn is not None and not self.varies(v):
+            elif eqn and name_of(eqn) != PLATFORM and not self.varies(v):
                 values = [self.known_value(x) for x in eqn.invars]
                 if all(x is not None for x in values):
                     compute = functools.partial(bind, eqn)

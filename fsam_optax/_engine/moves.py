@@ -195,12 +195,20 @@ def _same(x, y):
 def _same_value(flow, x, y):
     if x is y:
         return True
-    return x.aval.shape == y.aval.shape and flow.is_zero(x) and flow.is_zero(y)
+    if x.aval.shape != y.aval.shape or flow.varies(x) or flow.varies(y):
+        return False
+    if flow.is_zero(x):
+        return flow.is_zero(y)
+    known = flow.known_value(x), flow.known_value(y)
+    return known[0] is not None and np.array_equal(*known)
 
 
 def _boxes(flow, terms, eqns):
-    """Returns the move of parts that are nonzero on boxes which do not overlap."""
-    found: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    """Returns the move of parts that are nonzero on boxes which do not overlap.
+
+    A box is the start, the stop and the step of each axis.
+    """
+    found: dict[tuple[tuple[int, int, int], ...], list[Any]] = {}
     shape = terms[0].aval.shape
     for eqn in eqns:
         pieces = _pieces(flow, eqn)
@@ -211,34 +219,37 @@ def _boxes(flow, terms, eqns):
     boxes = list(found)
     for k, box in enumerate(boxes):
         for other in boxes[:k]:
-            if not any(
-                a[1] <= b[0] or b[1] <= a[0] for a, b in zip(box, other, strict=True)
-            ):
+            if not any(map(_are_apart, box, other)):
                 return None
 
     def carry(sums, p, env):
-        del p, env
         axis = _stacked_along(boxes, shape)
         if axis is not None:
             order = sorted(range(len(boxes)), key=lambda k: boxes[k])
             return jnp.concatenate([sums[k] for k in order], axis)
-        zero = jnp.zeros((), sums[0].dtype)
-        return sum(
-            lax.pad(
-                s, zero, [(a, n - b, 0) for (a, b), n in zip(box, shape, strict=True)]
-            )
-            for box, s in zip(boxes, sums, strict=True)
-        )
+        return sum(map(filled, boxes, sums))
+
+    def filled(box, s):
+        gaps = [(a, n - b, k - 1) for (a, b, k), n in zip(box, shape, strict=True)]
+        return lax.pad(s, jnp.zeros((), s.dtype), gaps)
 
     parts = tuple(moved(flow, found[box]) for box in boxes)
     return Moved(tuple(terms), parts, carry)
 
 
+def _are_apart(a, b):
+    """Tells whether two ranges have nothing in common."""
+    crossing = (a[0] - b[0]) % math.gcd(a[2], b[2]) == 0
+    return a[1] <= b[0] or b[1] <= a[0] or not crossing
+
+
 def _stacked_along(boxes, shape):
     """Returns the axis along which the boxes fill the shape; None if they do not."""
+    if any(step != 1 for box in boxes for _, _, step in box):
+        return None
     for axis, n in enumerate(shape):
         whole = all(
-            span == (0, m)
+            span == (0, m, 1)
             for box in boxes
             for d, (span, m) in enumerate(zip(box, shape, strict=True))
             if d != axis
@@ -257,12 +268,11 @@ def _pieces(flow, eqn):
 
 def _padded(flow, eqn, shape):
     config = eqn.params["padding_config"]
-    if moved_operand(flow, eqn) != 0 or any(
-        min(sides) < 0 or sides[2] for sides in config
-    ):
+    if moved_operand(flow, eqn) != 0 or any(min(sides) < 0 for sides in config):
         return None
     box = tuple(
-        (low, n - high) for (low, high, _), n in zip(config, shape, strict=True)
+        (low, n - high, inside + 1)
+        for (low, high, inside), n in zip(config, shape, strict=True)
     )
     return [(box, eqn.invars[0])]
 
@@ -270,8 +280,8 @@ def _padded(flow, eqn, shape):
 def _concatenated(flow, eqn, shape):
     axis, start, pieces = eqn.params["dimension"], 0, []
     for v in eqn.invars:
-        span = (start, start := start + v.aval.shape[axis])
-        box = tuple(span if d == axis else (0, n) for d, n in enumerate(shape))
+        span = (start, start := start + v.aval.shape[axis], 1)
+        box = tuple(span if d == axis else (0, n, 1) for d, n in enumerate(shape))
         if not flow.is_zero(v):
             pieces.append((box, v))
     return pieces
