@@ -64,6 +64,22 @@ def test_a_data_set_is_one_big_batch(estimator, size):
     close(found, at_once(estimator)[0], rtol=1e-6, atol=1e-6)
 
 
+class Tensor:
+    """An array of another framework: neither JAX's nor NumPy's, nor cut by indices."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self._array, dtype)
+
+
+def test_a_loader_of_another_framework_is_read():
+    loader = [[Tensor(x) for x in batch] for batch in batches(4)]
+    found = fsam.dataset_diagonal(EMPIRICAL, PARAMS, loader)
+    close(found, fsam.dataset_diagonal(EMPIRICAL, PARAMS, [*batches(4)]), 0, 0)
+
+
 @pytest.mark.short("3")
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_the_standard_error_is_that_of_all_draws_at_once(num_samples):

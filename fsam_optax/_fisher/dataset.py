@@ -97,7 +97,9 @@ def dataset_diagonal(
         estimator: An estimator of this library, or several by `by_group`.
         params: Parameters at which to evaluate.
         batches: Any iterable of what the loss of the estimator takes: a list, a
-            generator, a data loader. It is gone through once.
+            generator, a data loader. It is gone through once. Its arrays may be those
+            of JAX, of NumPy, or of any framework that turns them into NumPy's (tensors
+            of PyTorch on the CPU, of TensorFlow).
         key: PRNG key to draw with in place of the estimator's own, of the same kind.
         mask: Tree of bools that is a prefix of params, or a function of params that
             returns one: which of them to evaluate. The others cost nothing, and
@@ -155,6 +157,7 @@ def dataset_diagonal(
         now = _start(estimator, chosen, key, standard_error)
     first = None
     for batch in batches:
+        batch = jax.tree.map(_as_array, batch)
         if first is None:
             first = _form_of(batch)
             now = _spread_out(now, (params, batch))
@@ -311,6 +314,12 @@ def _error(state: DatasetState) -> Any:
             is_leaf=is_masked,
         )
     return result
+
+
+def _as_array(x: Any) -> Any:
+    """Returns an array of another framework, such as a tensor of PyTorch, as NumPy's."""
+    known = isinstance(x, (jax.Array, np.ndarray)) or not hasattr(x, "__array__")
+    return x if known else np.asarray(x)
 
 
 def _size_of(batch: Any) -> int | None:
