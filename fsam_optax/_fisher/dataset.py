@@ -317,7 +317,7 @@ def _error(state: DatasetState) -> Any:
 
 
 def _as_array(x: Any) -> Any:
-    """Returns an array of another framework, such as a tensor of PyTorch, as NumPy's."""
+    """Returns arrays of other frameworks, such as tensors of PyTorch, as NumPy's."""
     known = isinstance(x, (jax.Array, np.ndarray)) or not hasattr(x, "__array__")
     return x if known else np.asarray(x)
 
