@@ -92,6 +92,9 @@ weight("where", [OUTER], w=FIXED)(
 )
 weight("tril", [OUTER], w=FIXED)(lambda p: jnp.tril(p["w"]))
 weight("relu", [OUTER], w=FIXED)(lambda p: jax.nn.relu(p["w"]))
+weight("masked_by_a_fixed_key", [OUTER], w=FIXED)(
+    lambda p: p["w"] * jax.random.bernoulli(jax.random.key(0), shape=(D, D))
+)
 weight("permuted", [OUTER], w=FIXED)(lambda p: p["w"][PERMUTATION])
 weight("set_at_indices", [OUTER], v=normal(D * (D + 1) // 2))(
     lambda p: jnp.zeros((D, D)).at[np.tril_indices(D)].set(p["v"])
@@ -462,6 +465,7 @@ def operations(fn, *args):
 
 @pytest.mark.short(
     "where",
+    "masked_by_a_fixed_key",
     "leaky",
     "windows_of_rows",
     "biases_in_a_linear_loop",

@@ -161,8 +161,9 @@ def _explain(fn, params, examples, cotangents, by_example=False):
             None,
             None,
             report,
+            keep=True,
             by_example=by_example,
-        )[0]
+        )
 
     sums = total(jax.make_jaxpr(record)(params, examples).jaxpr.eqns)
     found = Explanation(leaves_of(params, report))

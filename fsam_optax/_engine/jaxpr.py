@@ -143,6 +143,8 @@ class Dataflow:
         """Returns the value if it can be computed now, from constants alone."""
         if isinstance(v, Literal):
             return np.asarray(v.val)
+        if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key):
+            return None  # Nor is what is drawn by it: that is large at times.
         if v not in self._known:
             self._known[v] = None
             eqn = self.made_by(v)
