@@ -440,6 +440,25 @@ MUTANTS = [
         "engine engine_patterns",
         ("(y if i == j else 2 * y)", "y"),
         ("y = y if masks[k] is None else y * masks[k]", "pass"),
+        (
+            "y = sign * jnp.swapaxes(found[k], -2, -1)",
+            "y = jnp.swapaxes(found[k], -2, -1)",
+        ),
+        (
+            "apart = orthogonal(products[:n], mirrors) if alike else products[:n]",
+            "apart = products[:n]",
+        ),
+    ),
+    *_mutants(
+        "_engine/scales.py",
+        "engine_patterns",
+        ("(*before, *((jnp.divide, s)", "(*before, *((jnp.multiply, s)"),
+        ("start = len(batch[k]) + (len(free[0]) if k else 0)", "start = len(batch[k])"),
+    ),
+    *_mutants(
+        "_engine/ends.py",
+        "engine_patterns",
+        ("v in added and before.varies(v)", "False"),
     ),
     *_mutants(
         "_engine/grouping.py",

@@ -374,6 +374,7 @@ def phase_plates(p, x):
 FIXED = normal(D, D)
 LEAVES = {"a": normal(D, 2), "b": normal(2, D), "c": normal(D), "d": normal(D)}
 LEAVES |= {"w": normal(D, D), "v": normal(D, D), "k": normal(5, 4, 4), "s": normal()}
+LEAVES |= {"e": normal(D, 2), "f": normal(2, D), "l": normal(3, D, D)}
 
 
 def quantised(w, step):
@@ -408,6 +409,47 @@ weight(
     1.4,
     VECTORS,
 )
+
+
+weight("skew_1", "w", lambda p: p["w"] - p["w"].T, 1.85, VECTORS)
+
+
+def weight_norm(p, v):
+    return p["c"] * v / jnp.linalg.norm(v, axis=0)
+
+
+def low_rank_hadamard(p):
+    return FIXED + (p["a"] @ p["b"]) * (p["e"] @ p["f"])
+
+
+def low_rank_of_norm_one(p):
+    return weight_norm(p, FIXED + p["a"] @ p["b"])
+
+
+weight("loha", "abef", low_rank_hadamard, 1.5)
+weight("loha_1", "abef", low_rank_hadamard, 1.5, VECTORS)
+weight("dora", "abc", low_rank_of_norm_one, 1.5)
+weight("dora_1", "abc", low_rank_of_norm_one, 3.0, VECTORS)
+weight("weight_norm_1", "cw", lambda p: weight_norm(p, p["w"]), 1.7, VECTORS)
+
+
+def layers(h, ws):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, ws)[0]
+
+
+@program(SEQUENCES, l=LEAVES["l"])
+def layers_run_through_twice(p, x):
+    return size(layers(layers(x, p["l"]), p["l"][::-1]))
+
+
+@program(VECTORS, 1.4, l=LEAVES["l"])
+def layers_run_through_twice_1(p, x):
+    return size(layers(layers(x, p["l"]), p["l"]))
+
+
+@program(VECTORS, 1.6, l=LEAVES["l"])
+def layers_that_decay_1(p, x):
+    return size(layers(x, p["l"])) + jnp.sum(p["l"] ** 2) / 10
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

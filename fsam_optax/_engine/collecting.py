@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fsam_optax._engine.folding import Added, Contracted, Folded
+from fsam_optax._engine.folding import Added, Contracted, Folded, relabelled
 from fsam_optax._engine.products import Expander
 
 
@@ -34,14 +34,7 @@ def _renamed(expander, x, out, names):
             names[label] = expander.standard(len(names), expander.sizes[label])
         return names[label]
 
-    def parts(xs):
-        return tuple(_renamed(expander, y, out, names) for y in xs)
-
-    if isinstance(x, Contracted):
-        x = dataclasses.replace(x, parts=parts(x.parts))
-    elif isinstance(x, Added):
-        x = dataclasses.replace(x, parts=tuple((c, parts(ys)) for c, ys in x.parts))
-    return dataclasses.replace(x, labels=tuple(map(name, x.labels)))
+    return relabelled(x, name)
 
 
 def _added(terms):

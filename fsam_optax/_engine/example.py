@@ -33,6 +33,7 @@ from fsam_optax._engine.jaxpr import (
 )
 from fsam_optax._engine.plan import make_plan, most_held, run
 from fsam_optax._engine.report import Used
+from fsam_optax._engine.scales import scaled_after
 from fsam_optax._engine.squares import looped
 from fsam_optax._engine.sums import reduced, Steps, widened
 from fsam_optax._engine.unrolling import unrolled
@@ -72,6 +73,8 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
 
     # Traced once: the backward pass goes through the jaxpr.
     forward, like = jax.make_jaxpr(model, return_shape=True)(params, inputs)
+    learned = [True] * len(params) + [False] * len(inputs)
+    forward = scaled_after(forward, [not x for x in learned], learned)
     outputs, outputs_tree = jax.tree.flatten(like)
     if cotangents is None and [h.shape for h in outputs] != [()]:
         raise TypeError(f"`loss_fn` must return a scalar; it returned {outputs}.")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._engine.collecting import combined, distributed, settled
-from fsam_optax._engine.folding import aligned, folded, variables
+from fsam_optax._engine.folding import aligned, folded, made, variables
 from fsam_optax._engine.grouping import grouped
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
@@ -24,6 +24,26 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
 
     If `mirrored`, of a matrix plus its transpose.
     """
+    limit = site.what.limit
+    found = _products(site, limit, mirrored)
+    if found is not None:
+        several = _one_group if len(found[0]) == 1 else _several
+        return multiplied_out(site, *found) or several(site, *found)
+    # Factors that are larger than activations are made for a few examples at a time,
+    # if they are no larger than what the program itself makes of the gradient.
+    largest = max((size(v) for e in site.region() for v in e.outvars), default=0)
+    found = _products(site, largest, mirrored) if largest > limit else None
+    return None if found is None else _several(site, *found, large=True)
+
+
+def _products(site, limit, mirrored=False):
+    """Returns groups of products, and the variables that they read; None for others.
+
+    Args:
+        site: The sum of variables.
+        limit: Size of the largest factor that may be formed for each example.
+        mirrored: Whether the transpose is added to the sum.
+    """
     try:
         expander = Expander(site.flow, site.inside, LINEAR)
         terms = [t for v in site.terms for t in expander.expand(v)]
@@ -31,9 +51,8 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
             terms += [dataclasses.replace(t, axes=t.axes[::-1]) for t in terms]
         if not terms:
             raise Mismatch("a part that is zero")
-        limit, examples = site.what.limit, site.what.examples
         terms = _all_varying(aligned(expander, terms))
-        found = [folded(expander, t, limit, examples) for t in terms]
+        found = [folded(expander, t, limit, site.what.examples) for t in terms]
         found = distributed(expander, combined(expander, found), limit)
         found = combined(expander, [settled(expander, t) for t in found])
     except Mismatch:
@@ -47,13 +66,7 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
     operands = tuple(dict.fromkeys(v for v in reads if v in site.flow.uses))
     if not all(map(site.is_small, operands)):
         return None
-    dtype = widened(site.like.dtype)
-    groups = grouped(found, expander.sizes, dtype)
-    found = multiplied_out(site, groups, operands)
-    if found is None:
-        rule = _one_group if len(groups) == 1 else _several
-        found = rule(site, groups, operands)
-    return found
+    return grouped(found, expander.sizes, widened(site.like.dtype)), operands
 
 
 def _all_varying(terms):
@@ -163,7 +176,7 @@ def _by_example(site, group):
     return "Gram matrices", work, mapped(one, steps), held
 
 
-def _several(site, groups, operands):
+def _several(site, groups, operands, large=False):
     what, out = site.what, size(site.terms[0])
     elementwise = 2.0 + sum(2 + len(g.terms[0].masks) for g in groups)
     work = sum(g.work() for g in groups) + IN_LOOPS * out * elementwise
@@ -172,17 +185,17 @@ def _several(site, groups, operands):
 
     def prepare(*values):
         env = dict(zip(operands, values, strict=True))
-        arrays = [x for g in groups for factors in g.factors(env) for x in factors]
-        return [*arrays, *(x for g in groups for x in g.masks(env))]
+        masks = [x for g in groups for x in g.masks(env)]
+        return [*masks, *(x for g in groups for fs in g.factors(env) for x in fs)]
 
     def fn(*arrays):
         rest, total = [*arrays], None
+        masks = [[rest.pop(0) for _ in g.terms[0].masks] for g in groups]
         factors = [[rest.pop(0) for _ in range(n)] for n in counts]
-        for g, found in zip(groups, factors, strict=True):
+        for g, own, found in zip(groups, masks, factors, strict=True):
             each = len(g.sides)
-            masks = [rest.pop(0) for _ in g.terms[0].masks]
             for k in range(0, len(found), each):
-                y = g.placed(g.product(found[k : k + each]), masks, 1)
+                y = g.placed(g.product(found[k : k + each]), own, 1)
                 total = y if total is None else total + y
         return [total]
 
@@ -190,8 +203,34 @@ def _several(site, groups, operands):
     if out <= what.limit and all(len(g.sides) == 1 for g in groups):
         reduce = looped(fn, [like], what, None)
         return Source("reduction", work, operands, reduce, 0, prepare, waits=waits)
-    held = 2 * out * groups[0].dtype.itemsize
-    products = any(len(g.sides) == 2 for g in groups)
+    entries, products = 2 * out, any(len(g.sides) == 2 for g in groups)
+    if large:
+        varying = [f for g in groups for t in g.terms for f in t.varying]
+        entries += sum(groups[0].volume(f.labels) for f in made(varying, True))
+        products = any(len(g.sides) == 2 and sum(g.positions()) > 1 for g in groups)
+        prepare, fn = _late(groups, operands, made(varying, False), fn)
+    held = entries * groups[0].dtype.itemsize
     steps = Steps(held, what.chunk_bytes, what.examples, apart=products)
     reduce = looped(fn, [like], what, steps)
     return Source("sum of products", work, operands, reduce, held, prepare, waits=waits)
+
+
+def _late(groups, operands, constants, fn):
+    """Returns what is made for all examples at once, and `fn` of that.
+
+    Of the factors only the constants; those that vary are made as they are used.
+    """
+    dtype = groups[0].dtype
+
+    def prepare(*values):
+        env = dict(zip(operands, values, strict=True))
+        masks = [x for g in groups for x in g.masks(env)]
+        return [*values, *(x.value(env, dtype) for x in constants), *masks]
+
+    def run(*values):
+        known = (*operands, *constants)
+        env = dict(zip(known, values[: len(known)], strict=True))
+        factors = [x for g in groups for fs in g.factors(env) for x in fs]
+        return fn(*values[len(known) :], *factors)
+
+    return prepare, run

@@ -10,6 +10,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._engine.branches import switched
+from fsam_optax._engine.ends import ends
 from fsam_optax._engine.jaxpr import (
     bind,
     body_of,
@@ -203,32 +204,38 @@ def _scan(before, eqn, values):
     body = loop_flow(before, eqn)
     varies = [body.varies(v) for v in body.jaxpr.invars]
     flat = jax.make_jaxpr(flatten(closed, varies))(*closed.in_avals)
-    flow = Dataflow(flat.jaxpr, ())
     inputs, outputs = flat.jaxpr.invars, flat.jaxpr.outvars
+    flow = Dataflow(flat.jaxpr, (v for v, b in zip(inputs, varies, strict=True) if b))
     sums = {
         k: terms
         for k in range(n_carry)
         if (terms := _accumulated(flow, inputs[n_consts + k], outputs[k]))
     }
+    end = ends(before, eqn, flow)
     factors = [v for terms in sums.values() for _, e in terms for v in _factors(e)]
     given = dict(zip(inputs, values, strict=True))
+    same = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
+    same.update((v, given[v]) for v in inputs[:n_consts])
+    factors += [v for v in end.operands if v not in same]
     xs = inputs[n_consts + n_carry :]
     stacked = [v for v in dict.fromkeys(factors) if v not in xs]
     keep = [k for k in range(n_carry) if k not in sums]
+    kept = [k for k in range(n_carry, len(outputs)) if k not in end.outputs]
     rows = {v: given[v] for v in xs}
     final, ys = _in_loops(
-        eqn, flat, varies, given, keep, [*outputs[n_carry:], *stacked]
+        eqn, flat, varies, given, keep, [*(outputs[k] for k in kept), *stacked]
     )
-    rows.update(zip(stacked, ys[len(outputs) - n_carry :], strict=True))
-    out: list[Any] = [final.get(k) for k in range(n_carry)]
+    rows.update(zip(stacked, ys[len(kept) :], strict=True))
+    final.update(zip(kept, ys, strict=False))
+    final.update(end.values(flow, same, rows))
     contracted: dict[int, Any] = {}
     for k, terms in sums.items():
-        out[k] = values[n_consts + k]
+        final[k] = values[n_consts + k]
         for moved, e in terms:
             if id(e) not in contracted:
                 contracted[id(e)] = STACKED[name_of(e)][1](e, *_stacks(e, rows))
-            out[k] = lax.add(out[k], _moved_back(flow, moved, contracted[id(e)]))
-    return out + ys[: len(outputs) - n_carry]
+            final[k] = lax.add(final[k], _moved_back(flow, moved, contracted[id(e)]))
+    return [final[k] for k in range(len(outputs))]
 
 
 def _in_loops(eqn, flat, varies, given, keep, stacked):

@@ -5,8 +5,9 @@ times constants that have no axis but those of the result. The order is the one 
 least work, and nothing larger than the activations is formed on the way.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ class Contracted:
 
     def value(self, env: dict[Any, Any], dtype: Any) -> Any:
         """Returns the array."""
+        if self in env:
+            return env[self]
         solved = _solved(self, env, dtype)
         if solved is not None:
             return solved
@@ -106,6 +109,8 @@ class Added:
 
     def value(self, env: dict[Any, Any], dtype: Any) -> Any:
         """Returns the array."""
+        if self in env:
+            return env[self]
         total = jnp.zeros((), dtype)
         for scale, factors in self.parts:
             product = jnp.asarray(scale, dtype)
@@ -167,6 +172,35 @@ def variables(x: Expression) -> list[Any]:
     if isinstance(x, Added):
         return [v for _, factors in x.parts for f in factors for v in variables(f)]
     return [v for part in x.parts for v in variables(part)]
+
+
+def relabelled(x: Expression, name: Callable[[int], int]) -> Expression:
+    """Returns an expression with other labels: `name` of each, those within first."""
+
+    def parts(xs):
+        return tuple(relabelled(y, name) for y in xs)
+
+    if isinstance(x, Contracted):
+        x = dataclasses.replace(x, parts=parts(x.parts))
+    elif isinstance(x, Added):
+        x = dataclasses.replace(x, parts=tuple((c, parts(ys)) for c, ys in x.parts))
+    return dataclasses.replace(x, labels=tuple(map(name, x.labels)))
+
+
+def made(xs: Sequence[Expression], varies: bool) -> list[Expression]:
+    """Returns the expressions among others that are computed, from within.
+
+    Those that differ between examples, or the largest ones that do not.
+    """
+    found: dict[Expression, None] = {}
+    for x in xs:
+        if not isinstance(x, Factor):
+            parts: list[Expression] = []
+            for part in x.parts:
+                parts += part[1] if isinstance(part, tuple) else [part]
+            inner = made(parts, varies) if varies or x.varies else []
+            found |= dict.fromkeys([*inner, *([x] if x.varies == varies else [])])
+    return [*found]
 
 
 def aligned(expander: Expander, terms: Sequence[Term]) -> list[Term]:

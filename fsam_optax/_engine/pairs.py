@@ -5,13 +5,16 @@ of the rows and g of the columns. Nothing of the size of the result is formed fo
 examples, which is what a loop over them would spend its time on.
 """
 
+import collections
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fsam_optax._engine.folding import relabelled
 from fsam_optax._engine.grouping import Group
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.sources import Site, Source
@@ -35,6 +38,10 @@ class Vectors(NamedTuple):
 
     def times(self, other: "Vectors") -> "Vectors":
         """Multiplies elementwise."""
+        return self.joined(other, jnp.multiply)
+
+    def joined(self, other: "Vectors", operation: Callable) -> "Vectors":
+        """Returns an elementwise operation on both."""
         both = tuple(a or b for a, b in zip(self.has, other.has, strict=True))
         aligned = []
         for y in (self, other):
@@ -42,7 +49,46 @@ class Vectors(NamedTuple):
             aligned.append(
                 jnp.expand_dims(y.x, [d for d, h in enumerate(live) if not h])
             )
-        return Vectors(aligned[0] * aligned[1], both)
+        return Vectors(operation(*aligned), both)
+
+    def share(self, other: "Vectors") -> "Vectors":
+        """Returns how much of this the other has."""
+        own = jnp.sum(jnp.square(self.x), -1, keepdims=True)
+        own = Vectors(jnp.where(own > 0, own, 1), self.has)
+        y = self.times(other)
+        y = Vectors(jnp.sum(y.x, -1, keepdims=True), y.has)
+        return y.joined(own, jnp.divide)
+
+    def without(self, other: "Vectors") -> "Vectors":
+        """Returns what is orthogonal to the other."""
+        return self.joined(other.times(other.share(self)), jnp.subtract)
+
+
+def orthogonal(products: Sequence[Any], mirrors: dict[int, tuple[int, float]]) -> Any:
+    """Returns products with the same sum that do not cancel where they are added up.
+
+    The squares of sums that cancel would keep half of the digits. The rows of each
+    product are made orthogonal to those before it, as by Gram and Schmidt: the squares
+    of a column are then the sum of those of its parts. A matrix minus its transpose,
+    `a g^T - g a^T`, stays one: g becomes orthogonal to a. With a plus nothing cancels.
+
+    Args:
+        products: Rows, columns and the number of a group, for each.
+        mirrors: See `_mirrors`.
+    """
+    found = list(products)
+    for i, (j, sign) in mirrors.items():
+        if i < j and sign < 0:
+            (a, g, *k), (h, b, *m) = found[i], found[j]
+            found[i], found[j] = (a, g.without(a), *k), (h.without(b), b, *m)
+    for i in range(0 if mirrors else len(found)):
+        a, g, *k = found[i]
+        for j, (q, h, *m) in enumerate(found[:i]):
+            share = q.share(a)
+            a = a.joined(q.times(share), jnp.subtract)
+            found[j] = (q, h.joined(g.times(share), jnp.add), *m)
+        found[i] = (a, g, *k)
+    return found
 
 
 def summed_product(weight: jax.Array, a: Vectors, g: Vectors, precision: Any) -> Any:
@@ -89,9 +135,9 @@ def multiplied_out(
         or not double
         or not 1 < count <= MOST_POSITIONS
         or any((g.sides, g.batch) != (double[0].sides, double[0].batch) for g in double)
-        or (double[0].batch and single)
         or not all(
-            any(set(g.labels) <= set(side) for side in double[0].sides) for g in single
+            any(set(g.labels) <= {*double[0].batch, *side} for side in double[0].sides)
+            for g in single
         )
     ):
         return None
@@ -99,6 +145,10 @@ def multiplied_out(
     base, sizes = double[0], double[0].sizes
     ordered = [*double, *single]
     precision = next((g.precision for g in double if g.precision is not None), None)
+
+    alike = len(double) == 1 and not base.terms[0].masks
+    mirrors = _mirrors(base) if alike else {}
+    n = sum(sum(g.positions()) for g in double)
 
     def prepare(*values):
         env = dict(zip(operands, values, strict=True))
@@ -118,21 +168,25 @@ def multiplied_out(
                     )
                 continue
             ((x, h),) = sides
-            side = left if set(g.labels) <= set(left) else right
+            side = left if set(g.labels) <= {*base.batch, *left} else right
             lead = x.shape[: sum(h)]
-            shape = [sizes[y] if y in g.labels else 1 for y in side]
-            full = [sizes[y] for y in side]
-            x = jnp.broadcast_to(x.reshape(*lead, *shape), (*lead, *full))
-            x = Vectors(x.reshape(*lead, -1), tuple(h))
-            one = Vectors(jnp.ones(1, x.x.dtype), (False,) * len(h))
+            labels = *base.batch, *side
+            batch, full = ([sizes[y] for y in ys] for ys in (base.batch, side))
+            x = x.reshape(*lead, *(sizes[y] for y in g.labels))
+            order = [g.labels.index(y) for y in labels if y in g.labels]
+            x = jnp.transpose(x, [*range(len(lead)), *(len(lead) + d for d in order)])
+            shape = [sizes[y] if y in g.labels else 1 for y in labels]
+            x = jnp.broadcast_to(x.reshape(*lead, *shape), (*lead, *batch, *full))
+            x = Vectors(x.reshape(*lead, *batch, -1), tuple(h))
+            one = Vectors(jnp.ones((*batch, 1), x.x.dtype), (False,) * len(h))
             found.append((x, one, k) if side is left else (one, x, k))
         return found
 
     def reduce(has, weight, *values):
         _, *has = has
-        n = sum(len(g.sides) for g in ordered)
-        products = elements(has[:n], values[:n])
-        rest = [*values[n:]]
+        arrays = sum(len(g.sides) for g in ordered)
+        products = elements(has[:arrays], values[:arrays])
+        rest = [*values[arrays:]]
         masks = []
         for g in ordered:
             own = [rest.pop(0) for _ in g.terms[0].masks]
@@ -143,10 +197,11 @@ def multiplied_out(
                 else None
             )
 
-        def summed(a, g, *numbers):
+        def summed(a, g):
             y = summed_product(weight, a, g, precision)
-            shape = *y.shape[:-2], base.volume(left), base.volume(right)
-            y = jnp.broadcast_to(y, shape)
+            return jnp.broadcast_to(y, [*y.shape[:-2], *map(base.volume, base.sides)])
+
+        def placed(y, *numbers):
             y = base.arranged(y.reshape([sizes[x] for x in base.labels]), base.labels)
             for k in numbers:
                 y = y if masks[k] is None else y * masks[k]
@@ -154,25 +209,77 @@ def multiplied_out(
 
         def sums(p):
             if p == 1:
-                return sum(summed(a, g, k) for a, g, k in products)
-            total = jnp.zeros((), base.dtype)
-            for (i, e), (j, f) in itertools.combinations_with_replacement(
-                enumerate(products), 2
-            ):
-                y = summed(e[0].times(f[0]), e[1].times(f[1]), e[2], f[2])
+                return sum(placed(summed(a, g), k) for a, g, k in products)
+            total, found = jnp.zeros((), base.dtype), {}
+            apart = orthogonal(products[:n], mirrors) if alike else products[:n]
+            apart += products[n:]
+            for i, j in _pairs(len(apart)):
+                e, f = apart[i], apart[j]
+                k, sign = _turned(mirrors, i, j)
+                if k in found:
+                    y = sign * jnp.swapaxes(found[k], -2, -1)
+                else:
+                    y = summed(e[0].times(f[0]), e[1].times(f[1]))
+                found[i, j] = y
+                y = placed(y, e[2], f[2])
                 total = total + (y if i == j else 2 * y)
             # Rounding must not make a sum of squares negative.
             return jnp.where(jnp.all(weight >= 0), jnp.maximum(total, 0), total)
 
         return [[sums(p) for p in site.what.powers]]
 
-    n = sum(sum(g.positions()) for g in double)
-    pairs = n * (n + 1) / 2 + n * len(single)
+    before = [(i, j) for i, j in _pairs(n) if _turned(mirrors, i, j)[0] >= (i, j)]
+    pairs = len(before) + n * len(single)
     work = sum(t.work for g in groups for t in g.terms)
     work += 2.0 * pairs * base.volume(base.labels)
     reduce = by_device(reduce, site.what.examples)
     sides = base.volume((*base.batch, *left)) + base.volume((*base.batch, *right))
     work += site.what.per_entry * pairs * sides
+    if alike:
+        rows, columns = (base.volume((*base.batch, *side)) for side in base.sides)
+        apart = len(mirrors) / 2 if mirrors else n * (n - 1) / 2
+        work += apart * (6.0 * rows + 2.0 * columns + (4.0 * rows if mirrors else 0.0))
     masks = sum(len(g.terms[0].masks) for g in groups) + 2
     work += masks * pairs * size(site.terms[0]) / site.what.examples
     return Source("sum of outer products", work, operands, reduce, 0, prepare)
+
+
+def _pairs(n):
+    return itertools.combinations_with_replacement(range(n), 2)
+
+
+def _mirrors(group):
+    """Returns, by product, which one is its transpose, and 1, or -1 if negated.
+
+    There are such in the gradient of a matrix that is added to its own transpose.
+    """
+    left, right = group.sides
+    sizes = [[group.sizes[x] for x in side] for side in group.sides]
+    if sizes[0] != sizes[1]:
+        return {}
+    kept = {x: x for x in group.labels}
+    turned = kept | dict(zip((*left, *right), (*right, *left), strict=True))
+
+    def written(f, names):
+        inner = itertools.count(-1, -1)
+        names = collections.defaultdict(lambda: next(inner), names)
+        return relabelled(f, names.__getitem__)
+
+    numbers = [group.volume(t.summed) for t in group.terms]
+    starts = [0, *itertools.accumulate(numbers)]
+    found = {}
+    for (i, s), (j, t) in itertools.permutations(enumerate(group.terms), 2):
+        image = [written(f, turned) for f in s.varying[::-1]]
+        own = [written(f, kept) for f in t.varying]
+        same = image == own and s.numbers == t.numbers and abs(s.scale) == abs(t.scale)
+        if same and numbers[i] == numbers[j] == 1:
+            found[starts[i]] = starts[j], math.copysign(1, s.scale * t.scale)
+    return found
+
+
+def _turned(mirrors, i, j):
+    """Returns the pair whose product is that of two others transposed, and its sign."""
+    if i not in mirrors or j not in mirrors:
+        return (i, j), 1.0
+    (k, a), (m, b) = mirrors[i], mirrors[j]
+    return (min(k, m), max(k, m)), a * b

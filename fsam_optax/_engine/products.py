@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
-from fsam_optax._engine.jaxpr import Dataflow, is_real, read
+from fsam_optax._engine.jaxpr import Dataflow, is_real, read, size
 from fsam_optax._engine.primitives import name_of
 
 
@@ -245,7 +245,8 @@ class Expander:
             self.part = before
 
     def _expanded(self, v):
-        if isinstance(v, Literal) or v not in self.inside:
+        known = isinstance(v, Literal) or v not in self.inside
+        if known and not self._comes_apart(v):
             return self.factor(v)
         terms = []
         for x in self.flow.summands(v):
@@ -257,6 +258,18 @@ class Expander:
                 raise Mismatch(f"{name_of(eqn)} is not known to be a product")
             terms += self.linear[name_of(eqn)](self, eqn)
         return terms
+
+    def _comes_apart(self, v):
+        """Tells whether a constant is a product of matrices with fewer entries."""
+        eqn = self.flow.made_by(v)
+        while name_of(eqn) == "transpose":
+            eqn = self.flow.made_by(eqn.invars[0])
+        return (
+            name_of(eqn) == "dot_general"
+            and self.part is None
+            and not self.flow.varies(v)
+            and sum(map(size, eqn.invars)) < size(v)
+        )
 
     def factor(self, v: Any, inverted: bool = False) -> list[Term]:
         """Returns a variable as a factor of its own, or its reciprocal."""

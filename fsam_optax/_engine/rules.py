@@ -82,7 +82,7 @@ def _contracted(site: Site) -> tuple[list[Any], str] | None:
 def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Source]:
     """Joins sources that come from the same product: it is formed for all at once.
 
-    Those that map it are joined, and the others with them, where that is less work.
+    Those of the most work are joined, as many as make it the least.
     """
     groups: list[tuple[set[int], list[Any]]] = []
     for key in sources:
@@ -94,11 +94,9 @@ def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Sour
     found = dict(sources)
     for _, keys in groups:
         whole = {key: x for key in keys if (x := _contracted(sites[key]))}
-        mapping = [key for key in whole if sources[key].rule.startswith("mapped ")]
+        dearest = sorted(whole, key=lambda key: -sources[key].work)
         best = sum(sources[key].work for key in keys), {}
-        for several in (mapping, [*whole]):
-            if len(several) < 2:
-                continue
+        for several in (dearest[:n] for n in range(2, len(dearest) + 1)):
             stop = [v for key in several for v in whole[key][0]]
             names = [whole[key][1] for key in several]
             sources_of = joint([sites[key] for key in several], stop, names)
