@@ -95,6 +95,7 @@ def test_the_rule(params, expected):
     assert found(params) == set(expected)
 
 
+@pytest.mark.long
 def test_equinox():
     nn = pytest.importorskip("equinox").nn
     eqx = pytest.importorskip("equinox")

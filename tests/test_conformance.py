@@ -293,6 +293,7 @@ ONE_FOR_EACH_PATH = pytest.mark.short(
 )
 
 
+@pytest.mark.short("looksam", "refresh_every")
 @ONE_FOR_EACH_PATH
 def test_100_donated_steps_are_one_trace(tx, caplog):
     traces = []
@@ -337,6 +338,7 @@ def test_a_state_from_jit_can_be_donated(tx):
     assert_equal(step(jax.jit(tx.init)(PARAMS)), step(tx.init(PARAMS)))
 
 
+@pytest.mark.short("fisher_ellipsoid_average", "value_and_grad_micro")
 @ONE_FOR_EACH_PATH
 def test_ensembles_of_scans_of_conds_agree_with_loops(tx):
     def body(carry, scale):
@@ -412,9 +414,7 @@ def test_dtypes_are_kept_and_strong(x64, name, dtype):
     assert not any(x.weak_type for x in jax.tree.leaves(new_state))
 
 
-@pytest.mark.short(
-    "adaptive_ellipsoid_filter", "fisher_ellipsoid_average", "sam", "msam", "gsam"
-)
+@pytest.mark.short("fisher_ellipsoid_average", "gsam")
 @pytest.mark.parametrize(
     "name",
     # In `looksam` a schedule counts the perturbed steps, an injected one all of them.
@@ -450,7 +450,7 @@ def test_inject_hyperparams_with_a_schedule_of_rho(name):
     assert len(traces) == 1
 
 
-@pytest.mark.short("euclidean_ball", "fisher_i1")
+@pytest.mark.short("euclidean_ball")
 @pytest.mark.parametrize(
     "name",
     # Each kind, with a state and without. The oracle makes gradients: it goes before

@@ -144,7 +144,7 @@ def products(step, state):
 GRADIENT = 8
 
 
-@pytest.mark.short("asam-oracle", "fisher_sam-transformation")
+@pytest.mark.short("fisher_sam-transformation")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_a_step_is_two_gradients(name, front_end):
@@ -175,6 +175,7 @@ def operations(step, state):
     return compiled(step, state).cost_analysis()["flops"]
 
 
+@pytest.mark.long
 def test_the_exact_empirical_fisher_shares_the_first_gradient():
     """Its squares are one more product for each weight, and no new pass."""
     one_pass = fisher_ellipsoid(0.1, given())
@@ -197,7 +198,7 @@ def test_a_cached_fisher_costs_nothing_between_its_refreshes():
     assert products(step, state) - conditional == 2 * GRADIENT
 
 
-@pytest.mark.short("fisher_sam-4-0.25-transformation", "asam-2-0.25-oracle")
+@pytest.mark.short("fisher_sam-4-0.25-transformation")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize(
     ("name", "more_passes", "copies"),
@@ -249,6 +250,7 @@ def yardstick_program():
     return compiled(by_hand, BASE.init(PARAMS))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("leaves", [100])
 def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
     """Tracing and compile time follow the number of equations."""
@@ -273,6 +275,7 @@ def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
     assert ours < (4 if jax.__version_info__ >= (0, 8) else 4.5) * theirs
 
 
+@pytest.mark.long
 def test_the_program_of_a_ball_for_each_array_grows_with_their_number():
     """And not with its square: what decides for all is not made anew for each."""
 
@@ -341,7 +344,7 @@ def test_the_engine_looks_at_each_equation_a_few_times(monkeypatch, looped):
         )
         return looks
 
-    assert 0 < looks_at(24) < 2.2 * looks_at(12)
+    assert 0 < looks_at(12) < 2.2 * looks_at(6)
 
 
 @pytest.mark.parametrize("one_pass", [False, True])

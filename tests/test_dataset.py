@@ -56,7 +56,7 @@ def at_once(estimator):
     )
 
 
-@pytest.mark.short("exact-4", "empirical-14")
+@pytest.mark.short("exact-4")
 @pytest.mark.parametrize("size", [1, 4, 14])
 @pytest.mark.parametrize("estimator", [EXACT, EMPIRICAL], ids=["exact", "empirical"])
 def test_a_data_set_is_one_big_batch(estimator, size):
@@ -113,6 +113,7 @@ def test_variances_for_given_inputs_add_up():
     close(error, expected)
 
 
+@pytest.mark.long
 def test_by_group_every_group_is_that_of_its_estimator():
     grouped = fsam.by_group(
         {"in": "drawn", "out": "exact"}, {"drawn": I1(), "exact": EXACT}

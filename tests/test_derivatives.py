@@ -122,7 +122,7 @@ def expected(name):
 SCALES = np.float32([1.0, 1e-20, 1e-30, 1e25, 0.0])
 
 
-@pytest.mark.short("inf", "per_leaf", "filter", "fisher")
+@pytest.mark.short("fisher")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_of_eps_by_all_that_it_depends_on(name):
     """By g, w, F, rho and eta, in both modes, many scales of g at once."""
@@ -188,6 +188,7 @@ def test_of_the_dual_norm_by_the_gradient(ord):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_of_a_scale_of_zero_weights_and_of_no_fisher():
     """A norm at 0 has derivative 0; F = 0 is the end of its range, not a corner."""
 
@@ -221,6 +222,7 @@ def test_by_rho_of_what_is_left_out(bad):
         assert jax.jit(jax.grad(functools.partial(eps, length=length)))(RHO) == 0
 
 
+@pytest.mark.long
 def test_second_derivatives():
     def eps(g):
         ball = euclidean_ball(RHO)
@@ -340,6 +342,7 @@ def test_of_training_through_a_step_that_finds_no_gradient(name):
     np.testing.assert_allclose(forward, along, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_one_task_without_a_gradient_spoils_no_mean_over_tasks():
     def after(eta, weight):
         tx = fsam_optax.fisher_sam(optax.sgd(0.1), 0.3, eta=eta)

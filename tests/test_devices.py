@@ -169,6 +169,7 @@ def check(step, init, name, parts, every=1, rtol=1e-6):
     assert state.step == 2
 
 
+@pytest.mark.long
 def test_jit_on_a_sharded_batch_is_one_device():
     perturbation = PERTURBATIONS["fisher"]
     sharding = NamedSharding(MESH, P("d"))
@@ -197,7 +198,7 @@ def test_jit_on_a_sharded_batch_is_one_device():
     assert grads["k"].sharding.is_fully_replicated
 
 
-@pytest.mark.short("untyped-adaptive")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "name"),
     [("typed", "fisher"), ("untyped", "adaptive"), ("pmap", "euclidean")],
@@ -208,7 +209,7 @@ def test_synchronised_sam(how, name):
     check(spread(how, step), init, name, parts=1)
 
 
-@pytest.mark.short("untyped-2")
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "every"), [("typed", 1), ("untyped", 2), ("pmap", 2)])
 def test_m_sharp_sam_by_transformation(how, every):
     # The caller does not: each device has a perturbation of its own.
@@ -216,7 +217,7 @@ def test_m_sharp_sam_by_transformation(how, every):
     check(spread(how, step), init, "fisher", DEVICES, every)
 
 
-@pytest.mark.short("typed-2-2")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "every", "micro_batches"),
     [
@@ -254,6 +255,7 @@ def test_micro_batches_are_devices_without_synchronisation():
         assert_equal(state, other)
 
 
+@pytest.mark.long
 def test_value_is_averaged_and_aux_is_that_of_each_device():
     def loss_and_aux(params, batch):
         return loss(params, batch), jnp.mean(batch[0])
@@ -388,7 +390,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.short("3", "per leaf", "masked", "layer")
+@pytest.mark.short("3", "masked")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_fault_27_sharded_and_replicated_leaves_mixed(name):
     assert_close(by_hand(name)(SHARDED_GRADS, SHARDED), alone(name), 2e-6)
@@ -441,7 +443,7 @@ def test_the_dual_norm_of_shards_has_its_derivative(ord):
         assert_close(jax.jit(found)(SHARDED_GRADS), slope(leaf)(SHARDED_GRADS), 1e-5)
 
 
-@pytest.mark.short("Explicit-layer", "Auto-layer")
+@pytest.mark.short("Explicit-layer")
 @pytest.mark.parametrize(
     ("axes", "name"),
     [
@@ -608,7 +610,7 @@ def trained_on_one_device():
     return by_either("value_and_grad", net, NET, LABELLED)
 
 
-@pytest.mark.short("mixed-Explicit-value_and_grad", "uneven-Explicit-sharpness_aware")
+@pytest.mark.short("mixed-Explicit-value_and_grad")
 @pytest.mark.parametrize(
     ("name", "kind", "front_end"),
     [
@@ -713,7 +715,7 @@ def estimated_on_one_device(name):
     return jax.jit(lambda p, b: diagonal(ESTIMATORS[name], p, b))(NET, LABELLED)
 
 
-@pytest.mark.short("exact-Auto", "empirical-Auto")
+@pytest.mark.short("exact-Auto")
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_fault_27_estimators_on_sharded_batch_and_parameters(name, kind):
@@ -724,7 +726,7 @@ def test_fault_27_estimators_on_sharded_batch_and_parameters(name, kind):
     assert_close(result, estimated_on_one_device(name), 1e-5)
 
 
-@pytest.mark.short("empirical-True", "exact-False")
+@pytest.mark.short("exact-False")
 @pytest.mark.parametrize(
     ("name", "check_vma"), [("empirical", True), ("exact", True), ("exact", False)]
 )
@@ -747,7 +749,7 @@ def with_micro_batches(name):
     return jax.jit(f)(NET, f.init(NET), LABELLED)
 
 
-@pytest.mark.short("i1-pmap")
+@pytest.mark.short("i1-untyped")
 @pytest.mark.parametrize(
     ("name", "how"), [("empirical", "typed"), ("i1", "untyped"), ("i1", "pmap")]
 )

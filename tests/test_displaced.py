@@ -65,6 +65,7 @@ def two_points(params, base, ball, steps):
     return params, eps
 
 
+@pytest.mark.short("adamw")
 @pytest.mark.parametrize(
     "base",
     [
@@ -96,6 +97,7 @@ def test_momentum_sam_by_hand(x64):
     assert_close(eval_params(state, params), w, rtol=1e-12)
 
 
+@pytest.mark.short("bfloat16")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_without_a_step_w_does_not_drift(x64, dtype):
     """However eps turns, and with weights far from it: w is recovered bit for bit."""
@@ -261,6 +263,7 @@ def test_eval_params_says_what_is_wrong():
         eval_params(state, {**params, "k": jnp.ones((3, 2))})
 
 
+@pytest.mark.long
 def test_it_can_be_differentiated():
     """Through a step, by the radius: central differences agree."""
     tx = lambda rho: displaced(optax.sgd(0.1), euclidean_ball(rho))  # noqa: E731

@@ -721,6 +721,7 @@ def test_a_map_of_the_caller_is_not_summed():
     oracles.assert_close(squared(ensemble, X, Y), expected)
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("cotangents", [1, 2])
 def test_a_map_of_the_caller_over_draws_is_not_summed(cotangents):
     """Parameters and inputs are the same for all draws; only the cotangents differ."""
@@ -784,7 +785,7 @@ def test_sharded_over_devices(kind):
         assert jax.typeof(sums["w0"]).sharding.spec == P(None, "model")
 
 
-@pytest.mark.short("True")
+@pytest.mark.long
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_on_each_device_of_a_shard_map(check_vma):
     tables = {"table": normal(0, 7, 6), **MLP}
@@ -878,6 +879,7 @@ def test_small_squares_do_not_underflow_in_float16():
     np.testing.assert_allclose(sums[0], 3e-8, rtol=1e-2)
 
 
+@pytest.mark.long
 def test_double_precision_stays(x64):
     params = jax.tree.map(lambda w: w.astype(jnp.float64), MLP)
     sums = jitted(apply_fn, params, X.astype(jnp.float64), factor, powers=POWERS)

@@ -99,6 +99,7 @@ def test_many_columns_are_too_many():
     assert "63936 cotangents an example" in str(explanation)
 
 
+@pytest.mark.long
 def test_draws_of_large_outputs_keep_to_what_is_asked_for():
     model, params, x = LARGE["tokens"]
     used = {}
@@ -113,6 +114,7 @@ def test_draws_of_large_outputs_keep_to_what_is_asked_for():
     assert used[32, 1 << 30] > 5 * used[1, None]
 
 
+@pytest.mark.long
 def test_signs_of_large_outputs_hold_little_more_than_the_gradient():
     model, params, x = LARGE["tokens"]
     nll = negative_log_likelihood(model, categorical)
@@ -174,7 +176,7 @@ POSITIONS = normal(6, 5, 4)
 WEIGHTS = np.asarray(RNG.uniform(size=(6, 5)) * (RNG.uniform(size=(6, 5)) > 0.3))
 
 
-@pytest.mark.short("False-14000", "True-1", "True-None")
+@pytest.mark.short("False-14000", "True-1")
 @pytest.mark.parametrize("chunk_bytes", [1, 14_000, 30_000, None])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, weighted):
@@ -284,6 +286,7 @@ def convolved(layout):
     return apply, params, x
 
 
+@pytest.mark.short("layout2", "layout3")
 @pytest.mark.parametrize(
     "layout",
     [

@@ -573,7 +573,8 @@ def test_patterns(name):
     def mean(params, batch):
         return jnp.mean(jax.vmap(loss_fn, (None, 0))(params, batch))
 
-    ratio = operations(sums, params, batch) / operations(jax.grad(mean), params, batch)
+    gradient = operations(jax.grad(mean), params, batch)
+    ratio = operations(sums, params, batch) / gradient
     assert ratio <= bound, ratio
     np.testing.assert_allclose(explanation.cost, ratio, rtol=0.05)
     # What is said of the leaves is all that comes on top of the gradient without them.
@@ -585,7 +586,6 @@ def test_patterns(name):
         params,
         (batch, None),
     )
-    gradient = operations(jax.grad(mean), params, batch)
     work, own = (
         B * sum(getattr(x, k) for rules in used for x in rules) for k in ("work", "own")
     )

@@ -116,18 +116,14 @@ RULES = {
 
 
 @pytest.mark.short(
-    "permuted",
     "kron",
     "symmetric_by_index",
     "recurrent_embedding_and_convolution",
     "scanned_layers_with_a_shared_scale",
-    "where",
-    "embedding",
     "shared_dense",
     "used_twice",
     "large_table",
     "conv_2d_strided",
-    "slices_of_one_parameter",
     "layer_norm",
 )
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
@@ -143,7 +139,7 @@ def test_rules(name):
     assert_close(squares, in_full(loss_fn, params, batch))
 
 
-@pytest.mark.short("2", "3", "5", "7", "8")
+@pytest.mark.short("5", "7")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs(seed):
@@ -163,6 +159,7 @@ def test_random_programs(seed):
     assert_close(squares, in_full(loss_fn, params, batch), 3e-5)
 
 
+@pytest.mark.short("parts_of_one_parameter-500", "rounded_on_the_way-1")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples")
 @pytest.mark.parametrize("chunk_bytes", [1, 500])
 @pytest.mark.parametrize("name", ["parts_of_one_parameter", "rounded_on_the_way"])
@@ -221,7 +218,7 @@ def weighed_loss(real, example):
     return -jnp.sum(jnp.where(y < 0, 0, w * log_p))
 
 
-@pytest.mark.short("examples", "labels")
+@pytest.mark.short("labels")
 @pytest.mark.parametrize("weights", ["none", "examples", "labels"])
 def test_labels_and_weights(weights):
     """The gradients that these are norms of add up to D times that of the loss."""
@@ -330,6 +327,7 @@ def mlp_loss(params, x):
     return jnp.sum(programs.mlp(params, x[None]) ** 2)
 
 
+@pytest.mark.long
 def test_maps_of_the_caller_and_no_derivative():
     ensemble = jax.tree.map(lambda w: jnp.stack([w, 2 * w, 0 * w]), programs.MLP)
     x = normal(0, 5, 6)
@@ -351,7 +349,7 @@ def test_maps_of_the_caller_and_no_derivative():
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.short("True")
+@pytest.mark.long
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_on_each_device_of_a_shard_map(check_vma):
     loss_fn, params, batch, _ = programs.PROGRAMS["parts_of_one_parameter"]
@@ -418,7 +416,7 @@ def test_statistics_over_the_batch_are_an_error(function):
     )
 
 
-@pytest.mark.short("convolutional-AxisType.Auto")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("convolutional", AxisType.Auto), ("transformer", AxisType.Explicit)],
@@ -441,7 +439,7 @@ def test_devices_take_their_own_examples_and_exchange_nothing(monkeypatch, name,
     assert sharding.is_equivalent_to(NamedSharding(mesh(kind), P("data")), 1)
 
 
-@pytest.mark.short("AxisType.Explicit")
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_over_devices(kind):
     devices = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
@@ -471,7 +469,7 @@ def test_half_precision_is_squared_in_float32(dtype):
     def loss_fn(p, x):
         return jnp.sum((x @ p["w"] + p["b"][None]) * jnp.asarray(8, dtype))
 
-    norms = per_example_norms(loss_fn, params, x)
+    norms = jax.jit(functools.partial(per_example_norms, loss_fn))(params, x)
     assert norms.dtype == jnp.float32 and norms[1] > 1e3
     np.testing.assert_allclose(norms, norms_in_full(loss_fn, params, x), rtol=2e-2)
 
@@ -506,7 +504,7 @@ def test_rounding_makes_no_square_negative():
 
     w, *batch = (np.float32(x) for x in (normal(0, 50, 50), x, c))
     assert explain_squares(loss_fn, w, batch)[0].rule == GRAM
-    squares = np.asarray(example_squares(loss_fn, w, batch))
+    squares = np.asarray(jax.jit(functools.partial(example_squares, loss_fn))(w, batch))
     # Half of them would be below zero.
     assert np.all(squares >= 0) and np.any(squares == 0)
     assert np.all(squares < 1e-2)
@@ -519,7 +517,8 @@ def test_a_number_that_counts_several_times():
     w, x = normal(0, 3), normal(1, 4, 5)
     (leaf,) = explain_squares(loss_fn, w, x)
     assert leaf.rule == "reduction"
-    assert_close(example_squares(loss_fn, w, x), in_full(loss_fn, w, x))
+    squares = jax.jit(functools.partial(example_squares, loss_fn))
+    assert_close(squares(w, x), in_full(loss_fn, w, x))
 
 
 @pytest.mark.parametrize("kind", [OUTER, GRAM, DENSE, "fallback"])

@@ -85,6 +85,7 @@ def test_shapes_and_arguments_are_enough():
     np.testing.assert_allclose(explanation.cost, 2, rtol=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [4, 16])
 def test_loops_count_as_often_as_they_run(length):
     def deep(params, x):

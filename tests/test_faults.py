@@ -321,6 +321,7 @@ def test_fault_05_metrics_of_gradients_that_are_not_finite(bad, grads):
     assert jnp.isnan(state.metrics.gradient_cosine)
 
 
+@pytest.mark.short("element")
 @SOME
 def test_fault_06_half_precision_squares_overflow(geometry):
     grads = {"k": jnp.full((20, 50), 300, jnp.float16), "b": jnp.ones(3, jnp.float16)}
@@ -377,7 +378,7 @@ def test_fault_08_mixed_dtypes(x64, geometry):
     assert {m.dtype for m in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.short("element", "euclidean")
+@pytest.mark.short("euclidean")
 @SOME
 def test_fault_08_float64_is_exact(x64, geometry):
     params = {n: jnp.asarray(np.asarray(w, np.float64)) for n, w in PARAMS.items()}
@@ -1014,7 +1015,7 @@ def draws(name, steps=40, examples=32):
     return run
 
 
-@pytest.mark.short("i2, probed", "i1", "gnb")
+@pytest.mark.short("i1", "gnb")
 @pytest.mark.parametrize("name", SAMPLED)
 def test_fault_30_seeds_repeat_and_keys_are_never_reused(name):
     run = draws(name)

@@ -202,7 +202,7 @@ def truth(model, likelihood, values):
 # What they estimate.
 
 
-@pytest.mark.short("sequence", "binary")
+@pytest.mark.short("sequence")
 def test_exact_is_the_sum_over_all_labels(case):
     model, likelihood, _ = case
     estimate = evaluate(fisher_exact(model, likelihood), batch=(X, None))
@@ -294,6 +294,7 @@ def test_gnb_is_unbiased_over_the_labels_of_the_batch():
     close(mean_over_leading(shares, p), truth(tanh_net, categorical, 3), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_gnb_is_the_scaled_square_of_the_gradient_at_the_drawn_labels():
     fixed = categorical._replace(sample=lambda key, h: Y)
 
@@ -304,7 +305,7 @@ def test_gnb_is_the_scaled_square_of_the_gradient_at_the_drawn_labels():
     close(evaluate(fisher_gnb(tanh_net, fixed, key=KEY)), expected)
 
 
-@pytest.mark.short("i1", "gnb")
+@pytest.mark.short("gnb")
 @pytest.mark.parametrize("make", ["i1", "hutchinson", "gnb", "i2, probed"])
 def test_the_draws_themselves_are_unbiased(make):
     """Over many seeds, each entry is within 5 standard errors of the exact one."""
@@ -368,7 +369,7 @@ ENTRANCES = {
 }
 
 
-@pytest.mark.short("reparametrised", "convolution")
+@pytest.mark.short("convolution")
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_i2_over_all_signs_is_minus_the_diagonal_of_the_hessian(entrance, monkeypatch):
     enter, number = ENTRANCES[entrance]
@@ -476,7 +477,7 @@ def test_i2_has_the_standard_error_of_its_draws():
     assert jnp.isinf(state.standard_error["w1"]).all()
 
 
-@pytest.mark.short("i2, probed-relu_net", "i2-relu_net")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "model"),
     [("i2", relu_net), ("i2, probed", relu_net), ("i2, probed", tanh_net)],
@@ -492,6 +493,7 @@ def test_i2_does_not_vary_where_the_model_is_piecewise_linear(make, model):
 # Identities.
 
 
+@pytest.mark.long
 def test_logistic_regression_at_zero_has_equal_fisher_and_empirical_fisher():
     x = jax.random.normal(KEY, (20, 4))
     y = jax.random.bernoulli(KEY, 0.3, (20, 1)).astype(int)
@@ -500,6 +502,7 @@ def test_logistic_regression_at_zero_has_equal_fisher_and_empirical_fisher():
     close(evaluate(fisher_empirical(model, bernoulli), w, (x, y)), exact)
 
 
+@pytest.mark.long
 def test_squared_batch_gradient_falls_short_of_the_empirical_fisher_by_the_variance():
     def log_prob(params, x, y):
         return categorical.log_prob(tanh_net(params, x[None])[0], y)
@@ -528,6 +531,7 @@ def test_hutchinson_is_exact_for_two_classes():
     close(signs, evaluate(fisher_exact(model, categorical), w, batch))
 
 
+@pytest.mark.long
 def test_hutchinson_has_a_bounded_relative_error_where_i1_has_not():
     h = jnp.array([[5.0, 0.0, 0.0]])
     n = 4000
@@ -543,6 +547,7 @@ def test_hutchinson_has_a_bounded_relative_error_where_i1_has_not():
     assert (relative_error(ESTIMATORS["i1"]) > 5).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", ["empirical", "exact", "i1", "hutchinson", "gnb"])
 def test_a_sure_model_has_no_fisher(make):
     def model(params, x):
@@ -561,7 +566,7 @@ def test_a_sure_model_has_no_fisher(make):
 ALWAYS_ONE = categorical._replace(sample=lambda key, h: jnp.ones(h.shape[:-1], int))
 
 
-@pytest.mark.short("hutchinson", "exact")
+@pytest.mark.short("exact")
 @pytest.mark.parametrize("make", ["empirical", "exact", "i1", "hutchinson"])
 def test_mean_does_not_depend_on_repetition(make):
     """The scale is per example: the same batch twice has the same diagonal."""
@@ -573,7 +578,7 @@ def test_mean_does_not_depend_on_repetition(make):
     close(evaluate(estimator, batch=twice), evaluate(estimator))
 
 
-@pytest.mark.short("gnb", "i2")
+@pytest.mark.short("gnb")
 @pytest.mark.parametrize("make", ["empirical", "gnb", "i2"])
 def test_examples_of_weight_zero_do_not_count(make):
     estimator = ESTIMATORS[make](tanh_net, ALWAYS_ONE)
@@ -600,7 +605,7 @@ def test_weighted_gnb_is_unbiased():
     close(mean_over_leading(jax.jit(jax.vmap(share))(labels), p), exact, rtol=1e-4)
 
 
-@pytest.mark.short("i2", "empirical")
+@pytest.mark.short("empirical")
 @pytest.mark.parametrize("make", ["empirical", "exact", "i1", "i2"])
 def test_weights_give_the_weighted_mean(make):
     estimator = ESTIMATORS[make](tanh_net, ALWAYS_ONE)
@@ -616,6 +621,7 @@ def test_weights_give_the_weighted_mean(make):
     close(weighted(jnp.ones(3)), evaluate(estimator))
 
 
+@pytest.mark.short("gnb", "exact")
 @pytest.mark.parametrize("make", ["exact", "hutchinson", "gnb", "i2"])
 def test_weights_that_are_all_zero_give_zeros(make):
     estimator = ESTIMATORS[make](tanh_net, categorical)
@@ -668,7 +674,7 @@ def test_standard_error_is_that_of_the_mean_of_the_squares():
     assert fisher_i1(tanh_net, categorical, key=KEY).init(PARAMS).standard_error is None
 
 
-@pytest.mark.short("hutchinson")
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["i1, two draws", "hutchinson"])
 def test_standard_error_is_not_below_the_error_of_the_draws(name):
     estimator, _, _ = compiled(name)
@@ -732,7 +738,7 @@ def test_standard_error_of_gnb_over_all_labels():
 # Dtypes and structures.
 
 
-@pytest.mark.short("i2", "gnb")
+@pytest.mark.short("gnb")
 @pytest.mark.parametrize("name", ["empirical", "exact", "hutchinson", "gnb", "i2"])
 def test_any_pytree_of_any_dtype_will_do(name):
     """The arrays may be NumPy's; a number that is not real is no parameter."""
@@ -758,6 +764,7 @@ def test_any_pytree_of_any_dtype_will_do(name):
         close(estimate[0], expected, rtol=0.1, atol=0.01)
 
 
+@pytest.mark.short("gnb", "exact")
 @pytest.mark.parametrize("make", ["exact", "hutchinson", "gnb", "i2"])
 def test_no_gradient_flows_through(make):
     estimator = ESTIMATORS[make](tanh_net, categorical)
@@ -805,7 +812,7 @@ def test_state_survives_a_file(sampled, tmp_path):
     equal(run(sampled, steps=1, state=state)[0], expected[1:])
 
 
-@pytest.mark.short("gnb", "i1")
+@pytest.mark.short("gnb")
 @pytest.mark.parametrize("name", ["i1", "hutchinson", "gnb"])
 def test_scan_and_vmap_over_seeds_agree_with_single_updates(name):
     estimator, _, _ = compiled(name)
@@ -839,6 +846,7 @@ def test_donating_the_state_keeps_the_key():
     equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(7)))
 
 
+@pytest.mark.long
 def test_legacy_and_other_kinds_of_keys():
     def draw(key):
         return evaluate(fisher_gnb(tanh_net, categorical, key=key))
@@ -892,7 +900,7 @@ def test_wrong_arguments_are_named():
 # Combinations.
 
 
-@pytest.mark.short("tree")
+@pytest.mark.long
 @pytest.mark.parametrize(
     "labels",
     [
@@ -999,6 +1007,7 @@ def test_moving_average_is_optax_ema():
     close(second, expected, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampled", ["i1", "i2"])
 def test_diagonal_draws_with_the_given_key(sampled):
     estimator, _, _ = compiled(sampled)
@@ -1022,7 +1031,7 @@ def test_diagonal_needs_an_estimator_that_reads_no_gradient():
         diagonal(lambda x: x, PARAMS, BATCH)  # type: ignore
 
 
-@pytest.mark.short("gnb")
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["exact", "gnb"])
 def test_sharding_over_eight_devices_changes_nothing(name):
     devices = np.array(jax.devices()).reshape(-1)

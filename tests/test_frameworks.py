@@ -230,6 +230,7 @@ def test_equinox_with_an_optimizer():
     assert pure_loss(eqx.apply_updates(params, updates)) < pure_loss(params)
 
 
+@pytest.mark.long
 def test_train_state_swallows_grad_fn_and_its_base_does_not_need_it():
     train_state = pytest.importorskip("flax.training.train_state")
     params, loss = linear_problem()

@@ -48,7 +48,7 @@ def run(perturbation, steps=3, **options):
     return values, params, optax.tree.get(state, "dual_norm")
 
 
-@pytest.mark.short("averaged-options2", "refreshed-options3")
+@pytest.mark.short("averaged-options2")
 @pytest.mark.parametrize(
     ("around", "options"),
     [

@@ -36,6 +36,7 @@ def assert_equal(tree, expected):
 # Adaptive
 
 
+@pytest.mark.short("positive-3", "sign-flipping-2")
 @pytest.mark.parametrize("ord", [2, 3, np.inf])
 @pytest.mark.parametrize("flips", [False, True], ids=["positive", "sign-flipping"])
 def test_rescaling_of_weights_takes_the_perturbation_along(ord, flips):
@@ -134,6 +135,7 @@ def test_normalize_may_be_a_prefix():
     np.testing.assert_array_equal(eps[1]["a"], np.ones(2))
 
 
+@pytest.mark.short("0")
 @pytest.mark.parametrize("filter_axis", [-1, 0, 2])
 def test_filters_of_a_convolution(filter_axis):
     shapes = {"conv": (3, 2, 5, 4), "scale": (4,), "b": (4,)}
@@ -167,7 +169,7 @@ def in_blocks(path, leaf):
     return 0 if path[0].key == "blocks" else None
 
 
-@pytest.mark.short("0-filter", "-1-layer")
+@pytest.mark.short("0-filter")
 @pytest.mark.parametrize("scope", ["element", "filter", "layer"])
 @pytest.mark.parametrize("filter_axis", [-1, 0])
 def test_stacked_layers_have_the_scales_of_layers_apart(scope, filter_axis):
@@ -298,6 +300,7 @@ def test_fisher_at_eta_0_is_sam_bit_for_bit(relative, jit):
     assert_equal(eps, expected)
 
 
+@pytest.mark.short("1.0-False")
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("eta", [0.01, 1.0, 30.0])
 def test_eta_and_damping_are_the_same_up_to_rho(eta, relative):

@@ -251,6 +251,7 @@ def test_cannot_descend_by_a_wrong_sign(flip):
     np.testing.assert_allclose(state.sharpness, 2.5, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_half_precision_gradients_do_not_overflow_the_norm():
     grads = jnp.full((300, 1000), 2.0, jnp.float16)
     eps, state = euclidean_ball(0.5).update(grads, euclidean_ball(0.5).init(grads))
@@ -262,6 +263,7 @@ def test_half_precision_gradients_do_not_overflow_the_norm():
         assert not np.any(theirs)
 
 
+@pytest.mark.long
 def test_bfloat16_parameters_are_seen_to_move():
     size = 10_000
     rng = np.random.default_rng(0)

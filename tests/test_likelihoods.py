@@ -83,6 +83,7 @@ def unit_vectors(size):
     return jnp.asarray(np.concatenate([np.eye(size), random]), jnp.float32)
 
 
+@pytest.mark.short("categorical", "poisson")
 def test_score_is_the_derivative_of_log_prob(name, likelihood):
     labels, _ = labels_and_probabilities(name)
     scores, _ = scores_and_probabilities(name)
@@ -133,6 +134,7 @@ def test_categorical_factor_has_as_many_columns_as_its_rank():
     assert np.linalg.matrix_rank(categorical.factor(H)) == 2
 
 
+@pytest.mark.short("categorical", "bernoulli", "gaussian")
 def test_fourth_moment_is_that_of_the_score(name, likelihood):
     scores, p = scores_and_probabilities(name)
     u = unit_vectors(3)
@@ -173,6 +175,7 @@ def test_categorical_bounds_are_those_of_theorem_5_2():
     assert (bounds.fourth_max <= 2 * m).all()
 
 
+@pytest.mark.short("categorical", "bernoulli")
 def test_samples_have_the_moments_of_the_score(name, likelihood):
     n = 10_000
     keys = jax.random.split(jax.random.key(0), n)
@@ -188,6 +191,7 @@ def test_samples_have_the_moments_of_the_score(name, likelihood):
     assert (deviation <= 5 * error + 1e-6).all()
 
 
+@pytest.mark.short("categorical", "gaussian")
 def test_positions_are_independent_of_each_other(likelihood):
     h = jax.random.normal(jax.random.key(0), (2, 4, 3))
     y = likelihood.sample(jax.random.key(1), h)
@@ -201,6 +205,7 @@ def test_positions_are_independent_of_each_other(likelihood):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.short("categorical", "bernoulli-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_outputs_are_computed_with_in_float32(likelihood, dtype):
     h = H.astype(dtype)

@@ -61,7 +61,7 @@ def by_oracle(perturbation):
     return f.init, step
 
 
-@pytest.mark.short("fisher-by_transformation", "asam-by_oracle")
+@pytest.mark.short("fisher-by_transformation")
 @pytest.mark.parametrize("front_end", [by_transformation, by_oracle])
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_a_jitted_step_transfers_nothing(front_end, name):

@@ -226,6 +226,7 @@ def test_a_batch_of_weight_0_is_0():
     equal(one_pass(nll, NONE), ((np.zeros([]), None), ZEROS, ZEROS))
 
 
+@pytest.mark.short("empirical", "exact", "gnb", "hutchinson")
 def test_the_fisher_of_a_batch_of_weight_0_is_0(make):
     nll = fsam.negative_log_likelihood(net, fsam.categorical)
     equal(evaluate(nll, make, NONE), ZEROS)
@@ -251,6 +252,7 @@ def test_an_absent_label_is_not_there_in_the_fisher(make):
         close(fisher, evaluate(nll, make, (X[:5], Y[:5])))
 
 
+@pytest.mark.long
 def test_some_of_several_binary_labels_may_be_absent():
     y = np.array(
         [[1, -1, 0], [0, 1, 1], [-1, -1, -1], [1, 1, 0], [0, 0, 0], [1, -1, 1]]
@@ -354,7 +356,7 @@ def test_every_example_draws_by_its_own_key_in_every_pass(kind):
     close(apart, expected[2])
 
 
-@pytest.mark.short("i2", "empirical")
+@pytest.mark.short("empirical")
 def test_estimators_see_the_arguments_of_the_model(make):
     nll = fsam.negative_log_likelihood(dropped, fsam.categorical, has_aux=True)
     fixed = fsam.negative_log_likelihood(

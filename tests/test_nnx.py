@@ -129,7 +129,7 @@ def test_gradient_is_that_at_the_perturbed_weights_with_the_same_masks():
     expected = gradient(jax.tree.map(lambda x: scale * x, g))
     model, rngs, head, metrics = nodes
     f = fsam_nnx.value_and_grad(loss_of_nodes, BALL)
-    _, grads, _ = f(model, f.init(model), batch, rngs, head, metrics=metrics)
+    _, grads, _ = nnx.jit(f)(model, f.init(model), batch, rngs, head, metrics=metrics)
     assert jax.tree.structure(grads) == jax.tree.structure(nnx.state(model, nnx.Param))
     assert_same(grads, expected, rtol=1e-4)
 
@@ -147,14 +147,14 @@ def test_shared_nodes_stay_one():
         return jnp.mean(other(batch) ** 2 * jnp.arange(4.0)[None])
 
     f = fsam_nnx.value_and_grad(loss, BALL)
-    _, grads, _ = f(model, f.init(model), make_batch()[0], layer)
+    _, grads, _ = nnx.jit(f)(model, f.init(model), make_batch()[0], layer)
     assert optax.tree.norm(grads) > 0
     np.testing.assert_allclose(
         layer.mean[...], 0.5 * jnp.mean(make_batch()[0], 0), rtol=1e-5
     )
 
 
-@pytest.mark.short("nnx.jit")
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["nnx.jit", "jax.jit"])
 def test_trains_under_jit(how):
     batch = make_batch()
@@ -195,6 +195,7 @@ def test_trains_under_jit(how):
     assert state.perturbation.skipped == 0
 
 
+@pytest.mark.long
 def test_default_normalisation_finds_the_biases():
     params = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
     ellipsoid = fsam_optax.adaptive_ellipsoid(1.0, eta=0.0, ord=jnp.inf)
@@ -246,7 +247,7 @@ def test_statistics_as_long_as_the_batch_are_no_batch():
     x, y = make_batch(8)  # The BatchNorm of Net has 8 features.
     f = fsam_nnx.value_and_grad(loss_fn, BALL, micro_batches=2)
     model = Net(nnx.Rngs(0))
-    f(model, f.init(model), (x, y))
+    nnx.jit(f)(model, f.init(model), (x, y))
     with pytest.raises(ValueError, match=r"number 4 of the call.*leading size 8"):
         f(model, f.init(model), (x, y), x)
 
@@ -280,6 +281,7 @@ def test_devices_average_what_the_clean_pass_left():
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_means_of_narrow_statistics_count_many_labels(dtype):
     x, old = jnp.asarray([2.0, 4.0], dtype), jnp.zeros((), dtype)
@@ -290,7 +292,7 @@ def test_means_of_narrow_statistics_count_many_labels(dtype):
     np.testing.assert_array_equal(np.asarray([found, *each], np.float32), 3.5)
 
 
-@pytest.mark.short("devices", "one")
+@pytest.mark.short("one")
 @pytest.mark.parametrize("parts", ["micro_batches", "devices", "one"])
 def test_statistics_are_weighted_as_the_parts_of_the_batch_are(parts):
     class Normed(nnx.Module):
@@ -346,7 +348,7 @@ def test_aux_comes_from_the_clean_pass_and_is_merged():
         model = Net(nnx.Rngs(0))
         clean = jnp.sum(model.hidden.kernel[...])
         f = fsam_nnx.value_and_grad(with_aux, BALL, has_aux=True, **options)
-        (_, aux), _, _ = f(model, f.init(model), batch)
+        (_, aux), _, _ = nnx.jit(f)(model, f.init(model), batch)
         np.testing.assert_array_equal(aux if options else aux["weight"], clean)
     with pytest.raises(ValueError, match="`merge_aux` merges"):
         fsam_nnx.value_and_grad(
@@ -354,13 +356,14 @@ def test_aux_comes_from_the_clean_pass_and_is_merged():
         )
 
 
+@pytest.mark.long
 def test_descent_reaches_the_step():
     batch = make_batch()
     grads = []
     for descent in (None, optax.scale(2.0)):
         model = Net(nnx.Rngs(0))
         f = fsam_nnx.value_and_grad(loss_fn, BALL, descent=descent)
-        grads.append(f(model, f.init(model), batch)[1])
+        grads.append(nnx.jit(f)(model, f.init(model), batch)[1])
     assert_same(jax.tree.map(lambda x: 2 * x, grads[0]), grads[1], rtol=1e-6)
 
 
@@ -369,7 +372,8 @@ def test_lagged_writes_its_one_pass_back():
     model, plain = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
     f = fsam_nnx.value_and_grad(loss_fn, BALL, lagged=True)
     state = f.init(model)
-    value, grads, state = f(model, state, (x, y))  # Not perturbed: the first step.
+    # Not perturbed: the first step.
+    value, grads, state = nnx.jit(f)(model, state, (x, y))
     expected = nnx.value_and_grad(loss_fn)(plain, (x, y))
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     assert_same(grads, expected[1], rtol=1e-5)
@@ -382,7 +386,7 @@ def test_wrt_selects_what_is_perturbed():
     model = Net(nnx.Rngs(0))
     wrt = nnx.All(nnx.Param, lambda path, _: path[0] == "out")
     f = fsam_nnx.value_and_grad(loss_fn, BALL, wrt=wrt)
-    _, grads, _ = f(model, f.init(model), batch)
+    _, grads, _ = nnx.jit(f)(model, f.init(model), batch)
     assert list(grads) == ["out"]
     f = fsam_nnx.value_and_grad(loss_fn, BALL, wrt=nnx.LoRAParam)
     with pytest.raises(ValueError, match=r"selects no variable.*BatchStat.*Param"):

@@ -172,7 +172,7 @@ def test_one_pass_is_the_gradient_and_the_estimator(micro_batches):
             empirical_fisher=empirical,
             micro_batches=micro_batches,
         )
-        value, grads, state = f(model, f.init(model), BATCH)
+        value, grads, state = nnx.jit(f)(model, f.init(model), BATCH)
         results.append((value, grads, optax.tree.get(state, "dual_norm")))
         assert model.dropout.rngs.count[...] == 1
     assert_close(*results)
@@ -186,18 +186,20 @@ def test_functional_is_that_of_the_parameters():
     )
     ball = fsam_optax.euclidean_ball(0.5)
     f = fsam_optax.value_and_grad(plain, ball, functional=True)
-    value, grads, _ = f(params, f.init(params), BATCH)
+    value, grads, _ = jax.jit(f)(params, f.init(params), BATCH)
     f = fsam_nnx.value_and_grad(NLL, ball, functional=True)
-    assert_close(f(model, f.init(model), BATCH)[:2], (value, grads))
+    assert_close(nnx.jit(f)(model, f.init(model), BATCH)[:2], (value, grads))
 
 
+@pytest.mark.long
 def test_loss_of_a_module_updates_it():
     ours, theirs = Net(norm=True), Net(norm=True)
-    np.testing.assert_allclose(NLL(ours, BATCH), log_loss(theirs, BATCH), rtol=1e-6)
+    nll, plain = nnx.jit(NLL), nnx.jit(log_loss)
+    np.testing.assert_allclose(nll(ours, BATCH), plain(theirs, BATCH), rtol=1e-6)
     assert_close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)))
     f = fsam_nnx.value_and_grad(NLL, fsam_optax.euclidean_ball(0.1))
-    f(ours, f.init(ours), BATCH)
-    log_loss(theirs, BATCH)
+    nnx.jit(f)(ours, f.init(ours), BATCH)
+    plain(theirs, BATCH)
     assert_close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)))
 
 
@@ -213,7 +215,7 @@ def test_each_example_has_a_mask_of_its_own():
     assert len(np.unique(aux["mask"], axis=0)) > 4
     f = fsam_nnx.value_and_grad(loss, fsam_optax.euclidean_ball(0.1), has_aux=True)
     model, rngs = Net(), nnx.Rngs(dropout=1)
-    (_, again), _, _ = f(model, f.init(model), BATCH, rngs, nnx.Dropout(0.5))
+    (_, again), _, _ = nnx.jit(f)(model, f.init(model), BATCH, rngs, nnx.Dropout(0.5))
     np.testing.assert_array_equal(again["mask"], aux["mask"])
 
 
@@ -314,5 +316,5 @@ def test_module_in_the_plain_front_end_is_sent_here(call):
 def test_module_of_parameters_alone_is_a_tree():
     model = Net()
     f = fsam_optax.value_and_grad(log_loss, BALL)
-    _, grads, _ = f(model, f.init(model), BATCH)
+    _, grads, _ = nnx.jit(f)(model, f.init(model), BATCH)
     assert isinstance(grads, Net)

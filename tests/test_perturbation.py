@@ -167,7 +167,7 @@ def test_bad_masks_are_rejected(mask, error, match):
 # A ball for every array
 
 
-@pytest.mark.short("euclidean-1.2", "layer-3", "filter-inf", "fisher-2", "element-2")
+@pytest.mark.short("euclidean-1.2", "layer-3")
 @pytest.mark.parametrize(("geometry", "ord"), CASES, ids=str)
 def test_balls_of_single_arrays_are_those_of_each_alone(geometry, ord):
     # The mean of F is that over all arrays.

@@ -73,7 +73,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float16", MIXED], ids=st
 # What the loss sees.
 
 
-@pytest.mark.short("value_and_grad", "lagged")
+@pytest.mark.short("value_and_grad")
 @pytest.mark.parametrize("front_end", ["sharpness_aware", "value_and_grad", "lagged"])
 def test_the_inner_points_of_several_ascents_are_those_that_the_loss_sees(front_end):
     params, ones = cast(PARAMS, "bfloat16"), jax.tree.map(jnp.ones_like, PARAMS)
@@ -149,7 +149,7 @@ def test_the_loss_sees_a_perturbation_of_length_rho(dtype, rho):
     np.testing.assert_allclose(np.linalg.norm(oracles.flat(relative)), rho, rtol=1e-2)
 
 
-@pytest.mark.short("value_and_grad")
+@pytest.mark.long
 @pytest.mark.parametrize("front_end", ["sharpness_aware", "value_and_grad"])
 def test_half_precision_steps_are_those_of_float32(front_end):
     """To half precision, and only if w + eps is not rounded."""
@@ -182,7 +182,7 @@ def test_half_precision_steps_are_those_of_float32(front_end):
 KERNELS = adaptive_ellipsoid(0.5, mask={"k1": True, "k2": True, "b": False})
 
 
-@pytest.mark.short("ASAM")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "geometry", "unmoved", "cosine", "length"),
     [
@@ -235,26 +235,21 @@ ESTIMATORS = {
 }
 
 
-@jax.jit
-def estimates(params, batch):
-    return {name: diagonal(e, params, batch) for name, e in ESTIMATORS.items()}
+@functools.partial(jax.jit, static_argnums=0)
+def estimate(name, params, batch):
+    return diagonal(ESTIMATORS[name], params, batch)
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """Returns `run(dtype)`: the diagonals, and those in float64 of the same numbers."""
-
-    def run(dtype):
-        small = initial(4, 6, 3)
-        x, y = data(2048, 4, 3)
-        params, x = cast(small, dtype), x.astype(dtype)
-        half = jax.tree.map(np.asarray, estimates(params, (x, y)))
-        with oracles.x64():
-            wide = jax.tree.map(lambda w: jnp.asarray(np.float64(w)), (params, x))
-            full = jax.tree.map(np.asarray, estimates(wide[0], (wide[1], y)))
-        return half, full
-
-    return functools.cache(run)
+def with_reference(name, dtype):
+    """Returns a diagonal, and that in float64 of the same numbers."""
+    small = initial(4, 6, 3)
+    x, y = data(2048, 4, 3)
+    params, x = cast(small, dtype), x.astype(dtype)
+    half = jax.tree.map(np.asarray, estimate(name, params, (x, y)))
+    with oracles.x64():
+        wide = jax.tree.map(lambda w: jnp.asarray(np.float64(w)), (params, x))
+        full = jax.tree.map(np.asarray, estimate(name, wide[0], (wide[1], y)))
+    return half, full
 
 
 # The relative errors that are stated, with a factor of 2 or more to spare.
@@ -269,9 +264,9 @@ OTHERS = {
 @pytest.mark.short("empirical-float16")
 @pytest.mark.parametrize("dtype", STATED)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_estimators_accumulate_in_float32(reference, name, dtype):
+def test_estimators_accumulate_in_float32(name, dtype):
     """2048 terms: in bfloat16, a sum of like terms would stop at the 256th."""
-    half, full = (diagonals[name] for diagonals in reference(dtype))
+    half, full = with_reference(name, dtype)
     for leaf, expected in full.items():
         assert expected.dtype == np.float64
         assert half[leaf].dtype == np.float32
@@ -305,7 +300,7 @@ def scaled_step(name):
     return run
 
 
-@pytest.mark.short("Fisher SAM, damped", "ASAM")
+@pytest.mark.short("Fisher SAM, damped")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_scale_of_the_loss_changes_no_perturbation(name):
     value, grads, state = scaled_step(name)(1.0)
@@ -330,6 +325,7 @@ def test_the_scale_of_the_loss_changes_no_perturbation(name):
         )
 
 
+@pytest.mark.long
 def test_an_absolute_squared_gradient_has_the_scale_of_the_loss_squared():
     tx = fisher_ellipsoid(0.1, squared_gradient(), relative=False)
     for scale in (1.0, 100.0):
@@ -370,6 +366,7 @@ def test_natural_gradients_have_the_scale_of_the_loss():
         np.testing.assert_array_equal(scaled[leaf], 1024 * expected[leaf])
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_triangular_systems_are_solved_as_the_gradient_solves_them(transposed):
     """Of condition number 1e4: the inverse would lose more digits."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
+import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 import fsam_optax
@@ -182,6 +183,7 @@ def test_fisher_sam_with_a_diagonal_of_any_magnitude(problem, exponent, data, da
         assert_worst_case(eps, state, 0.5, grads, scale)
 
 
+@pytest.mark.long
 @fuzz(8)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.integers(-20, 20))
 def test_eps_is_homogeneous_in_the_gradient_as_its_length_is(problem, geometry, power):
@@ -224,6 +226,7 @@ def test_neither_nesting_nor_the_scale_of_the_loss_matters(problem, geometry, po
             np.testing.assert_allclose(same[name], eps[name], rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.long
 @fuzz(8)
 @given(problems(max_size=1), st.sampled_from(["2", "element"]))
 def test_a_step_keeps_the_types_and_leaves_the_parameters_alone(problem, geometry):
@@ -294,6 +297,7 @@ def models(draw):
     return loss, params, normal(n, 2, 3), weights
 
 
+@pytest.mark.long
 @fuzz(6)
 @given(models(), st.sampled_from([(2,), (1, 2), (1, 2, 4)]))
 def test_engine_is_the_sum_of_powers_for_any_model(model, powers):

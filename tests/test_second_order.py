@@ -68,7 +68,7 @@ def in_order(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-@pytest.mark.short("categorical", "bernoulli")
+@pytest.mark.short("bernoulli")
 def test_fisher_is_the_ggn(case):
     """Proposition 1 of Kunstner et al.; the two have no code for it in common."""
     np.testing.assert_allclose(
@@ -76,7 +76,7 @@ def test_fisher_is_the_ggn(case):
     )
 
 
-@pytest.mark.short("poisson", "gaussian")
+@pytest.mark.short("poisson")
 def test_diagonals_are_those_of_the_estimators(case):
     model, likelihood, y = case
     for matrix, make in (
@@ -127,7 +127,7 @@ def test_hessian_of_a_linear_model_is_the_ggn():
     )
 
 
-@pytest.mark.short("sequence", "gaussian")
+@pytest.mark.short("gaussian")
 def test_matrices_are_means_over_the_examples(case):
     model, likelihood, y = case
     twice = jax.tree.map(lambda x: np.concatenate([x, x]), (X, y))

@@ -75,7 +75,7 @@ def rise_at(e, hessian):
     return oracles.flat(GRADS) @ e + e @ hessian @ e / 2
 
 
-@pytest.mark.short("fisher", "box", "adaptive")
+@pytest.mark.short("fisher")
 def test_one_step_on_a_quadratic_is_its_closed_form(geometry):
     tx, t, ord, extra = geometry
     scale = dict(zip(SHAPES, np.split(t, [3]), strict=True))
@@ -104,7 +104,7 @@ def trust_region(t, hessian):
     return rise_at(t * (vectors @ z), hessian)
 
 
-@pytest.mark.short("fisher", "indefinite")
+@pytest.mark.short("indefinite")
 @pytest.mark.parametrize(
     "name, hessian",
     [
@@ -135,7 +135,7 @@ def test_no_corner_of_a_box_is_higher():
         np.testing.assert_allclose(found, highest, rtol=1e-5)
 
 
-@pytest.mark.short("adaptive")
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cubic", "box", "adaptive"])
 def test_the_ascent_stays_in_the_ball_and_never_falls(name):
     tx, scale, ord = GEOMETRIES[name]
@@ -190,7 +190,7 @@ def drawn():
     return optax.GradientTransformation(lambda params: jax.random.key(3), update)
 
 
-@pytest.mark.short("euclidean", "drawn")
+@pytest.mark.short("euclidean")
 @pytest.mark.parametrize(
     "tx",
     [
@@ -209,6 +209,7 @@ def test_one_step_is_the_metric_of_value_and_grad(tx):
     np.testing.assert_allclose(found, state.sharpness, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_the_draws_of_an_estimator_are_the_same_in_every_step():
     loss_fn, estimator = quadratic(INDEFINITE), drawn()
     fisher, _ = estimator.update(GRADS, estimator.init(PARAMS))
@@ -238,6 +239,7 @@ def test_it_compiles_once_in_any_float():
     assert jax.eval_shape(jitted, half).dtype == jnp.float32
 
 
+@pytest.mark.long
 def test_float64_stays(x64):
     def loss(w, batch):
         return jnp.sum(batch * w)
@@ -249,6 +251,7 @@ def test_float64_stays(x64):
         np.testing.assert_allclose(found, 0.5, rtol=1e-13)
 
 
+@pytest.mark.short("4")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_what_is_not_finite(steps):
     ball = fsam.euclidean_ball(1.0)
@@ -370,6 +373,7 @@ def test_a_linear_gaussian_diverges_by_the_quadratic_form_exactly(x64):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+@pytest.mark.long
 def test_fisher_sam_without_damping_has_a_radius_in_nats():
     # An input excites one weight: the Fisher information is diagonal.
     w, x = jnp.array([0.5, -1.0, 2.0]), jnp.diag(jnp.array([1.0, 3.0, 0.1]))

@@ -116,7 +116,7 @@ METHODS = {
 }
 
 
-@pytest.mark.short("sgd-fisher_sam", "adam-sam")
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", BASES)
 def test_trains_as_by_hand(x64, base, method):
@@ -146,6 +146,7 @@ def test_trains_as_by_hand(x64, base, method):
     assert_close(params, expected, rtol=1e-6)
 
 
+@pytest.mark.short("asam", "fisher_sam")
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_as_by_hand_to_the_last_digits(x64, method):
     params, batches = arrays(np.float64)
@@ -182,7 +183,7 @@ PERTURBATIONS = {
 }
 
 
-@pytest.mark.short("layer-False", "inf-True")
+@pytest.mark.short("inf-True")
 @pytest.mark.parametrize(
     ("geometry", "jit"),
     [("euclidean", False), ("layer", False), ("inf", True), ("fisher", True)],

@@ -103,7 +103,7 @@ def test_a_descent_sees_both_gradients_and_plain_steps_have_no_eps(front_end):
 )
 def test_front_ends_agree_bit_for_bit(ball, options):
     def both():
-        return (run(front_end, ball, **options) for front_end in FRONT_ENDS.values())
+        return (run(end, ball, (1.0, 2.0), **options) for end in FRONT_ENDS.values())
 
     with jax.disable_jit():
         one, two = both()
@@ -134,6 +134,7 @@ def test_a_direction_has_the_dtype_of_the_gradient(front_end):
 # When
 
 
+@pytest.mark.short("transformation-any", "oracle-any")
 @pytest.mark.parametrize(
     ("every", "perturbed"),
     [
@@ -206,6 +207,7 @@ def test_memory_of_the_descent_is_guarded(front_end):
     assert_equal(one.descent, two.descent)
 
 
+@pytest.mark.short("transformation")
 def test_a_nan_in_one_of_several_balls_stops_all_and_a_zero_only_its_own(front_end):
     balls = optax.partition({"a": ema(), "b": ema()}, {"a": "a", "b": "b"})
 
@@ -242,6 +244,7 @@ def test_a_perturbation_without_a_ball_is_guarded_too(front_end):
 # What is handed over
 
 
+@pytest.mark.short("transformation")
 def test_the_perturbation_can_take_gradients_elsewhere(front_end):
     def update(updates, state, params=None, *, grad_fn, **extra):
         half = jax.tree.map(lambda w: w / 2, params)
@@ -279,6 +282,7 @@ def test_a_loss_in_the_place_of_its_gradient(name):
     assert_close(doubled, jax.tree.map(lambda x: 2 * x, by_value), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_lbfgs_gets_what_it_needs_and_nothing_else():
     objective = functools.partial(loss, scale=1.0)
     tx = sharpness_aware(optax.lbfgs(), euclidean_ball(0.01))

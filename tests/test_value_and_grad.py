@@ -38,7 +38,7 @@ def cut(batch, parts):
 # The two front ends are one method
 
 
-@pytest.mark.short("layer-False-1", "inf-False-1", "fisher-True-2")
+@pytest.mark.short("layer-False-1")
 @pytest.mark.parametrize(
     ("geometry", "jit", "every"),
     [(geometry, False, 1) for geometry in PERTURBATIONS]
@@ -235,7 +235,7 @@ def test_micro_batches_without_perturbation_are_the_whole_batch():
     assert_close((value, grads), jax.value_and_grad(loss)(PARAMS, BATCH), rtol=1e-6)
 
 
-@pytest.mark.short("bfloat16")
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_mean_over_many_micro_batches_does_not_stagnate(dtype):
     # A running mean in bfloat16 stops moving long before the last of 256 terms.
