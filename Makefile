@@ -1,8 +1,8 @@
 # Every target sets up .venv by itself; the second run starts at once.
 #   make train   train a classifier with the base optimizer, SAM, ASAM and Fisher SAM
-#   make test    run what guards the library: a case of each path, the README's examples
+#   make test    run what guards the library: a case of each path, and doctests
 # What takes longer:
-#   make test-slow   the other cases; docstrings, notebooks, benchmarks, kills, processes
+#   make test-slow   the other cases; notebooks, benchmarks, training, kills, processes
 #   make modes       the tests under jax_debug_nans, jax_enable_x64 and checking_leaks
 #   make versions    the tests with the oldest, Colab's and the newest versions
 #   make docs        build the site into docs/_build/html; a warning is an error

@@ -193,13 +193,10 @@ def pytest_collection_modifyitems(config, items):
     if unknown and not any("::" in arg for arg in config.args):
         raise pytest.UsageError(f"These cases, named as short, are none: {unknown}.")
     reasons = CANNOT_HOLD.get(config.getoption("--mode"), {})
-    root = pathlib.Path(__file__).parents[1]
-    pages, package = root / "docs", root / "fsam_optax"
+    pages = pathlib.Path(__file__).parents[1] / "docs"
     for item in items:
         if pages in item.path.parents:  # They train, as the programs of pages do.
             item.add_marker("slow")
-        if package in item.path.parents:  # Examples of what is tested here.
-            item.add_marker("long")
         if item.get_closest_marker("long"):
             item.add_marker("slow")
         for name, reason in reasons.items():
