@@ -195,6 +195,19 @@ weight("cayley", [PAIRS], 3.5, w=FIXED)(
         jnp.eye(D) + p["w"] - p["w"].T, jnp.eye(D) - p["w"] + p["w"].T
     )
 )
+weight("cayley_of_blocks", [PAIRS], 3.0, q=normal(6, 4, 4))(
+    lambda p: (
+        jnp.linalg.solve(
+            jnp.eye(4) + p["q"] - p["q"].mT, jnp.eye(4) - p["q"] + p["q"].mT
+        )
+        @ FIXED.reshape(6, 4, D)
+    ).reshape(D, D)
+)
+weight("triangular_systems", [OUTER], 1.7, w=normal(6, 4, D))(
+    lambda p: jax.scipy.linalg.solve_triangular(
+        jnp.stack([LOWER[:4, :4] * (i + 1) for i in range(6)]), p["w"], lower=True
+    ).reshape(D, D)
+)
 weight("soft_threshold", [OUTER], w=FIXED)(
     lambda p: jnp.sign(p["w"]) * jax.nn.relu(jnp.abs(p["w"]) - 0.1)
 )
@@ -205,6 +218,11 @@ weight("choice_by_a_parameter", [OUTER, "constant"], w=FIXED, k=SCALAR)(
 weight("known_branch", [OUTER], w=FIXED)(
     lambda p: lax.cond(
         jnp.sum(jnp.arange(3)) > 2, lambda w: 2 * w, lambda w: w.T, p["w"]
+    )
+)
+weight("branch_that_scales", [OUTER, "reduction"], 1.6, w=FIXED, k=SCALAR)(
+    lambda p: lax.cond(
+        p["k"] > 0, lambda w, k: w * k, lambda w, k: w - w.mean(0), p["w"], p["k"]
     )
 )
 weight("branch_by_a_parameter", [OUTER, "constant"], w=FIXED, k=SCALAR)(

@@ -9,32 +9,58 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fsam_optax._engine.folding import Added, Contracted, Folded, relabelled
+from fsam_optax._engine.folding import Added, Contracted, Folded, made, relabelled
 from fsam_optax._engine.products import Expander
+
+
+WITHIN = 1000  # The number of the first label that is summed over within a factor.
 
 
 def combined(expander: Expander, terms: Sequence[Folded]) -> list[Folded]:
     """Joins terms of the same factors that vary: their constants are added first."""
     found: dict[Any, list[Folded]] = {}
     for t in terms:
-        names: dict[int, int] = {}
-        varying = tuple(_renamed(expander, f, t.out, names) for f in t.varying)
+        shared = {
+            x: expander.standard(i, expander.sizes[x]) for i, x in enumerate(t.summed)
+        }
+        names = {x: x for x in t.out} | shared
+        varying = tuple(_renamed(expander, f, names) for f in t.varying)
         key = varying, t.axes, t.precision
         found.setdefault(key, []).append(dataclasses.replace(t, varying=varying))
     return [_added(same) if len(same) > 1 else same[0] for same in found.values()]
 
 
-def _renamed(expander, x, out, names):
-    """Names the labels that are summed over by their order."""
+def _renamed(expander, x, names):
+    """Names the labels that are summed over within an expression by their order."""
+    within: dict[int, int] = {}
 
     def name(label):
-        if label in out:
-            return label
-        if label not in names:
-            names[label] = expander.standard(len(names), expander.sizes[label])
-        return names[label]
+        if label in names:
+            return names[label]
+        if label not in within:
+            i = WITHIN + len(within)
+            within[label] = expander.standard(i, expander.sizes[label])
+        return within[label]
 
     return relabelled(x, name)
+
+
+def counted_once(
+    expander: Expander, terms: Sequence[Folded], examples: int
+) -> list[Folded]:
+    """Counts the work of what several terms share once: it is done once."""
+    found, seen = [], set()
+    for t in terms:
+        again = 0.0
+        for x in (y for varies in (True, False) for y in made(t.varying, varies)):
+            if x in seen and isinstance(x, Contracted):
+                labels = {label for part in x.parts for label in part.labels}
+                n = math.prod(expander.sizes[label] for label in labels)
+                n *= 2.0 if len(labels) > len(x.labels) else 1.0
+                again += n if x.varies else n / examples
+            seen.add(x)
+        found.append(dataclasses.replace(t, work=t.work - again))
+    return found
 
 
 def _added(terms):

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fsam_optax._engine.collecting import combined, distributed, settled
+from fsam_optax._engine.collecting import combined, counted_once, distributed, settled
 from fsam_optax._engine.folding import aligned, folded, made, variables
 from fsam_optax._engine.grouping import grouped
 from fsam_optax._engine.jaxpr import size
@@ -55,6 +55,7 @@ def _products(site, limit, mirrored=False):
         found = [folded(expander, t, limit, site.what.examples) for t in terms]
         found = distributed(expander, combined(expander, found), limit)
         found = combined(expander, [settled(expander, t) for t in found])
+        found = counted_once(expander, found, site.what.examples)
     except Mismatch:
         return None
     reads = [

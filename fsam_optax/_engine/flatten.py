@@ -16,6 +16,7 @@ from fsam_optax._engine.jaxpr import (
     body_of,
     Dataflow,
     evaluate,
+    is_product,
     loop_counts,
     loop_flow,
     read,
@@ -33,6 +34,7 @@ from fsam_optax._engine.primitives import (
     SUMS,
     UPDATE,
 )
+from fsam_optax._engine.sources import is_linear
 
 
 def flatten(closed: Any, varies: Sequence[bool]) -> Callable:
@@ -112,18 +114,25 @@ def _branches(flow, eqn, values):
     if known is not None or len(outside) == 1:
         k = outside[0] if known is None else int(np.clip(known, 0, len(branches) - 1))
         return _run(branches[k].jaxpr, branches[k].consts, operands, varies)
-    moves = not platforms and all(_is_move(x, varies) for x in branches)
+    # What a choice of weights makes of their gradient is no choice of models.
+    given = [v for v in eqn.invars[1:] if flow.varies(v)]
+    product = bool(given) and all(is_product(flow, v) for v in given)
+    moves = not platforms and all(_is_move(x, varies, product) for x in branches)
     if moves or flow.varies(eqn.invars[0]):
         return _chosen(branches, varies, index, operands)
     return switched(eqn, index, [flatten(x, varies) for x in branches], operands)
 
 
-def _is_move(closed, varies):
-    """Tells whether a branch does nothing but linear maps of single entries."""
+def _is_move(closed, varies, product):
+    """Tells whether a branch does nothing but linear maps of single entries.
+
+    Or any linear maps, of a product such as the gradient of a weight.
+    """
     jaxpr = closed.jaxpr
     flow = Dataflow(jaxpr, (v for v, b in zip(jaxpr.invars, varies, strict=True) if b))
     eqns = [eqn for eqn in jaxpr.eqns if any(map(flow.varies, eqn.invars))]
-    return all(name_of(e) in (*LINEAR_MOVES, *SUMS, "mul") for e in eqns)
+    moves = (*LINEAR_MOVES, *SUMS, "mul")
+    return all(name_of(e) in moves or (product and is_linear(flow, e)) for e in eqns)
 
 
 def _chosen(branches, varies, index, operands):

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from fsam_optax._engine.jaxpr import read
 from fsam_optax._engine.products import (
     Expander,
     Factor,
@@ -44,9 +45,12 @@ class Contracted:
     precision: Any = None
 
     def value(self, env: dict[Any, Any], dtype: Any) -> Any:
-        """Returns the array."""
-        if self in env:
-            return env[self]
+        """Returns the array; it is made once."""
+        if self not in env:
+            env[self] = self._made(env, dtype)
+        return env[self]
+
+    def _made(self, env, dtype):
         solved = _solved(self, env, dtype)
         if solved is not None:
             return solved
@@ -61,8 +65,8 @@ class Contracted:
         }
         operands[1::2] = [[numbers[x] for x in o] for o in operands[1::2]]
         out = [numbers[x] for x in self.labels]
-        inverted = any(isinstance(f, Factor) and f.inverts() for f in self.parts)
-        precision = lax.Precision.HIGHEST if inverted else self.precision
+        exact = any(isinstance(f, Factor) and f.is_exact() for f in self.parts)
+        precision = lax.Precision.HIGHEST if exact else self.precision
         return jnp.einsum(*operands, out, precision=precision)
 
 
@@ -76,18 +80,18 @@ def _solved(x: Contracted, env: dict[Any, Any], dtype: Any) -> Any:
     if len(x.parts) != 2 or not systems:
         return None
     (matrix, *_), other = systems, x.parts[systems[0] is x.parts[0]]
-    shared = set(matrix.labels) & set(other.labels)
-    if len(shared) != 1 or shared & set(x.labels):
+    *batch, rows, columns = matrix.labels
+    shared = {rows, columns} & set(other.labels)
+    if len(shared) != 1 or shared & set(x.labels) or not set(batch) <= set(x.labels):
         return None
     (inner,) = shared
-    rows, columns = matrix.labels
     outer = rows if inner == columns else columns
-    b = other.value(env, dtype)
-    at = other.labels.index(inner)
-    b = jnp.moveaxis(b, at, 0)
-    y = solve(matrix, env, b.reshape(len(b), -1), transposed=inner == rows)
-    labels = [outer, *(label for label in other.labels if label != inner)]
-    y = y.reshape(b.shape)
+    rest = [label for label in other.labels if label not in (*batch, inner)]
+    b = _among((*batch, inner, *rest), other, env, dtype)
+    shape = jnp.shape(read(env, matrix.v))[:-1]
+    b = jnp.broadcast_to(b, (*shape, *b.shape[len(shape) :]))
+    y = solve(matrix, env, b.reshape(*shape, -1), transposed=inner == rows)
+    labels, y = [*batch, outer, *rest], y.reshape(b.shape)
     y = jnp.sum(y, [d for d, label in enumerate(labels) if label not in x.labels])
     labels = [label for label in labels if label in x.labels]
     return jnp.transpose(y, [labels.index(label) for label in x.labels])

@@ -297,13 +297,13 @@ def arising(flow: Dataflow, v: Any) -> int:
     body = loop_flow(flow, eqn)
     sizes = _sizes_by_output(body, eqn)
     for k, (x, y) in enumerate(zip(eqn.outvars, body.jaxpr.outvars, strict=True)):
-        if size(x) > max(read_here, sizes[k]) and _is_product(body, y):
+        if size(x) > max(read_here, sizes[k]) and is_product(body, y):
             sizes[k] = size(x)
     flow.loop_sizes[id(eqn)] = sizes
     return sizes[eqn.outvars.index(v)]
 
 
-def _is_product(flow: Dataflow, v: Any) -> bool:
+def is_product(flow: Dataflow, v: Any) -> bool:
     """Tells whether a variable is moved from a contraction of what varies."""
     for x in flow.summands(v):
         while (eqn := flow.made_by(x)) is not None:

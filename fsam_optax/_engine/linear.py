@@ -257,12 +257,13 @@ def _taken(self, eqn):
     """Rows at places that are the same for all examples."""
     x, index = eqn.invars
     numbers, shape = eqn.params["dimension_numbers"], x.aval.shape
+    if numbers.operand_batching_dims:
+        return _taken_of_each(self, eqn)
     axes = numbers.collapsed_slice_dims
     sizes = tuple(1 if d in axes else n for d, n in enumerate(shape))
     if (
         len(axes) != 1
         or tuple(numbers.start_index_map) != tuple(axes)
-        or numbers.operand_batching_dims
         or tuple(eqn.params["slice_sizes"]) != sizes
         or len(index.aval.shape) != 2
         or isinstance(index, Literal)
@@ -286,27 +287,69 @@ def _taken(self, eqn):
     return terms
 
 
+def _taken_of_each(self, eqn):
+    """Rows of several matrices, by their permutations: products with zeros and ones."""
+    x, index = eqn.invars
+    numbers, shape = eqn.params["dimension_numbers"], x.aval.shape
+    batch, gone = numbers.operand_batching_dims, numbers.collapsed_slice_dims
+    kept = [d for d in range(len(shape)) if d not in (*batch, *gone)]
+    sizes = tuple(shape[d] if d in kept else 1 for d in range(len(shape)))
+    last = len(index.aval.shape) - 1
+    if (
+        len(gone) != 1
+        or tuple(numbers.start_index_map) != tuple(gone)
+        or tuple(eqn.params["slice_sizes"]) != sizes
+        or 1 in (*(shape[d] for d in (*batch, *gone)), *index.aval.shape[:last])
+        or eqn.params["mode"] != lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        or isinstance(index, Literal)
+    ):
+        raise Mismatch("a gather that is not of whole rows of matrices")
+    axes = tuple((self.label(n),) for n in (*index.aval.shape[:last], shape[gone[0]]))
+    labels = tuple(x for (x,) in axes)
+    places = Factor(index, labels, False, (("places", shape[gone[0]]),))
+    n, terms = len(shape), []
+    for t in self.expand(x):
+        t = Term(t.scale, (*t.factors, places), t.axes + axes, t.precision)
+        for d, i in zip(batch, numbers.start_indices_batching_dims, strict=True):
+            t = self.identify(t, d, n + i)
+        t = self.identify(t, gone[0], n + last)
+        of_rows = iter([t.axes[n + i] for i in range(last)])
+        of_slices = iter([t.axes[d] for d in kept])
+        ndim = len(eqn.outvars[0].aval.shape)
+        axes_of = tuple(
+            next(of_slices if d in numbers.offset_dims else of_rows)
+            for d in range(ndim)
+        )
+        terms.append(dataclasses.replace(t, axes=axes_of))
+    return terms
+
+
 def _solved(self, eqn):
     """Triangular systems whose matrix is the same for all examples."""
     a, b = eqn.invars
-    matrix = len(a.aval.shape) == 2 and is_real(a)
-    if self.flow.varies(a) or not matrix or isinstance(a, Literal):
+    *batch, n, _ = a.aval.shape
+    if self.flow.varies(a) or not is_real(a) or 1 in batch or isinstance(a, Literal):
         raise Mismatch("a system that differs between examples")
     params = eqn.params
-    n = a.aval.shape[0]
-    row, column = self.label(n), self.label(n)
+    axes = tuple((self.label(m),) for m in (*batch, n, n))
     step = "inverse", params["lower"], params["transpose_a"], params["unit_diagonal"]
-    inverse = Factor(a, (row, column), False, (step,))
-    d, k = (0, 3) if params["left_side"] else (1, 2)
+    labels = tuple(x for (x,) in axes)
+    inverse = Factor(a, labels, False, (step,))
+    # Rows and columns of the right side, then those of the inverse.
+    many = len(batch)
+    row, column, left, right = many, many + 1, 2 * many + 2, 2 * many + 3
+    d, k = (row, right) if params["left_side"] else (column, left)
     terms = []
     for t in self.expand(b):
-        axes = (*t.axes, (row,), (column,))
-        t = Term(t.scale, (*t.factors, inverse), axes, t.precision)
-        t = self.summed(self.identify(t, d, k), (d, k))
+        t = Term(t.scale, (*t.factors, inverse), t.axes + axes, t.precision)
+        for i in range(many):
+            t = self.identify(t, i, many + 2 + i)
+        again = range(many + 2, 2 * many + 2)
+        t = self.summed(self.identify(t, d, k), (*again, d, k))
         # The labels of the inverse that are left come last.
-        rest = [t.axes[0], t.axes[0]]
-        rest[d], rest[1 - d] = t.axes[1], t.axes[0]
-        terms.append(dataclasses.replace(t, axes=tuple(rest)))
+        *both, kept, new = t.axes
+        last = (new, kept) if params["left_side"] else (kept, new)
+        terms.append(dataclasses.replace(t, axes=(*both, *last)))
     return terms
 
 

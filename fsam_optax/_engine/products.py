@@ -61,9 +61,12 @@ class Factor:
         """Returns the variables that it is made from."""
         return [self.v, *(a for s in self.steps for a in s if _is_variable(a))]
 
-    def inverts(self) -> bool:
-        """Tells whether an inverse of a matrix is formed for it."""
-        return any(name == "inverse" for name, *_ in self.steps)
+    def is_exact(self) -> bool:
+        """Tells whether it is to be multiplied with in full precision.
+
+        An inverse of a matrix, or what picks entries.
+        """
+        return any(name in ("inverse", "places") for name, *_ in self.steps)
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,13 @@ def _taken(x, index, axis, fills):
     return y
 
 
+def _places(x, n):
+    return jnp.where(x == jnp.arange(n, dtype=x.dtype), 1.0, 0.0).astype(x.dtype)
+
+
 def _inverse(x, lower, transposed, unit):
-    return _solution(x, jnp.eye(len(x), dtype=x.dtype), lower, transposed, unit)
+    eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+    return _solution(x, eye, lower, transposed, unit)
 
 
 def _solution(a, b, lower, transposed, unit):
@@ -158,6 +166,7 @@ STEPS: dict[str, Callable] = {
     "cumsum": _cumsum,
     "taken": _taken,
     "inverse": _inverse,
+    "places": _places,
 }
 
 
