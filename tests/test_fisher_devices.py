@@ -150,7 +150,7 @@ def test_state_is_sharded_as_the_parameter_is(kind):
                 assert leaf.sharding.is_equivalent_to(sharding, 2)
 
 
-@pytest.mark.short("AxisType.Explicit")
+@pytest.mark.short("AxisType.Auto")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_short_last_batch_stays_on_its_devices(kind):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
