@@ -38,12 +38,12 @@ MESH = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
 RHO = 0.5
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "k": jnp.asarray(np.float32(RNG.normal(size=(3, 2)))),
-    "b": jnp.asarray(np.float32(RNG.normal(size=2))),
+    "k": jax.device_put(np.float32(RNG.normal(size=(3, 2)))),
+    "b": jax.device_put(np.float32(RNG.normal(size=2))),
 }
 BATCH = (
-    jnp.asarray(np.float32(RNG.normal(size=(16, 3)))),
-    jnp.asarray(np.float32(RNG.normal(size=(16, 2)))),
+    jax.device_put(np.float32(RNG.normal(size=(16, 3)))),
+    jax.device_put(np.float32(RNG.normal(size=(16, 2)))),
 )
 PERTURBATIONS = {
     "euclidean": euclidean_ball(RHO),
@@ -337,9 +337,9 @@ def test_fault_26_nan_on_one_replica_of_the_oracle(how):
 
 
 SHARDED = {
-    "k": jnp.asarray(np.float32(RNG.normal(size=(8, 3)))),
-    "b": jnp.asarray(np.float32(RNG.normal(size=3))),
-    "w": jnp.asarray(np.float32(RNG.normal(size=16))),
+    "k": jax.device_put(np.float32(RNG.normal(size=(8, 3)))),
+    "b": jax.device_put(np.float32(RNG.normal(size=3))),
+    "w": jax.device_put(np.float32(RNG.normal(size=16))),
     "s": jnp.float32(0.5),
 }
 SHARDED_GRADS = jax.jit(
@@ -493,12 +493,12 @@ def test_the_operator_may_lie_elsewhere_than_the_gradient_under_explicit_axes():
 
 RESHARD = getattr(jax, "reshard", None) or jax.sharding.reshard
 NET = {
-    "w1": jnp.asarray(np.float32(RNG.normal(size=(4, 16)))),
-    "b1": jnp.asarray(np.float32(RNG.normal(size=16) / 8)),
-    "w2": jnp.asarray(np.float32(RNG.normal(size=(16, 8)) / 4)),
+    "w1": jax.device_put(np.float32(RNG.normal(size=(4, 16)))),
+    "b1": jax.device_put(np.float32(RNG.normal(size=16) / 8)),
+    "w2": jax.device_put(np.float32(RNG.normal(size=(16, 8)) / 4)),
 }
 LABELLED = (
-    jnp.asarray(np.float32(RNG.normal(size=(16, 4)))),
+    jax.device_put(np.float32(RNG.normal(size=(16, 4)))),
     jnp.asarray(RNG.integers(8, size=16), jnp.int32),
 )
 REPLICATED = {"w1": P(), "b1": P(), "w2": P()}

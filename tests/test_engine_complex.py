@@ -31,7 +31,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(np.float32(RNG.normal(size=shape)))
+    return jax.device_put(np.float32(RNG.normal(size=shape)))
 
 
 def s4d(p, x):
@@ -221,7 +221,8 @@ def random_model(seed):
     """Returns a model that mixes real and complex arithmetic at random."""
     rng = np.random.default_rng(seed)
     params = {
-        f"p{i}": jnp.asarray(np.float32(rng.normal(size=(4, 4)) / 2)) for i in range(4)
+        f"p{i}": jax.device_put(np.float32(rng.normal(size=(4, 4)) / 2))
+        for i in range(4)
     }
     steps = [(rng.integers(9), *rng.integers(4, size=2)) for _ in range(4)]
 
@@ -254,7 +255,7 @@ def random_model(seed):
             z = step(kind, params[f"p{i}"], params[f"p{j}"], z).astype(jnp.complex64)
         return z.real + 0.3 * z.imag
 
-    return model, params, jnp.asarray(np.float32(rng.normal(size=(3, 4, 4))))
+    return model, params, jax.device_put(np.float32(rng.normal(size=(3, 4, 4))))
 
 
 @pytest.mark.short("3")

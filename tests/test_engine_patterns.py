@@ -29,11 +29,11 @@ def rank_promotion(no_rank_promotion):
 
 
 def normal(*shape):
-    return jnp.asarray(np.float32(RNG.normal(size=shape) / 2))
+    return jax.device_put(np.float32(RNG.normal(size=shape) / 2))
 
 
 def tokens(vocabulary, *shape):
-    return jnp.asarray(RNG.integers(0, vocabulary, shape))
+    return jax.device_put(RNG.integers(0, vocabulary, shape))
 
 
 # Name -> (loss of one example, params, batch, rules, bound on the operations).

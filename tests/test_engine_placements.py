@@ -160,7 +160,7 @@ def one_by_one(model, params, x, labels):
     return jax.tree.map(lambda g: jnp.sum(g**2, 0) / labels.size, grads)
 
 
-@pytest.mark.short("merged")
+@pytest.mark.short("merged", "sequence")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_are_computed_and_exchanged_as_the_gradient_is(name, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")

@@ -34,11 +34,11 @@ def rank_promotion(no_rank_promotion):
 def normal(*shape):
     """Returns what keeps the size of what it is multiplied with."""
     scale = shape[0] if len(shape) > 1 else 4
-    return jnp.asarray(np.float32(RNG.normal(size=shape) / np.sqrt(scale)))
+    return jax.device_put(np.float32(RNG.normal(size=shape) / np.sqrt(scale)))
 
 
 def tokens(vocabulary, *shape):
-    return jnp.asarray(RNG.integers(0, vocabulary, shape))
+    return jax.device_put(RNG.integers(0, vocabulary, shape))
 
 
 def size(y):

@@ -20,7 +20,7 @@ from fsam_optax import (
 
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(np.float32(RNG.normal(size=(32, 6))))
+X = jax.device_put(np.float32(RNG.normal(size=(32, 6))))
 Y = jnp.asarray(np.argmax(X[:, :3] + X[:, 3:], axis=1))
 STEPS = 30
 

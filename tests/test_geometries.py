@@ -20,7 +20,7 @@ from fsam_optax import (
 )
 
 
-FISHER = {n: jnp.asarray(np.float32(RNG.uniform(size=s))) for n, s in SHAPES.items()}
+FISHER = {n: jax.device_put(np.float32(RNG.uniform(size=s))) for n, s in SHAPES.items()}
 
 
 def assert_close(tree, expected, rtol=2e-6):
@@ -140,7 +140,7 @@ def test_normalize_may_be_a_prefix():
 def test_filters_of_a_convolution(filter_axis):
     shapes = {"conv": (3, 2, 5, 4), "scale": (4,), "b": (4,)}
     params, grads = (
-        {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in shapes.items()}
+        {n: jax.device_put(np.float32(RNG.normal(size=s))) for n, s in shapes.items()}
         for _ in range(2)
     )
     scale = oracles.asam_scale(params, 0.1, "filter", filter_axis=filter_axis)
@@ -162,7 +162,7 @@ def eps_of(params, **kwargs):
 
 
 def random(*shape):
-    return jnp.asarray(np.float32(RNG.normal(size=shape)))
+    return jax.device_put(np.float32(RNG.normal(size=shape)))
 
 
 def in_blocks(path, leaf):

@@ -11,11 +11,11 @@ import fsam_optax as fsam
 
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "k": jnp.asarray(np.float32(RNG.normal(size=(3, 2)))),
+    "k": jax.device_put(np.float32(RNG.normal(size=(3, 2)))),
     "b": jnp.zeros(2, jnp.float32),
 }
 BATCH = (
-    jnp.asarray(np.float32(RNG.normal(size=(8, 3)))),
+    jax.device_put(np.float32(RNG.normal(size=(8, 3)))),
     jnp.asarray(RNG.integers(2, size=8), jnp.int32),
 )
 

@@ -61,7 +61,7 @@ def loss_of_nodes(model, batch, rngs, head, metrics):
 
 def make_batch(n=32):
     x = np.random.default_rng(1).normal(size=(n, 4)).astype(np.float32)
-    return jnp.asarray(x), jnp.asarray(np.argmax(x[:, :3], axis=1))
+    return jax.device_put((x, np.argmax(x[:, :3], axis=1)))
 
 
 def make_nodes():

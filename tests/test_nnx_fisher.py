@@ -14,8 +14,8 @@ from fsam_optax import categorical, fisher_ellipsoid, given, nnx as fsam_nnx
 
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(np.float32(RNG.normal(size=(12, 4))))
-Y = jnp.asarray(RNG.integers(0, 3, 12))
+X = jax.device_put(np.float32(RNG.normal(size=(12, 4))))
+Y = jax.device_put(RNG.integers(0, 3, 12))
 BATCH = X, Y
 
 

@@ -13,8 +13,8 @@ import fsam_optax
 RHO = 0.3
 RNG = np.random.default_rng(0)
 SHAPES = {"k": (3, 4), "w": (5,), "b": (4,), "s": ()}
-PARAMS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
-GRADS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+PARAMS = {n: jax.device_put(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+GRADS = {n: jax.device_put(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
 ORDS = [1.2, 2, 3, np.inf]
 
 SCALES = {

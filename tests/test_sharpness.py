@@ -15,9 +15,9 @@ import fsam_optax as fsam
 RHO = 0.3
 RNG = np.random.default_rng(0)
 SHAPES = {"b": (3,), "k": (2, 3)}
-PARAMS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
-GRADS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
-FISHER = {n: jnp.asarray(np.float32(RNG.uniform(size=s))) for n, s in SHAPES.items()}
+PARAMS = {n: jax.device_put(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+GRADS = {n: jax.device_put(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+FISHER = {n: jax.device_put(np.float32(RNG.uniform(size=s))) for n, s in SHAPES.items()}
 FACTOR = RNG.normal(size=(9, 4))
 CONVEX = FACTOR @ FACTOR.T
 INDEFINITE = CONVEX - 2 * np.eye(9)
@@ -169,8 +169,8 @@ def test_a_maximum_inside_the_ball_is_found():
     np.testing.assert_allclose(found, 0.01, rtol=1e-3)
 
 
-X = jnp.asarray(np.float32(RNG.normal(size=(6, 2))))
-Y = jnp.asarray(RNG.integers(0, 3, 6))
+X = jax.device_put(np.float32(RNG.normal(size=(6, 2))))
+Y = jax.device_put(RNG.integers(0, 3, 6))
 
 
 def net(params, x):
@@ -312,7 +312,7 @@ LIKELIHOODS = {
     "gaussian": fsam.gaussian(0.5),
     "poisson": fsam.poisson,
 }
-EPS = {n: jnp.asarray(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
+EPS = {n: jax.device_put(np.float32(RNG.normal(size=s))) for n, s in SHAPES.items()}
 
 
 def sequence(params, x):
@@ -451,9 +451,9 @@ def test_wrong_directions_are_refused():
 def test_random_directions_are_as_long_as_each_filter():
     rng = np.random.default_rng(0)
     w = {
-        "conv": jnp.asarray(np.float32(rng.normal(size=(3, 3, 2, 4)))),
+        "conv": jax.device_put(np.float32(rng.normal(size=(3, 3, 2, 4)))),
         "half": jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16),
-        "stacked": jnp.asarray(np.float32(rng.normal(size=(6, 4, 5)))),
+        "stacked": jax.device_put(np.float32(rng.normal(size=(6, 4, 5)))),
         "zero": jnp.zeros((3, 2)),
         "bias": jnp.ones(4),
     }

@@ -25,11 +25,11 @@ SHAPES = {"k": (3, 2), "b": (2,)}
 
 def arrays(dtype):
     rng = np.random.default_rng(0)
-    params = {n: jnp.asarray(dtype(rng.normal(size=s))) for n, s in SHAPES.items()}
+    params = {n: jax.device_put(dtype(rng.normal(size=s))) for n, s in SHAPES.items()}
     batches = [
         (
-            jnp.asarray(dtype(rng.normal(size=(8, 3)))),
-            jnp.asarray(rng.integers(0, 2, 8)),
+            jax.device_put(dtype(rng.normal(size=(8, 3)))),
+            jax.device_put(rng.integers(0, 2, 8)),
         )
         for _ in range(3)
     ]
