@@ -10,7 +10,6 @@ chosen on other seeds from the same grid.
     python benchmarks/attribution.py
 """
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import perceptron
 import show
 from jax.flatten_util import ravel_pytree
@@ -28,7 +26,7 @@ import fsam_optax as fsam
 
 
 HIDDEN = (16,)
-SIZE, TESTS, BATCH = 300, 100, 50
+SIZE, TESTS = 300, 100
 DAMPINGS = np.geomspace(1e-5, 100, 8)  # times the mean of the diagonal
 PRECONDITIONERS = ("identity", "exact F", "empirical F", "whole F")
 LOOKS = {
@@ -43,12 +41,8 @@ LOOKS = {
 def train(key, x, y, kept, steps) -> Any:
     """Returns parameters after `steps`, on the examples that are kept."""
     params = perceptron.initial(key, (x.shape[1], *HIDDEN, 10))
-    loss = fsam.negative_log_likelihood(perceptron.apply, fsam.categorical)
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
-    optimizer = optax.chain(optax.add_decayed_weights(1e-3), optimizer)
     batch = x, y, kept.astype(float)
-    every = jnp.arange(steps)
-    return perceptron.minimise(lambda w, _: loss(w, batch), params, optimizer, every)
+    return perceptron.fit(perceptron.LOSS, params, batch, steps, 1e-3)
 
 
 def gradients(params, x, y):
@@ -145,7 +139,7 @@ def predict(key, batch, test, halves, steps):
     return {k: correlation(-v @ halves.T, losses[None]) for k, v in found.items()}
 
 
-def compute(part, seed, options, steps):
+def compute(seed, part, options, steps):
     """Returns the facts of one seed."""
     digits = datasets.load("digits")
     random = np.random.default_rng(seed)
@@ -161,71 +155,56 @@ def compute(part, seed, options, steps):
     return predict(key, batch, test, halves.astype(np.float32), steps)
 
 
-def chosen(tuning, final, what):
-    """Returns the values at the damping that is best on the tuning seeds."""
-    scores = np.mean([what(facts) for facts in tuning], 0)
-    at = int(np.argmax(scores))
-    return np.array([what(facts)[at] for facts in final]), at
+def chosen(tuning, final, *keys):
+    """Returns the values at the damping that is best on the tuning seeds, and where."""
+
+    def value(facts):
+        for key in keys:
+            facts = facts[key]
+        return facts
+
+    at = int(np.argmax(np.mean([value(facts) for facts in tuning], 0)))
+    return np.array([value(facts)[at] for facts in final]), at
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options = run.options
-    results = {}
-    early, late = options.steps
-    for part, steps in (
-        ("wrong labels", early),
-        ("wrong labels", late),
-        ("halves", late),
-    ):
-        settings = {"part": part, "steps": steps}
-        settings |= {"halves": options.halves} if part == "halves" else {}
-        settings |= {"noise": options.noise} if part == "wrong labels" else {}
-        results[part, steps] = [
-            [
-                run.cell(
-                    partial(compute, part, seed, options, steps), seed=seed, **settings
-                )
-                for seed in seeds
-            ]
-            for seeds in (1000 + np.arange(options.tuning_seeds), range(options.seeds))
-        ]
-    for (part, steps), (tuning, final) in results.items():
-        rows = []
-        if part == "wrong labels":
-            title = f"Wrong labels after {steps} steps"
-            fitted = show.cell([facts["fitted"] for facts in final], ".0f", 100)
-            title += f"; {fitted} % of all labels fitted"
-            headings = ["score", "area, %", "over\nloss", "precision, %", "damping"]
-            base = chosen(tuning, final, lambda f: f["loss"]["area"])[0]
-            for name in LOOKS:
-                area, at = chosen(tuning, final, lambda f, n=name: f[n]["area"])
-                precision = [facts[name]["precision"][at] for facts in final]
-                rows.append(
-                    [
-                        name,
-                        show.cell(area, ".1f", 100),
-                        show.cell(area - base, "+.1f", 100),
-                        show.cell(precision, ".1f", 100),
-                        damping(name, at),
-                    ]
-                )
-        else:
-            title = "Rank correlation with the loss after training on halves"
-            headings = ["influence by", "correlation", "over\nidentity", "damping"]
-            base = chosen(tuning, final, lambda f: f["identity"])[0]
-            for name in PRECONDITIONERS:
-                found, at = chosen(tuning, final, lambda f, n=name: f[n])
-                rows.append(
-                    [
-                        name,
-                        show.cell(found, ".3f"),
-                        show.cell(found - base, "+.3f"),
-                        damping(name, at),
-                    ]
-                )
-        show.table(title, headings, rows, CAPTION)
-    draw(results, run.picture())
+def damping(name, at):
+    if name in ("loss", "identity"):
+        return "-"
+    return f"{DAMPINGS[at]:.0e}" + show.edge(at, DAMPINGS)
+
+
+def wrong_labels(steps, tuning, final):
+    """Prints how well each score finds the wrong labels."""
+    fitted = show.cell([facts["fitted"] for facts in final], ".0f", 100)
+    best = {name: chosen(tuning, final, name, "area") for name in LOOKS}
+    precision = {
+        n: [f[n]["precision"][at] for f in final] for n, (_, at) in best.items()
+    }
+    columns = {
+        "score": lambda name, _: name,
+        "area, %": lambda _, of: show.percent(of[0]),
+        "over\nloss": lambda _, of: show.over(of[0], best["loss"][0]),
+        "precision, %": lambda name, _: show.percent(precision[name]),
+        "damping": lambda name, of: damping(name, of[1]),
+    }
+    title = f"Wrong labels after {steps} steps; {fitted} % of all labels fitted"
+    show.report(title, best, columns, CAPTION)
+    return f"at {steps} steps", best
+
+
+def on_halves(steps, tuning, final):
+    """Prints how well each influence foretells the loss."""
+    best = {name: chosen(tuning, final, name) for name in PRECONDITIONERS}
+    base = best["identity"][0]
+    columns = {
+        "influence by": lambda name, _: name,
+        "correlation": lambda _, of: show.cell(of[0], ".3f"),
+        "over\nidentity": lambda _, of: show.over(of[0], base, "+.3f", 1),
+        "damping": lambda name, of: damping(name, of[1]),
+    }
+    title = "Rank correlation with the loss after training on halves"
+    show.report(title, best, columns, CAPTION)
+    return "of influence", best
 
 
 CAPTION = (
@@ -234,58 +213,26 @@ CAPTION = (
 )
 
 
-def damping(name, at):
-    if name in ("loss", "identity"):
-        return "-"
-    return f"{DAMPINGS[at]:.0e}" + "*" * (at in (0, len(DAMPINGS) - 1))
-
-
-def draw(results, path):
+def draw(results, headline, path):
     """Draws the area and the correlation against the damping."""
-    fig, axes = show.figure(1, 3, headline(results), figsize=(13, 4.2))
+    fig, axes = show.figure(1, 3, headline, figsize=(13, 4.2))
     for ax, ((part, steps), (_, final)) in zip(axes[0], results.items(), strict=True):
         for name, (color, line, marker) in LOOKS.items():
             if part == "halves" and name == "loss":
                 continue
-            values = [f[name]["area"] if part != "halves" else f[name] for f in final]
-            means, errors = zip(
-                *map(show.mean_and_error, zip(*values, strict=True)), strict=True
-            )
+            values = [f[name] if part == "halves" else f[name]["area"] for f in final]
             style = {"color": color, "linestyle": line, "marker": marker, "ms": 4}
-            ax.errorbar(DAMPINGS, means, errors, label=name, **style)
-        ax.set_xscale("log")
-        ax.set_xlabel("damping, times the mean of the diagonal")
-        ax.set_title(
-            "correlation with networks trained anew on halves"
-            if part == "halves"
-            else f"area under ROC of wrong labels, {steps} steps"
-        )
+            show.errors(ax, DAMPINGS, np.transpose(values), label=name, **style)
+        ax.set(xscale="log", xlabel="damping, times the mean of the diagonal")
+        title = f"area under ROC of wrong labels, {steps} steps"
+        if part == "halves":
+            title = "correlation with networks trained anew on halves"
+        ax.set_title(title)
     axes[0, 0].legend(fontsize=8)
     show.save(fig, path)
 
 
-def headline(results):
-    """Returns what the picture shows."""
-    parts = []
-    for (part, steps), (tuning, final) in results.items():
-        if part == "halves":
-            values = {
-                n: chosen(tuning, final, lambda f, n=n: f[n])[0]
-                for n in PRECONDITIONERS
-            }
-            best = max(values, key=lambda n: values[n].mean())
-            parts.append(f"of influence: {best}")
-        else:
-            values = {
-                n: chosen(tuning, final, lambda f, n=n: f[n]["area"])[0] for n in LOOKS
-            }
-            best = max(values, key=lambda n: values[n].mean())
-            parts.append(f"at {steps} steps: {best}")
-    return "Best score " + ", ".join(parts)
-
-
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={"seeds": 2, "tuning_seeds": 1, "steps": [2, 3], "halves": 4},
     seeds=8,
     tuning_seeds=2,
@@ -293,7 +240,28 @@ main = harness.script(
     steps={"default": [60, 400], "nargs": 2, "help": "early and late"},
     halves={"default": 40, "help": "trained anew"},
 )
+def main(run: harness.Run) -> None:
+    options, results, leaders = run.options, {}, []
+    every = 1000 + np.arange(options.tuning_seeds), np.arange(options.seeds)
+    early, late = options.steps
+    for part, steps, names, report in (
+        ("wrong labels", early, "noise", wrong_labels),
+        ("wrong labels", late, "noise", wrong_labels),
+        ("halves", late, "halves", on_halves),
+    ):
+        settings = {"part": part, "steps": steps, **run.take(names)}
+        tuning, final = results[part, steps] = [
+            list(
+                run.each(
+                    "seed", seeds, compute, part, options, steps, **settings
+                ).values()
+            )
+            for seeds in every
+        ]
+        where, best = report(steps, tuning, final)
+        leaders.append(f"{where}: {max(best, key=lambda name: best[name][0].mean())}")
+    draw(results, "Best score " + ", ".join(leaders), run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,9 +9,7 @@ held-out images from the same grid for each.
     python benchmarks/continual_learning.py --data fashion-mnist --data-dir data
 """
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -55,32 +53,28 @@ class Tasks(NamedTuple):
 
 def tasks_of(scenario: str, options: Any) -> Tasks:
     """Returns five tasks of equal size; a fifth of the training images is held out."""
-    data = datasets.load(options.data, options.data_dir)
     parts, random = [], np.random.default_rng(0)
-    pixels = [random.permutation(data.train_images[0].size // options.pool**2)]
-    pixels += [random.permutation(pixels[0]) for _ in range(4)]
-    for images, labels, most in (
-        (data.train_images, data.train_labels, options.train_size),
-        (data.test_images, data.test_labels, options.test_size),
-    ):
-        n, images = len(images), datasets.flat(images, options.pool)
+    both = perceptron.split(datasets.load(options.data, options.data_dir), options.pool)
+    pixels = [random.permutation(both[0][0].shape[1])]
+    pixels = np.stack(pixels + [random.permutation(pixels[0]) for _ in range(4)])
+    sizes = options.train_size, options.test_size
+    for (images, labels), most in zip(both, sizes, strict=True):
+        rows = [np.flatnonzero(labels // 2 == task) for task in range(5)]
         if scenario == "permuted":
-            rows = [np.arange(min(n, most))] * 5
-        else:
-            rows = [np.flatnonzero(labels // 2 == task) for task in range(5)]
-            rows = [found[: min(most, *map(len, rows))] for found in rows]
-        orders = pixels if scenario == "permuted" else [slice(None)] * 5
-        x = np.stack([images[r][:, o] for r, o in zip(rows, orders, strict=True)])
-        parts.append((jnp.asarray(x), jnp.asarray(np.stack([labels[r] for r in rows]))))
-    cut = parts[0][1].shape[1] * 4 // 5
-    train, held = (
-        jax.tree.map(lambda a: a[:, :cut], parts[0]),
-        jax.tree.map(lambda a: a[:, cut:], parts[0]),
-    )
+            rows = [np.arange(len(labels))] * 5
+        rows = np.stack([found[: min(most, *map(len, rows))] for found in rows])
+        x = images[rows]
+        if scenario == "permuted":
+            x = jnp.take_along_axis(x, pixels[:, None], -1)
+        parts.append((x, jnp.asarray(labels)[rows]))
+    train, test = parts
+    cut = train[1].shape[1] * 4 // 5
+    held = jax.tree.map(lambda a: a[:, cut:], train)
+    train = jax.tree.map(lambda a: a[:, :cut], train)
     active = np.ones((5, 10), bool)
     if scenario == "split":
         active = np.arange(10)[None] // 2 == np.arange(5)[:, None]
-    return Tasks(train, held, parts[1], jnp.asarray(active))
+    return Tasks(train, held, test, jnp.asarray(active))
 
 
 def apply(params, x, active):
@@ -150,7 +144,7 @@ def learn(tasks, steps, name, anchoring, seed, strength):
     return jax.lax.scan(task, (params, nothing), inputs)[1]
 
 
-def sweep(tasks, options, name, anchoring):
+def sweep(name, anchoring, tasks, options):
     """Runs every strength with every seed; returns means over tasks."""
     seeds, strengths = jnp.arange(options.seeds), jnp.asarray(options.strengths)
     run = partial(learn, tasks, options.steps, name, anchoring)
@@ -220,8 +214,7 @@ def draw(found, joined, options, path):
         plain = 100 * np.mean(next(iter(results.values()))["accuracy"][0])
         axis.axhline(100 * np.mean(joined[scenario]), **LINE, label="all at once")
         axis.axhline(plain, **LINE, ls=":", label="no penalty")
-        axis.set_xscale("log")
-        axis.set_xlabel("lambda (1: Bayes' rule)")
+        axis.set(xscale="log", xlabel="lambda (1: Bayes' rule)")
         axis.set_title(f"{scenario}: {SCENARIOS[scenario]}", fontsize=9)
     axes[0][0].set_ylabel("accuracy over all tasks at the end, %")
     axes[0][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=7)
@@ -239,65 +232,33 @@ def names_of(scenario, anchoring, options):
     return [diagonals.EXACT, diagonals.EMPIRICAL, *names]
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options = run.options
-    settings = run.take("data seeds steps train_size test_size pool strengths")
-    found, joined = {}, {}
-    for scenario in options.scenarios:
-        tasks = tasks_of(scenario, options)
-        part = {"scenario": scenario} | settings
-        joined[scenario] = run.cell(partial(joint, tasks, options), F="joint", **part)
-        found[scenario] = {
-            (name, anchoring): run.cell(
-                partial(sweep, tasks, options, name, anchoring),
-                **({"F": name, "anchoring": anchoring} | part),
-            )
-            for anchoring in options.anchorings
-            for name in names_of(scenario, anchoring, options)
-        }
-        report(scenario, found[scenario], joined[scenario], options)
-    draw(found, joined, options, run.picture())
-
-
 def report(scenario, results, joined, options):
     """Prints one scenario: lambda tuned, and lambda of the exact F for all."""
     none = next(iter(results.values()))
-    base = np.array(none["accuracy"][0])
-    rows = [["none", "0", show.cell(base, ".1f", 100), "", ""]]
-    rows[0] += [show.cell(none["forgotten"][0], ".1f", 100)]
+    rows = [["none", "0", show.percent(none["accuracy"][0]), "", ""]]
+    rows[0].append(show.percent(none["forgotten"][0]))
     for (name, anchoring), result in results.items():
-        exact = results[diagonals.EXACT, anchoring]
+        exact, values = results[diagonals.EXACT, anchoring], result["accuracy"]
         at, fixed = best(result), best(exact)
-        values = np.array(result["accuracy"])
-        behind = values[at] - np.array(exact["accuracy"])[fixed]
-        edge = "*" * (at in (0, len(options.strengths) - 1))
-        rows.append(
-            [
-                name if anchoring == EWC else f"online, {name}",
-                f"{options.strengths[at]:.3g}{edge}",
-                show.cell(values[at], ".1f", 100),
-                show.cell(behind, "+.1f", 100),
-                show.cell(values[fixed], ".1f", 100),
-                show.cell(result["forgotten"][at], ".1f", 100),
-            ]
-        )
-    rows.append(["all at once", "", show.cell(joined, ".1f", 100), "", "", ""])
+        cells = [f"{options.strengths[at]:.3g}" + show.edge(at, options.strengths)]
+        cells += [show.percent(values[at])]
+        cells += [show.over(values[at], exact["accuracy"][fixed])]
+        cells += [show.percent(values[fixed]), show.percent(result["forgotten"][at])]
+        rows.append([name if anchoring == EWC else f"online, {name}", *cells])
+    rows.append(["all at once", "", show.percent(joined), "", "", ""])
     heads = ["", "lambda", "accuracy", "over\nexact", "at exact's\nlambda", "forgotten"]
     caption = "%, mean ± standard error. * at an edge of the grid."
     title = f"{scenario}: {SCENARIOS[scenario]}"
     show.table(title, heads, rows, caption, first=24)
 
 
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={
         **{"scenarios": ["split"], "anchorings": [EWC], "batches": [8], "seeds": 2},
         **{"steps": 3, "train_size": 20, "test_size": 20},
         "strengths": [0.0, 1.0, 100.0],
     },
-    data={"default": "digits", "choices": datasets.NAMES[:3]},
-    data_dir=Path("data"),
+    **perceptron.IMAGES,
     scenarios={"default": list(SCENARIOS), "choices": SCENARIOS},
     anchorings={"default": [EWC, ONLINE], "choices": (EWC, ONLINE)},
     batches=[8, 32, 128],
@@ -306,9 +267,27 @@ main = harness.script(
     steps={"default": 200, "help": "a task"},
     train_size={"default": 2000, "help": "most, a task"},
     test_size={"default": 2000, "help": "most, a task"},
-    pool={"default": 1, "help": "pixels a side that become one"},
+    pool=perceptron.POOL,
 )
+def main(run: harness.Run) -> None:
+    options = run.options
+    settings = run.take("data seeds steps train_size test_size pool strengths")
+    found, joined = {}, {}
+    for scenario in options.scenarios:
+        tasks = tasks_of(scenario, options)
+        part = {"scenario": scenario} | settings
+        joined[scenario] = run.cell(joint, tasks, options, F="joint", **part)
+        found[scenario] = {
+            (name, anchoring): run.cell(
+                *(sweep, name, anchoring, tasks, options),
+                **{"F": name, "anchoring": anchoring, **part},
+            )
+            for anchoring in options.anchorings
+            for name in names_of(scenario, anchoring, options)
+        }
+        report(scenario, found[scenario], joined[scenario], options)
+    draw(found, joined, options, run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import show
-from models import MLP, ResNet
+from models import Block, MLP, ResNet
 
 
 class CNN(nn.Module):
@@ -42,10 +42,7 @@ class Transformer(nn.Module):
         x = nn.Embed(self.vocabulary, self.width)(tokens)
         x += self.param("positions", nn.initializers.normal(0.02), x.shape[1:])[None]
         for _ in range(2):
-            y = nn.LayerNorm()(x)
-            x += nn.MultiHeadDotProductAttention(self.heads)(y, y)
-            y = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
-            x += nn.Dense(self.width)(nn.gelu(y))
+            x = Block(self.heads)(x)
         return nn.Dense(10)(jnp.mean(nn.LayerNorm()(x), axis=1))
 
 
@@ -89,6 +86,21 @@ TITLES = {
     "transf.": "transformer of two blocks, length 64, batch 32",
 }
 SMOKE = {"tiny": lambda: problem(MLP((8,)), (16,), 16)}
+
+
+def of_example(loss: Callable) -> Callable:
+    """Returns the loss of one example, without an axis of the batch."""
+    return lambda params, example: loss(
+        params, jax.tree.map(lambda x: x[None], example)
+    )
+
+
+def plain(loss: Callable) -> Callable:
+    """Returns the empirical Fisher diagonal by `vmap(grad)`, squared."""
+    every = jax.vmap(jax.grad(of_example(loss)), (None, 0))
+    return lambda params, batch: jax.tree.map(
+        lambda g: jnp.mean(g * g, axis=0), every(params, batch)
+    )
 
 
 def ratios(
@@ -188,13 +200,20 @@ def passes(program: Any, shape: tuple[int, ...]) -> int:
 def print_tables(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints a table of rows against problems for each thing that was measured."""
     rows = list(dict.fromkeys(row for facts in results.values() for row in facts))
+    known = {key for of in results.values() for facts in of.values() for key in facts}
 
-    def entries(entry):
-        for row in rows:
-            found = [facts.get(row) for facts in results.values()]
-            first = [next(iter(facts.values())) for facts in results.values()]
-            pairs = zip(found, first, strict=True)
-            yield [row, *("-" if f is None else entry(f, base) for f, base in pairs)]
+    def against(title, entry, caption=""):
+        """`entry` writes the facts of a row, beside those of the first row."""
+
+        def cell(facts, row):
+            return (
+                entry(facts[row], next(iter(facts.values()))) if row in facts else "-"
+            )
+
+        texts = [
+            [row, *(cell(facts, row) for facts in results.values())] for row in rows
+        ]
+        show.table(title, ["", *results], texts, caption, first=32)
 
     def memory(facts, base):
         return f"{facts['temporary_mb'] / (base['temporary_mb'] or 1):.1f}"
@@ -203,18 +222,13 @@ def print_tables(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         spent = [f["trace_s"] + f["compile_s"] for f in (facts, base)]
         return f"{spent[0] / spent[1]:.1f}"
 
-    headings = ["", *results]
-    first = {name: TITLES[name] for name in results if name in TITLES}
-    caption = "\n".join(f"{name}: {title}" for name, title in first.items())
-    ratios = list(entries(lambda facts, base: f"{facts['ratio']:.2f}"))
-    show.table(f"{title}: time", headings, ratios, caption, first=32)
-    show.table(f"{title}: temporaries", headings, list(entries(memory)), first=32)
-    both = list(entries(compilation))
-    show.table(f"{title}: tracing and compilation", headings, both, first=32)
-    if any("operations" in f for facts in results.values() for f in facts.values()):
-        counts = list(entries(lambda facts, base: f"{facts.get('operations', 1):.2f}"))
-        show.table("Counted operations, in gradients", headings, counts, first=32)
-    if any("passes" in f for facts in results.values() for f in facts.values()):
-        counts = list(entries(lambda facts, base: str(facts["passes"])))
-        title = "Reads and writes of arrays like the largest parameter"
-        show.table(title, headings, counts, first=32)
+    caption = "\n".join(f"{name}: {TITLES[name]}" for name in results if name in TITLES)
+    against(f"{title}: time", lambda f, _: f"{f['ratio']:.2f}", caption)
+    against(f"{title}: temporaries", memory)
+    against(f"{title}: tracing and compilation", compilation)
+    if "operations" in known:
+        counted = "Counted operations, in gradients"
+        against(counted, lambda f, _: f"{f.get('operations', 1):.2f}")
+    if "passes" in known:
+        moved = "Reads and writes of arrays like the largest parameter"
+        against(moved, lambda f, _: f"{f['passes']}")

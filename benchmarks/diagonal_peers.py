@@ -251,28 +251,27 @@ def written(facts: dict) -> str:
     return " ".join(words)
 
 
-def experiment(run: harness.Run) -> None:
-    """Measures what the results do not hold, and prints the tables."""
+@harness.experiment(
+    smoke={"cases": ["dense"], "models": ["dense"], "draws": 5, "repeats": 2},
+    cases={"nargs": "*", "choices": CASES, "default": [*CASES]},
+    models={"nargs": "*", "choices": [*MODELS, *CASES], "default": [*MODELS]},
+    draws=50,
+    repeats=3,
+    threads=1,
+)
+def main(run: harness.Run) -> None:
     options = run.options
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    draws = dict.fromkeys(MEANS, int(options.draws))
-    cases = {
-        name: run.cell(
-            partial(measure, CASES[name], draws.get(name, 0), 0),
-            case=name,
-            draws=draws.get(name, 0),
-        )
-        for name in options.cases
-    }
-    costs = {
-        name: run.cell(
-            partial(measure, (MODELS | CASES)[name], 0, options.repeats),
-            model=name,
-            **run.take("repeats threads"),
-        )
-        for name in options.models
-    }
+    cases = {}
+    for name in options.cases:
+        draws = options.draws if name in MEANS else 0
+        args = measure, CASES[name], draws, 0
+        cases[name] = run.cell(*args, case=name, draws=draws)
+    costs, about = {}, run.take("repeats threads")
+    for name in options.models:
+        args = measure, (MODELS | CASES)[name], 0, options.repeats
+        costs[name] = run.cell(*args, model=name, **about)
     for title, results in (("Error", cases), ("Error, and time", costs)):
         for kind in KINDS:
             rows = [
@@ -283,16 +282,5 @@ def experiment(run: harness.Run) -> None:
                 show.table(f"{title}: {kind}", ["", *LIBRARIES], rows, first=20)
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"cases": ["dense"], "models": ["dense"], "draws": 5, "repeats": 2},
-    cases={"nargs": "*", "choices": CASES, "default": [*CASES]},
-    models={"nargs": "*", "choices": [*MODELS, *CASES], "default": [*MODELS]},
-    draws=50,
-    repeats=3,
-    threads=1,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -12,19 +12,14 @@ Approximation for Natural Gradient Descent, 2019, https://arxiv.org/abs/1905.125
 
     python benchmarks/empirical_fisher.py               # about ten minutes of one core
 
-The grid search is in NumPy, all settings in lockstep, and leaves out what cannot win:
-runs that diverged (loss above a hundred times the first, or not finite), and runs too
-slow to reach the best loss found so far in the steps that are left. The chosen runs,
-the matrices and the fields are computed by fsam_optax, in float64.
-
-Data sets are read from --data-dir; those that are not there are left out by name. Wine
-and a second Breast cancer are part of scikit-learn. The Boston data hold a column on
-the share of Black residents, made on the premise that it bears on house prices, and
-scikit-learn has removed them for that; they serve here to compare with the paper only.
+The grid search, in NumPy, leaves out runs that diverged or are too slow to win. The
+chosen runs, the matrices and the fields are computed by fsam_optax, in float64. Data
+sets that --data-dir does not hold are left out by name. Boston has a racist premise,
+for which scikit-learn has removed it: it is here only to compare with the paper.
 """
 
-import functools
-import sys
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,23 +68,24 @@ class Regression(NamedTuple):
         return jnp.asarray(self.x), jnp.asarray(self.y)[:, None]
 
 
+def losses_of(problem: Regression, h: Any) -> Any:
+    """Returns the mean loss of outputs (..., N), without the constant of a Gaussian."""
+    if problem.kind == "linear":
+        return ((h - problem.y) ** 2).mean(-1) / 2
+    xp = jnp if isinstance(h, jax.Array) else np
+    return (xp.logaddexp(0, h) - problem.y * h).mean(-1)
+
+
 def mean_loss(problem: Regression):
-    """Returns the mean negative log-likelihood, without the constant of a Gaussian."""
-    x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
-
-    def loss(w):
-        h = x @ w
-        if problem.kind == "linear":
-            return jnp.mean((h - y) ** 2) / 2
-        return jnp.mean(jnp.logaddexp(0, h) - y * h)
-
-    return loss
+    """Returns the loss as a function of the weights."""
+    x = jnp.asarray(problem.x)
+    return lambda w: losses_of(problem, x @ w)
 
 
 def matrix_fn(problem: Regression, method: str):
     """Returns the matrix of a method as a function of (w, batch)."""
     dense = fsam.dense_fisher if method == "NGD" else fsam.dense_empirical_fisher
-    return functools.partial(dense, problem.nll)
+    return partial(dense, problem.nll)
 
 
 def direction_fn(problem: Regression, method: str, damping: float) -> Any:
@@ -176,7 +172,7 @@ def wrong_problem(kind: str, case: str, size: int, seed: int) -> Regression:
     return Regression(kind, x, np.repeat([0.0, 1.0], size // 2))
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@partial(jax.jit, static_argnames="kind")
 def matrices_at_minimum(kind: str, x: jax.Array, y: jax.Array):
     """Returns the minimum, and the Fisher, the empirical Fisher and the Hessian."""
     problem = Regression(kind, x, y)
@@ -186,10 +182,8 @@ def matrices_at_minimum(kind: str, x: jax.Array, y: jax.Array):
         return w - jnp.linalg.solve(jax.hessian(loss)(w), jax.grad(loss)(w)), None
 
     w, _ = jax.lax.scan(newton, jnp.zeros(x.shape[1]), None, length=20)
-    fisher, empirical = (
-        matrix_fn(problem, m)(w, problem.batch) for m in ("NGD", "EFGD")
-    )
-    return w, fisher, empirical, jax.hessian(loss)(w)
+    pair = [matrix_fn(problem, method)(w, problem.batch) for method in METHODS[1:]]
+    return w, *pair, jax.hessian(loss)(w)
 
 
 def misspecified(kind: str, case: str, size: int, seeds: int) -> dict[str, Any]:
@@ -209,39 +203,25 @@ def misspecified(kind: str, case: str, size: int, seeds: int) -> dict[str, Any]:
 # 3. Optimisation on real data.
 
 
-class Source(NamedTuple):
-    """A data set of the paper.
-
-    Attributes:
-        title: Name in tables and figures.
-        kind: As in `Regression`.
-        gd: Selected log10 step size of GD, as printed in the paper.
-        ngd: Selected log10 step size and log10 damping of NGD.
-        efgd: Those of EFGD.
-    """
-
-    title: str
-    kind: str
-    gd: float
-    ngd: tuple[float, float]
-    efgd: tuple[float, float]
-
-    def paper(self, method: str) -> tuple[float, float]:
-        """Returns what is printed for a method; NaN where there is none."""
-        return (self.gd, np.nan) if method == "GD" else getattr(self, method.lower())
-
-
-BREAST_CANCER = "logistic", -5.125, (0.125, -10), (-1.25, -10)
+# Title and kind, and log10 of the settings that the paper prints: the step size of GD,
+# step size and damping of NGD and of EFGD.
+NONE = np.nan
+BREAST_CANCER = "logistic", (-5.125, NONE), (0.125, -10), (-1.25, -10)
 SOURCES = {
-    "breast-cancer-original": Source("Breast c. original", *BREAST_CANCER),
-    "breast-cancer-diagnostic": Source("Breast c. diagnostic", *BREAST_CANCER),
-    "boston": Source("Boston", "linear", -5.25, (0.125, -10), (-1.25, -8)),
-    "a1a": Source("a1a", "logistic", 0.25, (0.25, -10), (-0.375, -8)),
-    "wine": Source("Wine", "linear", -5.625, (0, -8.5), (-1.375, -6)),
-    "energy": Source("Energy", "linear", -5.5, (0, -7.5), (0.875, -3)),
-    "power-plant": Source("Power plant", "linear", -5.75, (-0.625, -8), (3.375, -1)),
-    "yacht": Source("Yacht", "linear", -1.5, (-0.75, -7.5), (1.625, -6.5)),
+    "breast-cancer-original": ("Breast c. original", *BREAST_CANCER),
+    "breast-cancer-diagnostic": ("Breast c. diagnostic", *BREAST_CANCER),
+    "boston": ("Boston", "linear", (-5.25, NONE), (0.125, -10), (-1.25, -8)),
+    "a1a": ("a1a", "logistic", (0.25, NONE), (0.25, -10), (-0.375, -8)),
+    "wine": ("Wine", "linear", (-5.625, NONE), (0, -8.5), (-1.375, -6)),
+    "energy": ("Energy", "linear", (-5.5, NONE), (0, -7.5), (0.875, -3)),
+    "power-plant": ("Power plant", "linear", (-5.75, NONE), (-0.625, -8), (3.375, -1)),
+    "yacht": ("Yacht", "linear", (-1.5, NONE), (-0.75, -7.5), (1.625, -6.5)),
 }
+
+
+def printed(name: str, method: str) -> tuple[float, float]:
+    """Returns step size and damping of the paper; NaN where there is none."""
+    return SOURCES[name][2 + METHODS.index(method)]
 
 
 def read(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -278,14 +258,7 @@ def load(name: str, folder: Path) -> Regression:
     x = np.append(x, np.ones((len(x), 1)), axis=1)
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     keep = s > 1e-12 * s[0]
-    return Regression(SOURCES[name].kind, u[:, keep] * s[keep], y)
-
-
-def losses_of(problem: Regression, h: np.ndarray) -> np.ndarray:
-    """Returns the mean loss for outputs of shape (settings, N)."""
-    if problem.kind == "linear":
-        return np.mean((h - problem.y) ** 2, axis=1) / 2
-    return np.mean(np.logaddexp(0, h) - problem.y * h, axis=1)
+    return Regression(SOURCES[name][1], u[:, keep] * s[keep], y)
 
 
 def gradients_and_weights(problem: Regression, method: str, h: np.ndarray):
@@ -310,21 +283,12 @@ def final_losses(
     iterations: int,
     best: float = np.inf,
 ) -> np.ndarray:
-    """Runs a method from 0 with many settings at once.
+    """Runs a method from 0 with many settings at once; returns the losses at the end.
 
-    Args:
-        problem: The regression.
-        method: One of `METHODS`; GD does without the dampings.
-        step_sizes: One for each setting.
-        dampings: One for each setting.
-        iterations: Number of steps.
-        best: Runs that cannot get below this loss are cut short. A convex loss falls
-            in a step by at most step size x g^T (M + damping)^-1 g. For EFGD, where M
-            is at least g g^T, that is at most the step size; for the others it is
-            taken to grow no more than tenfold over its largest value so far.
-
-    Returns:
-        The loss after the last step; inf for runs that diverged or were cut short.
+    Those are inf for runs that diverged, and for runs cut short since they cannot get
+    below `best`: a convex loss falls in a step by at most step size x g^T (M +
+    damping)^-1 g. For EFGD, where M is at least g g^T, that is at most the step size;
+    for the others it is taken to grow no more than tenfold over its largest so far.
     """
     size, dimension = problem.x.shape
     rows, columns = np.triu_indices(dimension)
@@ -342,9 +306,7 @@ def final_losses(
         directions = gradients
         if method != "GD":
             matrices = np.empty((len(live), dimension, dimension))
-            entries = weights @ products
-            matrices[:, rows, columns] = entries
-            matrices[:, columns, rows] = entries
+            matrices[:, rows, columns] = matrices[:, columns, rows] = weights @ products
             matrices[:, diagonal, diagonal] += dampings[live, None]
             directions = np.linalg.solve(matrices, gradients[..., None])[..., 0]
         with np.errstate(all="ignore"):
@@ -416,12 +378,11 @@ def follow(problem: Regression, method: str, chosen: dict[str, Any], iterations:
     return {"losses": losses} | ({"cosines": cosines} if method == "EFGD" else {})
 
 
-def optimise(problem, source, method, step_sizes, dampings, iterations) -> Any:
+def optimise(method, problem, paper, step_sizes, dampings, iterations) -> Any:
     """Searches the grid for a method on one data set and follows the best run."""
     chosen = search(problem, method, step_sizes, dampings, iterations)
-    step_size, damping = 10 ** np.array(source.paper(method))
-    printed = np.array([step_size]), np.nan_to_num(np.array([damping]))
-    (at_paper,) = final_losses(problem, method, *printed, iterations)
+    at = 10 ** np.nan_to_num(np.array(paper(method), float)[:, None], nan=-np.inf)
+    (at_paper,) = final_losses(problem, method, at[0], at[1], iterations)
     return {
         **{"examples": len(problem.y), "rank": problem.x.shape[1]},
         **chosen,
@@ -451,47 +412,45 @@ def least_loss(problem: Regression) -> float:
 # Results.
 
 
-def number(value: Any, form: str) -> str:
+def number(value: Any, form: str = ".4g") -> str:
     """Formats a number of the results; a dash for null."""
     return "-" if value is None or not np.isfinite(value) else f"{value:{form}}"
 
 
 def print_tables(errors: dict[Any, Any], runs: dict[str, Any]) -> None:
     """Prints the distances at the minimum, and the settings that were chosen."""
-    sizes = list(dict.fromkeys(size for *_, size in errors))
-    rows = []
-    for kind, case in dict.fromkeys(key[:2] for key in errors):
-        found = [errors[kind, case, size]["error"] for size in sizes]
-        cells = (show.cell(e["empirical"], ".3f") for e in found)
-        most = max(max(e["hessian"]) for e in found)
-        rows.append([f"{kind}, {case}", *cells, f"{most:.0e}"])
-    headings = ["model", *(f"emp. Fisher,\nN = {n}" for n in sizes), "Hessian"]
+    by_model = {}
+    for (kind, case, size), found in errors.items():
+        by_model.setdefault(f"{kind}, {case}", {})[size] = found["error"]
+    columns: show.Columns = {"model": lambda model, _: model}
+    for n in next(iter(by_model.values())):
+        heading = f"emp. Fisher,\nN = {n}"
+        columns[heading] = lambda _, of, n=n: show.cell(of[n]["empirical"], ".3f")
+    hessian = lambda of: max(max(e["hessian"]) for e in of.values())  # noqa: E731
+    columns["Hessian"] = lambda _, of: f"{hessian(of):.0e}"
     caption = "Frobenius norm of the difference over that of the Fisher; mean ± "
+    caption += "standard error over data seeds."
     title = "Distance of a matrix from the Fisher at the minimum"
-    show.table(title, headings, rows, caption + "standard error over data seeds.")
-    rows = []
-    for name, by_method in runs.items():
-        for method, found in by_method.items():
-            paper = SOURCES[name].paper(method)
-            chosen = found["log10_step_size"], found["log10_damping"]
-            rows.append(
-                [
-                    SOURCES[name].title if method == "GD" else "",
-                    method,
-                    ", ".join(number(value, "g") for value in chosen),
-                    number(found["losses"][-1], ".4g"),
-                    ", ".join(number(value, "g") for value in paper),
-                    number(found["loss_at_the_settings_of_the_paper"], ".4g"),
-                    number(np.round(found["least_loss"], 9), ".4g"),
-                    found["settings_within_1_percent"],
-                ]
-            )
-    headings = ["data", "method", "step, damp.", "final\nloss", "paper's\nstep, damp."]
-    headings += ["loss\nthere", "least\nloss", "good\nsettings"]
+    show.report(title, by_model, columns, caption)
+
+    def pair(values):
+        return ", ".join(number(value, "g") for value in values)
+
+    columns = {
+        "data": lambda at, f: SOURCES[at[0]][0] if at[1] == "GD" else "",
+        "method": lambda at, f: at[1],
+        "step, damp.": lambda at, f: pair([f["log10_step_size"], f["log10_damping"]]),
+        "final\nloss": lambda at, f: number(f["losses"][-1]),
+        "paper's\nstep, damp.": lambda at, f: pair(printed(*at)),
+        "loss\nthere": lambda at, f: number(f["loss_at_the_settings_of_the_paper"]),
+        "least\nloss": lambda at, f: number(np.round(f["least_loss"], 9)),
+        "good\nsettings": lambda at, f: f["settings_within_1_percent"],
+    }
     caption = "Step size and damping as log10. Good: settings of the grid whose final "
     caption += "loss is within 1 % of the best, of 241 for GD and 9881 for the others."
     title = "Settings chosen by the final loss, and the paper's"
-    show.table(title, headings, rows, caption, first=20)
+    found = {(name, m): facts for name, of in runs.items() for m, facts in of.items()}
+    show.report(title, found, columns, caption, first=20)
 
 
 def contour(axis: Any, problem: Regression, centre: Any, reach: float) -> None:
@@ -581,8 +540,7 @@ def draw_optimisation(runs: dict[str, Any], file: Path) -> None:
     for (name, data), (top, bottom) in zip(runs.items(), panels, strict=False):
         for method, found in data.items():
             top.plot(np.array(found["losses"], float), **LOOKS[method], label=method)
-        top.set_yscale("log")
-        top.set_title(SOURCES[name].title)
+        top.set(yscale="log", title=SOURCES[name][0])
         cosines = np.array(data["EFGD"]["cosines"], float)
         bottom.plot(cosines, ".", color=LOOKS["EFGD"]["color"], ms=3)
         bottom.axhline(0, color=show.GREY, lw=0.8)
@@ -596,27 +554,28 @@ def draw_optimisation(runs: dict[str, Any], file: Path) -> None:
     show.save(figure, file)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what is missing in the results, then prints and draws everything."""
+@harness.experiment(
+    smoke={"iterations": 5, "seeds": 2, "datasets": ["wine"]},
+    data_dir=harness.HERE.parents[1] / "shared" / "data",
+    datasets={"default": list(SOURCES), "choices": SOURCES},
+    seeds={"default": 20, "help": "of the data of part 2"},
+    iterations=100,
+)
+def main(run: harness.Run) -> None:
     options = run.options
     jax.config.update("jax_enable_x64", True)
     steps = 60 if options.smoke else 50_000
-    fields = {
-        m: run.cell(field, m, steps, part="field", method=m, steps=steps)
-        for m in METHODS
-    }
+    fields = run.each("method", METHODS, field, steps, part="field", steps=steps)
     sizes = (100,) if options.smoke else (1000, 100_000)
     errors = {}
-    for kind in ("logistic", "linear"):
-        for case in CASES:
-            for size in sizes:
-                settings = {"case": case, "size": size, "seeds": options.seeds}
-                errors[kind, case, size] = run.cell(
-                    *(misspecified, kind, *settings.values()),
-                    **{"part": "misspecified", "model": kind, **settings},
-                )
+    for kind, case, size in itertools.product(("logistic", "linear"), CASES, sizes):
+        settings = {"case": case, "size": size, "seeds": options.seeds}
+        args = misspecified, kind, *settings.values()
+        settings |= {"part": "misspecified", "model": kind}
+        errors[kind, case, size] = run.cell(*args, **settings)
     every = (20, 10) if options.smoke else (1, 1)
     grid = STEP_SIZES[:: every[0]], DAMPINGS[:: every[1]], options.iterations
+    about = {"part": "optimisation", "dampings": len(grid[1]), **run.take("iterations")}
     runs = {}
     for name in options.datasets:
         try:
@@ -624,14 +583,8 @@ def experiment(run: harness.Run) -> None:
         except FileNotFoundError as error:
             harness.say(f"{name} is left out: no file {error.filename}")
             continue
-        runs[name] = {
-            method: run.cell(
-                *(optimise, problem, SOURCES[name], method, *grid),
-                **{"part": "optimisation", "data": name, "method": method},
-                **{"iterations": options.iterations, "dampings": len(grid[1])},
-            )
-            for method in METHODS
-        }
+        args = optimise, problem, partial(printed, name), *grid
+        runs[name] = run.each("method", METHODS, *args, data=name, **about)
     print_tables(errors, runs)
     draw_fields(fields, run.picture("_fields"))
     draw_misspecified(errors, sizes[0], run.picture("_misspecified"))
@@ -639,15 +592,5 @@ def experiment(run: harness.Run) -> None:
         draw_optimisation(runs, run.picture())
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"iterations": 5, "seeds": 2, "datasets": ["wine"]},
-    data_dir=harness.HERE.parents[1] / "shared" / "data",
-    datasets={"default": list(SOURCES), "choices": SOURCES},
-    seeds={"default": 20, "help": "of the data of part 2"},
-    iterations=100,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

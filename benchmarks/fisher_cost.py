@@ -11,7 +11,6 @@ way is `vmap(grad)` squared, which forms an array of batch x parameters.
     python benchmarks/fisher_cost.py --norms              # norms of single examples
 """
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -79,14 +78,7 @@ def make_rows(model: Problem) -> dict[str, Callable]:
     likelihood = fsam.categorical
     loss = fsam.negative_log_likelihood(model.apply, likelihood)
 
-    def example_loss(params, example):
-        return loss(params, jax.tree.map(lambda x: x[None], example))
-
-    def squares(tree):
-        return jax.tree.map(lambda g: jnp.mean(g * g, axis=0), tree)
-
-    def naive(params, batch):
-        return squares(jax.vmap(partial(jax.grad(example_loss), params))(batch))
+    example_loss = cost.of_example(loss)
 
     def naive_norms(params, batch):
         grads = jax.vmap(partial(jax.grad(example_loss), params))(batch)
@@ -115,8 +107,7 @@ def make_rows(model: Problem) -> dict[str, Callable]:
         return fsam.loss_power_sums(example_loss, params, batch, powers=(1, 2))
 
     def estimate(make, **options):
-        estimator = make(model.apply, likelihood, **options)
-        return lambda params, batch: fsam.diagonal(estimator, params, batch)
+        return partial(fsam.diagonal, make(model.apply, likelihood, **options))
 
     def both_gradients(row):
         f = step(model, row)
@@ -125,7 +116,7 @@ def make_rows(model: Problem) -> dict[str, Callable]:
     key = {"key": jax.random.key(0)}
     return {
         "gradient": jax.grad(loss),
-        "empirical: vmap(grad) squared": naive,
+        "empirical: vmap(grad) squared": cost.plain(loss),
         "empirical: 16 examples at a time": partial(in_chunks, 16),
         "empirical: one example at a time": partial(in_chunks, 1),
         "fisher_empirical": estimate(fsam.fisher_empirical),
@@ -183,15 +174,12 @@ def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ())
 
     Of GPT-2 processor time, and counted operations beside it.
     """
-    programs, facts = {}, {}
     skipped = SKIPPED.get(name, ()) + (() if rows else (*STEPS,))
     large = name.startswith("gpt2")
-    for row, run in make_rows(model).items():
-        if (not rows or row in rows) and row not in skipped:
-            programs[row], facts[row] = cost.compiled(run, model.params, model.batch)
-    runs = {
-        row: partial(run, model.params, model.batch) for row, run in programs.items()
-    }
+    every = make_rows(model)
+    chosen = [row for row in rows or every if row not in skipped]
+    fns = {row: run for row, run in every.items() if row in chosen}
+    runs, facts = cost.programs(fns, model.params, model.batch)
     # Apart: the naive rows leave hundreds of megabytes behind, which would slow down
     # whatever runs next.
     first, *rest = runs
@@ -206,33 +194,7 @@ def measure(name: str, model: Problem, repeats: int, rows: tuple[str, ...] = ())
     return facts
 
 
-def experiment(run: harness.Run) -> None:
-    """Measures what the results do not hold, and prints the table."""
-    options = run.options
-    problems = {name: (SMOKE | MODELS)[name] for name in options.models}
-    rows: tuple[str, ...] = NORM_ROWS if options.norms else ()
-    if options.growth:
-        rows = GROWTH_ROWS
-        problems = {
-            name: partial(problem, mlp, (784,), batch, mlp.classes)
-            for name, (mlp, batch) in GROWTH.items()
-        }
-    results = {
-        name: run.cell(
-            lambda name=name, make=make: measure(
-                name, make(), options.repeats, rows or ROWS.get(name, ())
-            ),
-            model=name,
-            repeats=options.repeats,
-            **({"rows": "norms"} if options.norms else {}),
-        )
-        for name, make in problems.items()
-    }
-    cost.print_tables("Ratio to one gradient of the batch", results)
-
-
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={"models": list(SMOKE), "repeats": 2},
     models={
         "default": [name for name in MODELS if name != "gpt2"],
@@ -242,7 +204,26 @@ main = harness.script(
     norms={"default": False, "help": "norms of single examples"},
     repeats=5,
 )
+def main(run: harness.Run) -> None:
+    options = run.options
+    problems = {name: (SMOKE | MODELS)[name] for name in options.models}
+    rows: tuple[str, ...] = NORM_ROWS if options.norms else ()
+    if options.growth:
+        rows = GROWTH_ROWS
+        problems = {
+            name: partial(problem, mlp, (784,), batch, mlp.classes)
+            for name, (mlp, batch) in GROWTH.items()
+        }
+    kept = {"rows": "norms"} if options.norms else {}
+
+    def compute(name):
+        args = problems[name](), options.repeats, rows or ROWS.get(name, ())
+        return measure(name, *args)
+
+    kept |= run.take("repeats")
+    results = run.each("model", problems, compute, **kept)
+    cost.print_tables("Ratio to one gradient of the batch", results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -13,18 +13,12 @@ Estimators, 2024, https://arxiv.org/abs/2402.05379:
     python benchmarks/fisher_variance.py                        # the digits
     python benchmarks/fisher_variance.py --data-dir data/mnist  # MNIST too
 
-The last layer always calls for I2, which is exact there. Below it, I1 varies less at
-the start of training; as a classifier grows sure, I2 overtakes it, early with softplus
-and late with sigmoid. Both are far from certain: with one label per input, the
-standard deviation is many times the Fisher itself (the last two columns).
-
 Variances are those of one drawn label per input, averaged over inputs and over the
 parameters of a layer; an estimate from N inputs with S labels each has 1/(N S) of them.
 They are computed in closed form: the paper drew 5000 labels for the same quantities.
 """
 
 import itertools
-import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +26,7 @@ from typing import Any, NamedTuple
 import datasets
 import harness
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -47,10 +42,7 @@ LABELS = {"i1": "I1", "i2": "I2"}
 SHORT = {"classification": "class.", "regression": "regr."}
 LAYERS = ("layer 1", "layer 2", "layer 3", "layer 4")
 ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
-TASKS = {
-    "classification": fsam.categorical,
-    "regression": fsam.gaussian(),
-}
+TASKS = {"classification": fsam.categorical, "regression": fsam.gaussian()}
 
 
 # 1. Natural gradient descent with two weights.
@@ -91,7 +83,7 @@ def descend(kind: str, name: str, damping: float, epochs: int, key: jax.Array):
     return jax.lax.scan(epoch, (w, optimizer.init(w)), keys)[1]
 
 
-def toy(kind: str, name: str, damping: float, epochs: int, seeds: int) -> Any:
+def toy(name: str, kind: str, damping: float, epochs: int, seeds: int) -> Any:
     """Runs one estimator on one model."""
     keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
     run = partial(descend, kind, name, damping, epochs)
@@ -113,21 +105,13 @@ def toy(kind: str, name: str, damping: float, epochs: int, seeds: int) -> Any:
 
 
 class Plan(NamedTuple):
-    """How a network is trained and where its variances are computed.
+    """How a network is trained and where its variances are computed."""
 
-    Attributes:
-        width: Units of each of three hidden layers.
-        examples: Training images.
-        checkpoints: Epochs at which to compute the variances.
-        inputs: Test images to average over.
-        seeds: Networks of each kind.
-    """
-
-    width: int
-    examples: int
-    checkpoints: tuple[int, ...]
-    inputs: int
-    seeds: int
+    width: int  # of each of three hidden layers
+    examples: int  # training images
+    checkpoints: tuple[int, ...]  # epochs at which to compute the variances
+    inputs: int  # test images to average over
+    seeds: int  # networks of each kind
 
 
 PLANS = {
@@ -138,30 +122,10 @@ SMOKE = Plan(3, 100, (0, 1), 4, 1)
 BATCH_SIZE, LEARNING_RATE = 50, 0.005
 
 
-def initial_params(key: jax.Array, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Returns Glorot-normal weights and biases of 0."""
-    init = jax.nn.initializers.glorot_normal()
-    keys = jax.random.split(key, len(sizes) - 1)
-    return {
-        name: {"w": init(key, (n, m)), "b": jnp.zeros(m)}
-        for name, key, n, m in zip(LAYERS, keys, sizes[:-1], sizes[1:], strict=True)
-    }
-
-
-def network(activation: str, params: Any, x: jax.Array) -> jax.Array:
-    """Maps images to outputs by a perceptron of four layers."""
-    for name in LAYERS:
-        x = x @ params[name]["w"] + params[name]["b"][None]
-        x = ACTIVATIONS[activation](x) if name != LAYERS[-1] else x
-    return x
-
-
 def by_layer(tree: Any) -> jax.Array:
     """Returns the mean over the parameters of each layer, of shape (layers,)."""
-    leaves = [jax.tree.leaves(tree[name]) for name in LAYERS]
-    return jnp.stack(
-        [sum(map(jnp.sum, layer)) / sum(x.size for x in layer) for layer in leaves]
-    )
+    flat = [jax.flatten_util.ravel_pytree(layer)[0] for layer in tree]
+    return jnp.stack([jnp.mean(layer) for layer in flat])
 
 
 def variances(loss, params, inputs) -> dict[str, Any]:
@@ -186,12 +150,12 @@ def preferences(record: dict[str, Any]) -> list[str]:
     return [best[name] for name in LAYERS]
 
 
-def train(data, plan: Plan, task: str, activation: str, seed: int) -> dict[str, Any]:
+def train(seed: int, data, plan: Plan, task: str, activation: str) -> dict[str, Any]:
     """Trains a network, with stops to compute its variances.
 
     Returns lists over the checkpoints: accuracy on the test images, and `variances`.
     """
-    apply_fn = partial(network, activation)
+    apply_fn = partial(perceptron.apply, activation=ACTIVATIONS[activation])
     (x, y), (test_x, test_y) = perceptron.split(data())
     x, y = x[: plan.examples], jnp.asarray(y[: plan.examples])
     targets = jax.nn.one_hot(y, 10) if task == "regression" else y
@@ -210,7 +174,8 @@ def train(data, plan: Plan, task: str, activation: str, seed: int) -> dict[str, 
         found = variances(loss_fn, params, test_x[: plan.inputs])
         return {"accuracy": jnp.mean(guesses == test_y[:1000]), **found}
 
-    params = initial_params(init_key, (x.shape[1], *(plan.width,) * 3, 10))
+    sizes = x.shape[1], *(plan.width,) * 3, 10
+    params = perceptron.initial(init_key, sizes, jax.nn.initializers.glorot_normal())
     carry, records = (params, optimizer.init(params)), []
     for number in range(plan.checkpoints[-1] + 1):
         if number in plan.checkpoints:
@@ -260,17 +225,11 @@ def print_tables(toys: dict[str, Any], layers: dict[str, Any]) -> None:
             title = f"{data}, {SHORT[task]}, {activation}, {accuracy:.0%}"
             for index, layer in enumerate(LAYERS):
                 v = {name: values[:, index] for name, values in last.items()}
-                relative = [np.sqrt(v[name]) for name in LABELS]
-                rows.append(
-                    [
-                        "" if index else title,
-                        layer[-1],
-                        *(ratio(v[name], np.ones_like(v[name])) for name in LABELS),
-                        *(ratio(v[f"{name}_upper"], v[name]) for name in LABELS),
-                        *(ratio(values, v["fisher"]) for values in relative),
-                        f"{np.mean(preferred[..., index] == 'i2'):.0%}",
-                    ]
-                )
+                cells = [ratio(v[name], np.ones_like(v[name])) for name in LABELS]
+                cells += [ratio(v[f"{name}_upper"], v[name]) for name in LABELS]
+                cells += [ratio(np.sqrt(v[name]), v["fisher"]) for name in LABELS]
+                cells += [f"{np.mean(preferred[..., index] == 'i2'):.0%}"]
+                rows.append(["" if index else title, layer[-1], *cells])
     headings = ["data, task, activation, accuracy", "layer", "V1", "V2", "V1\nbound"]
     headings += ["V2\nbound", "rel.\nI1", "rel.\nI2", "I2 pre-\nferred"]
     caption = (
@@ -308,14 +267,13 @@ def plot_toy(record: dict[str, Any], file: Path) -> None:
 
 def plot_layers(tasks: dict[Any, Any], checkpoints: Any, file: Path) -> None:
     """Draws both variances and their bounds by layer and epoch."""
-    figure, axes = show.figure(
-        len(tasks),
-        len(LAYERS),
-        "The last layer calls for I2; below it, I1 varies less at first",
-        figsize=(10.5, 2.25 * len(tasks) + 0.8),
-        sharex=True,
-        sharey="row",
-    )
+    headline = "The last layer calls for I2; below it, I1 varies less at first"
+    shared = {
+        "figsize": (10.5, 2.25 * len(tasks) + 0.8),
+        "sharex": True,
+        "sharey": "row",
+    }
+    figure, axes = show.figure(len(tasks), len(LAYERS), headline, **shared)
     for row, ((task, activation), records) in enumerate(tasks.items()):
         for column, axis in enumerate(axes[row]):
             for name, title in LABELS.items():
@@ -348,34 +306,34 @@ def plot_layers(tasks: dict[Any, Any], checkpoints: Any, file: Path) -> None:
     show.save(figure, file)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what is missing in the results, then prints and draws everything."""
+@harness.experiment(
+    smoke={"toy_seeds": 2},
+    data_dir={"type": Path, "help": "folder of MNIST, which is left out otherwise"},
+    damping={"default": 0.01, "help": "of the natural gradient"},
+    toy_seeds=20,
+)
+def main(run: harness.Run) -> None:
     options = run.options
     plans = {"digits": SMOKE} if options.smoke else dict(PLANS)
     if options.data_dir is None:
         plans.pop("mnist", None)
     of_toy = {"damping": options.damping, "epochs": 4 if options.smoke else EPOCHS}
     of_toy["seeds"] = options.toy_seeds
-    toys = {kind: {} for kind in TOYS}
-    for kind, name in itertools.product(TOYS, LABELS):
-        settings = {"part": "toy", "model": kind, "estimator": name, **of_toy}
-        toys[kind][name] = run.cell(toy, kind, name, *of_toy.values(), **settings)
+    toys = {}
+    for kind in TOYS:
+        args, key = (toy, kind, *of_toy.values()), {"part": "toy", "model": kind}
+        toys[kind] = run.each("estimator", LABELS, *args, **key, **of_toy)
     layers = {}
     # In smoke mode, each task and each activation once.
     pairs = [*itertools.product(TASKS, ACTIVATIONS)][:: 3 if options.smoke else 1]
     for name, plan in plans.items():
         data = cache(partial(datasets.load, name, options.data_dir or Path()))
-        layers[name] = {
-            pair: [
-                run.cell(
-                    *(train, data, plan, *pair, seed),
-                    **{"data": name, "task": pair[0], "activation": pair[1]},
-                    **{"seed": seed, "plan": plan._asdict()},
-                )
-                for seed in range(plan.seeds)
-            ]
-            for pair in pairs
-        }
+        about = {"data": name, "plan": plan._asdict()}
+        for task, activation in pairs:
+            key = {"task": task, "activation": activation, **about}
+            args = train, data, plan, task, activation
+            found = run.each("seed", range(plan.seeds), *args, **key)
+            layers.setdefault(name, {})[task, activation] = [*found.values()]
     print_tables(toys, layers)
     plot_toy(toys, run.picture("_toy"))
     for name, tasks in layers.items():
@@ -383,14 +341,5 @@ def experiment(run: harness.Run) -> None:
         plot_layers(tasks, plans[name].checkpoints, run.picture(suffix))
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"toy_seeds": 2},
-    data_dir={"type": Path, "help": "folder of MNIST, which is left out otherwise"},
-    damping={"default": 0.01, "help": "of the natural gradient"},
-    toy_seeds=20,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

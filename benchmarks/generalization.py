@@ -20,12 +20,12 @@ Ctrl-C keeps the methods that are finished; the same command goes on from there.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import cost
 import datasets
 import harness
@@ -122,32 +122,18 @@ def fisher_cost(name: str, repeats: int) -> dict[str, Any]:
     """Measures the empirical Fisher diagonal of a model, the plain way and ours."""
     apply, params, batch = (cost.SMOKE | cost.PROBLEMS)[name]()
     loss = fsam.negative_log_likelihood(apply, fsam.categorical)
-
-    def of_example(params, example):
-        return loss(params, jax.tree.map(lambda x: x[None], example))
-
-    def plain(params, batch):
-        g = jax.vmap(jax.grad(of_example), (None, 0))(params, batch)
-        return jax.tree.map(lambda g: jnp.mean(g * g, axis=0), g)
-
-    estimator = fsam.fisher_empirical(apply, fsam.categorical)
-    fns = {
-        "gradient": jax.grad(loss),
-        "ours": partial(fsam.diagonal, estimator),
-        "plain": plain,
-    }
+    ours = partial(fsam.diagonal, fsam.fisher_empirical(loss))
+    fns = {"gradient": jax.grad(loss), "ours": ours, "plain": cost.plain(loss)}
     runs, facts = cost.programs(fns, params, batch)
     # Apart: the plain way leaves hundreds of megabytes behind, which slow down what
     # runs next.
     for row, number in (("ours", 5 * repeats), ("plain", repeats)):
         pair = {"gradient": runs["gradient"], row: runs[row]}
         facts[row] |= cost.ratios(pair, number)[row]
-    apart = [
-        jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))
-        for a, b in zip(
-            *(jax.tree.leaves(runs[r]()) for r in ("ours", "plain")), strict=True
-        )
-    ]
+    pairs = zip(
+        *(jax.tree.leaves(runs[row]()) for row in ("ours", "plain")), strict=True
+    )
+    apart = [jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for a, b in pairs]
     return {**facts, "apart": max(apart)}
 
 
@@ -159,10 +145,10 @@ def print_tables(found: Mapping[str, Any], costs: Mapping[str, Any], options) ->
         accuracy, test, training = (np.array(facts[n])[:, -1] for n in names)
         over = "-"
         if base and method != "base":
-            over = show.cell(accuracy - np.array(base["accuracy"])[:, -1], "+.1f", 100)
+            over = show.over(accuracy, np.array(base["accuracy"])[:, -1])
         rho = options.rho.get(method)
         cells = [f"{options.learning_rate[method]:.3g}", f"{rho:.3g}" if rho else "-"]
-        cells += [show.cell(accuracy, ".1f", 100), over, show.cell(test, ".2f")]
+        cells += [show.percent(accuracy), over, show.cell(test, ".2f")]
         rows.append([method, *cells, f"{training.mean():.3f}"])
     headings = ["method", "learn.\nrate", "rho", "test\naccuracy, %"]
     headings += ["points\nover base", "test\nloss", "train\nloss"]
@@ -170,21 +156,18 @@ def print_tables(found: Mapping[str, Any], costs: Mapping[str, Any], options) ->
     gradients = max(facts["gradients"][-1] for facts in found.values())
     caption = f"{gradients} gradients; mean ± standard error, {options.seeds} seeds."
     show.table(title, headings, rows, caption, first=21)
-    rows = [
-        [
-            cost.TITLES.get(name, name),
-            *(f"{facts[r]['ratio']:.2f}" for r in ("plain", "ours")),
-            *(f"{facts[r]['temporary_mb']:.1f}" for r in ("plain", "ours")),
-            f"{facts['apart']:.0e}",
-        ]
-        for name, facts in costs.items()
-    ]
-    headings = ["empirical Fisher diagonal", "time:\nvmap(grad)²", "\nours"]
-    headings += ["memory, MB:\nvmap(grad)²", "\nours", "largest\ndifference"]
+    columns = {
+        "empirical Fisher diagonal": lambda name, _: cost.TITLES.get(name, name),
+        "time:\nvmap(grad)²": lambda _, f: f"{f['plain']['ratio']:.2f}",
+        "time:\nours": lambda _, f: f"{f['ours']['ratio']:.2f}",
+        "memory, MB:\nvmap(grad)²": lambda _, f: f"{f['plain']['temporary_mb']:.1f}",
+        "MB:\nours": lambda _, f: f"{f['ours']['temporary_mb']:.1f}",
+        "largest\ndifference": lambda _, f: f"{f['apart']:.0e}",
+    }
     caption = (
         "Time: over one gradient of the batch. Difference: over the largest entry."
     )
-    show.table("What a Fisher diagonal costs", headings, rows, caption, first=30)
+    show.report("What a Fisher diagonal costs", costs, columns, caption, first=30)
 
 
 def draw(found, costs, options, path) -> None:
@@ -209,8 +192,7 @@ def draw(found, costs, options, path) -> None:
         style = show.look(method) | {"marker": None}
         middle.plot(facts["gradients"], values.mean(0), label=method, **style)
     show.later(middle, [facts["test_loss"] for facts in found.values()])
-    middle.set_xlabel("gradients spent")
-    middle.set_title("Test loss, mean of the seeds")
+    middle.set(xlabel="gradients spent", title="Test loss, mean of the seeds")
     if many:
         show.legend(fig, middle, 5, fontsize=8)
     else:
@@ -227,33 +209,6 @@ def draw(found, costs, options, path) -> None:
     show.save(fig, path)
 
 
-def experiment(run: harness.Run) -> None:
-    """Trains what the results do not hold yet, prints the tables and draws."""
-    options = run.options
-    names = "data train_size test_size label_noise augment model optimizer weight_decay"
-    settings = run.take(f"{names} batch_size epochs seeds")
-    if options.tune:
-        tune(run, settings)
-    points = {
-        m: {"rho": options.rho.get(m, 0.0), "rate": options.learning_rate[m]}
-        for m in options.methods
-    }
-    keys = {m: {"method": m, **point, **settings} for m, point in points.items()}
-    problem, found = cache(partial(make_problem, options)), {}
-    if not all(run.holds(**key) for key in keys.values()):
-        problem()  # Data that cannot be had end the run before anything trains.
-    for method, point in points.items():
-        compute = lambda m, p: train(m, problem(), options, **p)  # noqa: E731
-        found[method] = run.cell(compute, method, point, **keys[method])
-    costs = {}
-    for name in ("tiny",) if options.smoke else ("mlp", "cnn"):
-        repeats = 2 if options.smoke else 5
-        settings = {"part": "cost", "model": name, "repeats": repeats}
-        costs[name] = run.cell(fisher_cost, name, repeats, **settings)
-    print_tables(found, costs, options)
-    draw(found, costs, options, run.picture())
-
-
 def setting(text: str) -> tuple[str, float]:
     """Reads METHOD=VALUE for argparse."""
     method, _, value = text.rpartition("=")
@@ -261,7 +216,7 @@ def setting(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(
             f"must be METHOD=VALUE with METHOD in {list(methods.METHODS)}, got {text}"
         )
-    return method, harness.positive(value)
+    return method, command_line.positive(value)
 
 
 class Settings(argparse.Action):
@@ -292,20 +247,17 @@ def defaults(found: argparse.Namespace) -> dict[str, Any]:
 
 
 PAIRS = {"type": setting, "nargs": "+", "action": Settings, "metavar": "METHOD=VALUE"}
-main = harness.script(
-    *(__doc__, experiment),
+
+
+@harness.experiment(
     defaults=defaults,
     smoke={"epochs": 1, "seeds": 2, "train_size": 120, "test_size": 200},
     data={"default": "digits", "choices": datasets.NAMES},
     data_dir={"type": Path, "help": "folder of the files"},
-    train_size={"type": harness.whole, "help": "fewer than all images"},
-    test_size={"type": harness.whole, "help": "fewer than all images"},
+    train_size={"type": command_line.whole, "help": "fewer than all images"},
+    test_size={"type": command_line.whole, "help": "fewer than all images"},
     label_noise={"default": 0.0, "help": "share of wrong labels"},
-    augment={
-        "default": True,
-        "action": argparse.BooleanOptionalAction,
-        "help": "shift",
-    },
+    augment={"default": True, "action": argparse.BooleanOptionalAction},
     model={"default": "cnn", "choices": models.MODELS},
     methods={"choices": methods.METHODS, "nargs": "+"},
     optimizer={"default": "sgd", "choices": OPTIMIZERS},
@@ -318,7 +270,29 @@ main = harness.script(
     tune={"default": False, "help": "choose learning rate and rho first"},
     tuning_seeds=2,
 )
+def main(run: harness.Run) -> None:
+    options = run.options
+    names = "data train_size test_size label_noise augment model optimizer weight_decay"
+    settings = run.take(f"{names} batch_size epochs seeds")
+    if options.tune:
+        tune(run, settings)
+    points = {
+        m: {"rho": options.rho.get(m, 0.0), "rate": options.learning_rate[m]}
+        for m in options.methods
+    }
+    keys = {m: {"method": m, **point, **settings} for m, point in points.items()}
+    problem, found = cache(partial(make_problem, options)), {}
+    if not all(run.holds(**key) for key in keys.values()):
+        problem()  # Data that cannot be had end the run before anything trains.
+    for method, point in points.items():
+        compute = lambda m, p: train(m, problem(), options, **p)  # noqa: E731
+        found[method] = run.cell(compute, method, point, **keys[method])
+    names, repeats = (("tiny",), 2) if options.smoke else (("mlp", "cnn"), 5)
+    about = {"part": "cost", "repeats": repeats}
+    costs = run.each("model", names, fisher_cost, repeats, **about)
+    print_tables(found, costs, options)
+    draw(found, costs, options, run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

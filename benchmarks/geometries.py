@@ -7,8 +7,6 @@ around w, and the perturbation that the library returns for the gradient there.
     python benchmarks/geometries.py         # benchmarks/figures/geometries.png
 """
 
-import sys
-
 import harness
 import jax
 import jax.numpy as jnp
@@ -92,25 +90,18 @@ def draw(found, path) -> None:
         axis.set_aspect("equal")
         axis.set_xlabel("weight of the small feature", color=MUTED)
         axis.tick_params(colors=MUTED, length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        axis.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("weight of the large feature", color=MUTED)
     show.save(figure, path)
 
 
-def experiment(run: harness.Run) -> None:
-    """Draws, and prints how far the loss rises in each ball."""
-    found = {
-        name: run.cell(lambda name=name: perturbation_of(name), geometry=name)
-        for name in FORMULAS
-    }
+@harness.experiment()
+def main(run: harness.Run) -> None:
+    found = run.each("geometry", FORMULAS, perturbation_of)
     rows = [[name, f["rho"], f"{f['rise']:.3f}"] for name, f in found.items()]
     show.table("How far the loss rises", ["ball", "rho", "loss(w + eps) - loss"], rows)
     draw(found, run.picture())
 
 
-main = harness.script(__doc__, experiment)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

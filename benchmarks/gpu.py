@@ -12,17 +12,17 @@ It needs jax, optax, flax and this tree, and no network; without CIFAR-10 part (
 left out. `python benchmarks/datasets.py` packs CIFAR-10 into parts of 31 MB.
 """
 
-import argparse
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import command_line
 import cost
 import harness
 import jax
@@ -74,54 +74,39 @@ CHOICE = {
 }
 
 
-def squares(model: cost.Problem, example_loss) -> tuple[Callable, Callable]:
-    """Returns the sums of squares of the engine, and those of vmap(grad)."""
-
-    def ours(params, batch):
-        return fsam.loss_power_sums(example_loss, params, batch)[0]
-
-    def plain(params, batch):
-        g = jax.vmap(jax.grad(example_loss), (None, 0))(params, batch)
-        return jax.tree.map(lambda g: jnp.sum(jnp.float32(g) ** 2, 0), g)
-
-    return ours, plain
-
-
-def example_loss_of(model: cost.Problem):
-    """Returns the loss of the model, and that of one example."""
+def rows_of(model: cost.Problem) -> tuple[Any, dict[str, Callable]]:
+    """Returns the loss, and F by the engine and by `vmap(grad)`."""
     loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
-    return loss, lambda params, example: loss(
-        params, jax.tree.map(lambda x: x[None], example)
-    )
+    ours = partial(fsam.diagonal, fsam.fisher_empirical(loss))
+    return loss, {"ours": ours, "vmap(grad)": cost.plain(loss)}
 
 
 def accuracy(make: Callable, rows: int) -> dict[str, float]:
     """Returns the relative distance from vmap(grad) at the highest precision."""
-    model = make()
-    model = model._replace(batch=jax.tree.map(lambda x: x[:rows], model.batch))
+    apply, params, batch = make()
+    batch = jax.tree.map(lambda x: x[:rows], batch)
     found = {}
 
-    def run(which, precision):
-        with jax.default_matmul_precision(
-            "highest" if precision != "default" else None
-        ):
-            apply, params, batch = model
-            if precision == "bfloat16":
-                narrow = partial(jax.tree.map, lambda w: w.astype(jnp.bfloat16))
-                wide = apply
-                apply = lambda params, x: jnp.float32(wide(narrow(params), x))  # noqa: E731
-            _, example_loss = example_loss_of(model._replace(apply=apply))
-            fn = squares(model, example_loss)[which]
-            return jax.jit(fn)(params, batch)
+    def narrow(params, x):
+        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        return jnp.float32(apply(params, x))
+
+    def run(row, precision):
+        model = cost.Problem(
+            narrow if precision == "bfloat16" else apply, params, batch
+        )
+        precision = "highest" if precision != "default" else None
+        with jax.default_matmul_precision(precision):
+            return jax.jit(rows_of(model)[1][row])(params, batch)
 
     def apart(a, b):
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         return max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
 
-    truth = run(1, "highest")
+    truth = run("vmap(grad)", "highest")
     for precision in PRECISIONS:
         try:
-            ours, plain = run(0, precision), run(1, precision)
+            ours, plain = run("ours", precision), run("vmap(grad)", precision)
             jax.block_until_ready((ours, plain))
         except jax.errors.JaxRuntimeError:  # No such products on this device.
             continue
@@ -134,15 +119,11 @@ def accuracy(make: Callable, rows: int) -> dict[str, float]:
 def fisher_cost(name: str, make: Callable, repeats: int) -> dict[str, Any]:
     """Returns milliseconds, memory and work of a gradient and of Fisher diagonals."""
     model = make()
-    loss, example_loss = example_loss_of(model)
-    ours, plain = squares(model, example_loss)
-
-    def both(params, batch):
-        return fsam.loss_power_sums(example_loss, params, batch, powers=(1, 2))
-
-    fns = {"gradient": jax.grad(loss), "F": ours, "gradient and F": both}
+    loss, rows = rows_of(model)
+    both = partial(fsam.loss_power_sums, cost.of_example(loss), powers=(1, 2))
+    fns = {"gradient": jax.grad(loss), "F": rows["ours"], "gradient and F": both}
     if name != "gpt2":
-        fns["vmap(grad) squared"] = plain
+        fns["vmap(grad) squared"] = rows["vmap(grad)"]
     facts, runs = {}, {}
     for row, fn in fns.items():
         try:
@@ -162,6 +143,17 @@ def fisher_cost(name: str, make: Callable, repeats: int) -> dict[str, Any]:
         size = sum(x.size for x in jax.tree.leaves(model.params))
         flops = 6 * size * model.batch[1].size
     return {"rows": facts, "flops": flops}
+
+
+def step_time(make: Callable, repeats: int) -> dict[str, Any]:
+    """Returns what steps cost beside the base step."""
+    return steps.measure(make(), steps.OPTIMIZERS["sgd"], repeats)
+
+
+def cifar10(options, method, seed, rho, rate):
+    """Trains one network by one method."""
+    problem = training.make_problem(options, seeds=[seed])
+    return training.train(method, problem, options, rho, rate)
 
 
 def share(ms: float, flops: float, low: bool) -> str:
@@ -198,54 +190,59 @@ def print_tables(facts: dict[str, dict[str, Any]]) -> None:
         show.table("Fisher diagonals", headings, rows)
     if facts["step"]:
         cost.print_tables("Ratio to the base step", facts["step"])
-    runs = facts["cifar10"]
     rows = []
-    for method, found in runs.items():
-        values = [f["accuracy"][0][-1] for f in found]
-        paired = [f["accuracy"][0][-1] for f in runs["base"][: len(values)]]
-        over = [a - b for a, b in zip(values, paired, strict=False)]
-        cells = show.cell(values, ".2f", 100), show.cell(over, "+.2f", 100)
-        rows.append([method, len(values), *cells])
+    last = {m: [f["accuracy"][0][-1] for f in of] for m, of in facts["cifar10"].items()}
+    for method, values in last.items():
+        over = show.over(values, last["base"][: len(values)], "+.2f")
+        rows.append([method, len(values), show.cell(values, ".2f", 100), over])
     if rows:
         headings = ["method", "seeds", "test accuracy, %", "over base"]
         show.table("CIFAR-10, ResNet-18 in bfloat16, equal gradients", headings, rows)
 
 
-def parts(options, data: bool) -> list[tuple[str, str, dict[str, Any], Callable]]:
-    """Returns part, name, settings and function of cells, the most wanted first."""
+def parts(options, data: bool) -> Iterator[tuple[str, str, dict[str, Any], Callable]]:
+    """Yields part, name, settings and function of cells, the most wanted first."""
     every = SMOKE if options.smoke else MODELS
-    repeats = {"repeats": options.repeats}
-    cells = []
+    repeats = options.repeats
+    for name in [name for name in every if name != "gpt2"]:
+        key = {"model": name, "rows": 32}
+        yield "accuracy", name, key, partial(accuracy, every[name], 32)
     for name, make in every.items():
-        if name != "gpt2":
-            compute = partial(accuracy, make, 32)
-            cells.append(("accuracy", name, {"model": name, "rows": 32}, compute))
-    for name, make in every.items():
-        compute = partial(fisher_cost, name, make, options.repeats)
-        cells.append(("cost", name, {"model": name, **repeats}, compute))
+        key = {"model": name, "repeats": repeats}
+        yield "cost", name, key, partial(fisher_cost, name, make, repeats)
     for name in [name for name in every if name in ("mlp", "transf. 64", "resnet18")]:
-
-        def step(make=every[name]):
-            return steps.measure(make(), steps.OPTIMIZERS["sgd"], options.repeats)
-
-        cells.append(("step", name, {"model": name, **repeats}, step))
+        key = {"model": name, "repeats": repeats}
+        yield "step", name, key, partial(step_time, every[name], repeats)
     for seed in range(options.seeds if data else 0):
         for method, (rho, rate) in CHOICE.items():
-            settings = {"method": method, "seed": seed, "rho": rho, "rate": rate}
-            settings |= {n: getattr(options, n) for n in SETTINGS}
+            key = {"method": method, "seed": seed, "rho": rho, "rate": rate}
+            key |= {n: getattr(options, n) for n in SETTINGS}
             compute = partial(cifar10, options, method, seed, rho, rate)
-            cells.append(("cifar10", method, settings, compute))
-    return cells
+            yield "cifar10", method, key, compute
 
 
-def cifar10(options, method, seed, rho, rate):
-    """Trains one network by one method."""
-    problem = training.make_problem(options, seeds=[seed])
-    return training.train(method, problem, options, rho, rate)
+# What `training` wants to know beside.
+FIXED = {
+    **{"data": "cifar10", "train_size": None, "test_size": None, "weight_decay": 5e-4},
+    **{"label_noise": 0.0, "augment": True, "optimizer": "sgd"},
+}
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what is wanted most first, and what fits into the time."""
+@harness.experiment(
+    defaults=lambda found: FIXED,
+    smoke={
+        **{"data": "digits", "train_size": 64, "test_size": 50, "model": "mlp"},
+        **{"epochs": 1, "batch_size": 32, "seeds": 1, "repeats": 2, "minutes": 30.0},
+    },
+    data_dir=pathlib.Path("data/cifar10"),
+    minutes={"default": 9.0, "type": command_line.positive, "help": "when to end"},
+    repeats=20,
+    epochs={"default": 8, "help": "base runs twice as many"},
+    batch_size=256,
+    seeds={"default": 5, "help": "as many as fit"},
+    model={"default": "resnet18", "choices": models.MODELS},
+)
+def main(run: harness.Run) -> None:
     options, start = run.options, time.perf_counter()
     data = options.smoke or any(options.data_dir.rglob("*"))
     if not data:
@@ -274,29 +271,5 @@ def experiment(run: harness.Run) -> None:
     print_tables(facts)
 
 
-def defaults(found: argparse.Namespace) -> dict[str, Any]:
-    """Returns what `training` wants to know beside."""
-    settings = {"data": "cifar10", "train_size": None, "test_size": None}
-    settings |= {"label_noise": 0.0, "augment": True, "optimizer": "sgd"}
-    return settings | {"weight_decay": 5e-4}
-
-
-main = harness.script(
-    *(__doc__, experiment),
-    defaults=defaults,
-    smoke={
-        **{"data": "digits", "train_size": 64, "test_size": 50, "model": "mlp"},
-        **{"epochs": 1, "batch_size": 32, "seeds": 1, "repeats": 2, "minutes": 30.0},
-    },
-    data_dir=pathlib.Path("data/cifar10"),
-    minutes={"default": 9.0, "type": harness.positive, "help": "when to end"},
-    repeats=20,
-    epochs={"default": 8, "help": "base runs twice as many"},
-    batch_size=256,
-    seeds={"default": 5, "help": "as many as fit"},
-    model={"default": "resnet18", "choices": models.MODELS},
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,7 +10,6 @@ its rows are within a tenth of the median; what stays wider is drawn with them.
 """
 
 import os
-import sys
 
 
 # Before jax starts.
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import show
 from cost import Problem, problem
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from models import MLP
 from steps import measure, OPTIMIZERS
 
@@ -60,17 +60,11 @@ def scanned(depth: int, width: int = 128, batch: int = 64) -> Problem:
 def distributed(devices: int) -> Problem:
     """Returns the MLP with 32 examples on each of several devices."""
     model = problem(MLP((256, 256)), (256,), 32 * devices)
-    kinds = {"axis_types": (jax.sharding.AxisType.Auto,)}
-    mesh = jax.make_mesh(
-        (devices,), ("data",), devices=jax.devices()[:devices], **kinds
-    )
-    spec = jax.sharding.PartitionSpec
-    rows = jax.sharding.NamedSharding(mesh, spec("data"))
-    everywhere = jax.sharding.NamedSharding(mesh, spec())
-    return model._replace(
-        params=jax.device_put(model.params, everywhere),
-        batch=jax.device_put(model.batch, rows),
-    )
+    settings = {"axis_types": (AxisType.Auto,), "devices": jax.devices()[:devices]}
+    mesh = jax.make_mesh((devices,), ("data",), **settings)
+    params = jax.device_put(model.params, NamedSharding(mesh, P()))
+    batch = jax.device_put(model.batch, NamedSharding(mesh, P("data")))
+    return Problem(model.apply, params, batch)
 
 
 GROWTH = {
@@ -98,8 +92,8 @@ SMOKE = {
 
 def spread_of(facts) -> float:
     """Returns how far the quartiles of a row are from its median, the widest row."""
-    ends = [(q / f["ratio"], 1) for f in facts.values() for q in f["quartiles"]]
-    return max(abs(end - middle) for end, middle in ends)
+    ends = [q / f["ratio"] for f in facts.values() for q in f["quartiles"]]
+    return max(abs(end - 1) for end in ends)
 
 
 def settled(make, repeats: int, rounds: int):
@@ -123,11 +117,8 @@ def headline(results):
 
 def draw(results, path):
     """Draws one panel for each kind of growth, quartiles as bars."""
-    fig, axes = show.figure(
-        *(1, len(results), headline(results)),
-        figsize=(3.1 * len(results), 4.2),
-        sharey=True,
-    )
+    size = {"figsize": (3.1 * len(results), 4.2), "sharey": True}
+    fig, axes = show.figure(1, len(results), headline(results), **size)
     colors = "#000000", show.GREY, show.BLUE, show.SKY, show.GREEN, show.VERMILLION
     styles = "-", "--", "-", ":", "-.", (0, (5, 1, 1, 1))
     for ax, (kind, points) in zip(axes[0], results.items(), strict=True):
@@ -139,11 +130,9 @@ def draw(results, path):
             look = {"ls": style, "color": color, "marker": "o", "ms": 3}
             spread = np.abs(ends - middles) if len(found) else None
             ax.errorbar([*found], middles, spread, label=ROWS[row], **look)
-        ax.set_xscale("log")
+        ax.set(xscale="log", xlabel=kind, xlim=(x[0] / 1.3, x[-1] * 1.3))
         ax.set_xticks(x, list(points))
         ax.minorticks_off()
-        ax.set_xlim(x[0] / 1.3, x[-1] * 1.3)
-        ax.set_xlabel(kind)
     axes[0, 0].set_yscale("log", base=2)
     axes[0, 0].set_ylim(0.8, 16)
     ticks = 1, 1.5, 2, 3, 4, 6, 8
@@ -153,30 +142,25 @@ def draw(results, path):
     show.save(fig, path)
 
 
-def experiment(run: harness.Run) -> None:
-    """Measures what the results do not hold, prints the table and draws the picture."""
+@harness.experiment(
+    smoke={"repeats": 2, "rounds": 1},
+    repeats=9,
+    rounds={"default": 3, "help": "each of twice the repeats"},
+)
+def main(run: harness.Run) -> None:
     results, rows, settings = {}, [], run.take("repeats rounds")
     for kind, points in (SMOKE if run.options.smoke else GROWTH).items():
-        results[kind] = {}
-        for point, make in points.items():
-            key = {"kind": kind, "point": point, **settings}
-            facts = run.cell(settled, make, *settings.values(), **key)
-            results[kind][point] = facts
-            cells = (f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS)
-            rows.append([f"{kind} {point}", *[*cells][1:], f"{spread_of(facts):.0%}"])
+        compute = lambda point, *of, points=points: settled(points[point], *of)  # noqa: E731
+        args = compute, *settings.values()
+        results[kind] = run.each("point", points, *args, kind=kind, **settings)
+        for point, facts in results[kind].items():
+            cells = [f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS]
+            rows.append([f"{kind} {point}", *cells[1:], f"{spread_of(facts):.0%}"])
     short = "SAM by\nhand", "SAM", "with\nmetrics", "empirical\nF", "exact\nF", "spread"
     caption = "Spread: the widest quartile of the row, from its median."
     show.table("Time of a step over the base step", ["", *short], rows, caption)
     draw(results, run.picture())
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"repeats": 2, "rounds": 1},
-    repeats=9,
-    rounds={"default": 3, "help": "each of twice the repeats"},
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -2,12 +2,11 @@
 
 An experiment asks a question, names its cells, and makes tables and pictures of them:
 
-    def experiment(run):
+    @harness.experiment(smoke={"steps": 3}, steps=800)
+    def main(run):
         steps = run.options.steps
-        facts = {m: run.cell(train, m, steps, method=m, steps=steps) for m in METHODS}
+        found = run.each("method", METHODS, train, steps, steps=steps)
         show.table("Accuracy", ["method", "%"], ...)
-
-    main = harness.script(__doc__, experiment, smoke={"steps": 3}, steps=800)
 
 A cell is the unit of resume: its settings are its key, and what made it (command,
 versions, device, seconds) is kept beside its result. It is written as it ends, all or
@@ -25,11 +24,12 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import command_line
 import numpy as np
 import provenance
 from rich.console import Console
@@ -64,6 +64,20 @@ class Run(NamedTuple):
             self.cells.update(keep(self.file, cell))
         self.used.append(key)
         return self.cells[key]["result"]
+
+    def each(
+        self,
+        name: str,
+        values: Iterable[Any],
+        compute: Callable,
+        *args: Any,
+        **key: Any,
+    ) -> dict[Any, Any]:
+        """Returns a cell for each value, which is the first argument and a setting."""
+        return {
+            value: self.cell(compute, value, *args, **{name: value}, **key)
+            for value in values
+        }
 
     def keyed(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """Returns settings as they are kept, and their key."""
@@ -168,30 +182,13 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.Path) else value
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+def experiment(**keywords: Any) -> Callable[[Callable[[Run], None]], Any]:
+    """Makes `main(arguments=None)` of a function of a `Run`; see `start`."""
+    return lambda function: partial(start, function, **keywords)
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one."""
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default is False or default in (None, argparse.SUPPRESS):  # 0 is shown.
-            return (action.help or "").lstrip("=")
-        if isinstance(default, Mapping):
-            default = [f"{k}={v:g}" for k, v in default.items()]
-        if isinstance(default, list | tuple):
-            default = " ".join(map(str, default))
-        return f"{action.help}; default {default}".replace("%", "%%").lstrip("=; ")
-
-
-def main(
-    doc: str | None,
-    experiment: Callable[[Run], None],
+def start(
+    function: Callable[[Run], None],
     arguments: Sequence[str] | None = None,
     *,
     defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda found: {},
@@ -201,8 +198,7 @@ def main(
     """Reads the command line, runs the experiment and returns the exit code.
 
     Args:
-        doc: Docstring of the script.
-        experiment: What to run.
+        function: What to run; the docstring of its module is the help.
         arguments: Command line; default that of the process.
         defaults: Maps options to defaults that depend on them.
         smoke: Defaults of smoke mode: seconds, to see that it runs.
@@ -211,39 +207,23 @@ def main(
             its place.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    module = pathlib.Path(sys.modules[experiment.__module__].__file__ or "").stem
-    parser = _Parser(
-        prog=f"{module}.py", description=doc, formatter_class=_Help, add_help=False
-    )
-
+    module = sys.modules[function.__module__]
+    name = pathlib.Path(module.__file__ or "").stem
     options["out"] = {"default": HERE, "help": "folder of all that is made"}
-    for name, given in options.items():
-        settings = given if isinstance(given, dict) else {"default": given}
-        # Without a help text no default is shown.
-        settings = {"help": "=", **kind(settings.get("default")), **settings}
-        choices = "; ".join(map(str, settings.get("choices", ())))
-        if len(choices) > 40:  # As one word, they would not be broken into lines.
-            settings["help"] = f"{settings['help']}, of {choices}".lstrip("=, ")
-            settings["metavar"] = name.upper()
-        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
-    early, _ = parser.parse_known_args(arguments)
-    chosen = {**defaults(early), **(dict(smoke or {}, out=None) if early.smoke else {})}
-    parser.set_defaults(**chosen)
-    parser.add_argument("-h", "--help", action="help", help="show this and stop")
-    found = parser.parse_args(arguments)
-    found.command = shlex.join(["python", f"benchmarks/{module}.py", *arguments])
+    asked = f"{name}.py", module.__doc__, arguments
+    found = command_line.read(*asked, options, defaults, smoke or {})
+    found.command = shlex.join(["python", f"benchmarks/{name}.py", *arguments])
     if found.smoke and found.out and found.out.resolve().is_relative_to(HERE):
-        parser.error("--out: what smoke mode writes does not belong to the results")
-    at = found.out or pathlib.Path(tempfile.mkdtemp(prefix=f"{module}-smoke-"))
+        raise SystemExit("--out: what smoke mode writes does not belong to the results")
+    at = found.out or pathlib.Path(tempfile.mkdtemp(prefix=f"{name}-smoke-"))
     committed = at.resolve() == HERE
     results, pictures = (at / p if committed else at for p in ("results", "figures"))
     usable(results)
     usable(pictures)
-    file = results / f"{module}.json"
+    file = results / f"{name}.json"
     run = Run(found, file, pictures, read(file), [])
     try:
-        experiment(run)
+        function(run)
     except KeyboardInterrupt:
         say(f"Interrupted: {file} has what is finished; the same command goes on")
         return 130
@@ -257,22 +237,6 @@ def main(
     return 0
 
 
-def kind(default: Any) -> dict[str, Any]:
-    """Returns what `add_argument` takes for a default of this type."""
-    if default is None:
-        return {}
-    if isinstance(default, bool):
-        return {"action": "store_true"}
-    if isinstance(default, list):
-        return {"nargs": "+", **kind(default[0])}
-    return {"type": whole if isinstance(default, int) else type(default)}
-
-
-def script(doc: str | None, experiment: Callable[[Run], None], **keywords: Any):
-    """Returns `main(arguments=None)` of an experiment; see `main`."""
-    return partial(main, doc, experiment, **keywords)
-
-
 def usable(folder: pathlib.Path) -> None:
     """Raises SystemExit where one cannot write into a folder, before anything runs."""
     try:
@@ -281,15 +245,3 @@ def usable(folder: pathlib.Path) -> None:
             stream.write(b"x" * 4096)
     except OSError as error:
         raise SystemExit(f"--out {folder}: {error.strerror}") from None
-
-
-def whole(text: str) -> int:
-    """Reads a positive whole number for argparse."""
-    return int(positive(text, int))
-
-
-def positive(text: str, kind: Callable[[str], float] = float) -> float:
-    """Reads a positive number for argparse."""
-    if not 0 < kind(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return kind(text)

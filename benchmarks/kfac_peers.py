@@ -13,7 +13,6 @@ It wants an environment of its own, since kfac-jax 0.0.8 does not run on jax 0.1
     python benchmarks/kfac_peers.py
 """
 
-import sys
 from functools import partial
 
 import cost
@@ -76,14 +75,14 @@ def kfac(model: Problem, mode: str):
     return run
 
 
-def measure(name: str, model: Problem, repeats: int):
+def measure(name: str, repeats: int):
     """Returns time ratios, compile seconds, temporaries and errors of each row."""
+    model = (cost.SMOKE | cost.PROBLEMS)[name]()
     loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
     runs = {"gradient": jax.grad(loss)}
     for row, (mode, make) in MODES.items():
         options = {"key": jax.random.key(0)} if make is fsam.fisher_i1 else {}
-        estimator = make(model.apply, fsam.categorical, **options)
-        runs[f"{row}: fsam_optax"] = partial(fsam.diagonal, estimator)
+        runs[f"{row}: fsam_optax"] = partial(fsam.diagonal, make(loss, **options))
         runs[f"{row}: kfac-jax"] = kfac(model, mode)
     programs, facts, found = {}, {}, {}
     for row, run in runs.items():
@@ -101,26 +100,13 @@ def measure(name: str, model: Problem, repeats: int):
         facts[row] |= ratio
         mine = found.get(f"{row.partition(':')[0]}: fsam_optax")
         if "kfac" in row and "drawn" not in row and mine is not None:
-            facts[row]["error"] = float(
-                optax.tree.norm(optax.tree.sub(found[row], mine))
-                / optax.tree.norm(mine)
-            )
+            apart = optax.tree.norm(optax.tree.sub(found[row], mine))
+            facts[row]["error"] = float(apart / optax.tree.norm(mine))
             print(f"{name}, {row}: differs by {facts[row]['error']:.1e}")
     return facts
 
 
-def experiment(run: harness.Run) -> None:
-    """Measures what the results do not hold, and prints the table."""
-    problems, repeats = cost.SMOKE | cost.PROBLEMS, run.options.repeats
-    results = {}
-    for name in run.options.models:
-        compute = lambda name: measure(name, problems[name](), repeats)  # noqa: E731
-        results[name] = run.cell(compute, name, model=name, repeats=repeats)
-    cost.print_tables("Ratio to one gradient of the batch", results)
-
-
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={"models": list(cost.SMOKE), "repeats": 2},
     models={
         "default": ["mlp", "mlp-512", "cnn", "resnet"],
@@ -128,7 +114,12 @@ main = harness.script(
     },
     repeats=5,
 )
+def main(run: harness.Run) -> None:
+    settings = run.take("repeats")
+    args = measure, *settings.values()
+    results = run.each("model", run.options.models, *args, **settings)
+    cost.print_tables("Ratio to one gradient of the batch", results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -12,8 +12,8 @@ The folder holds train, val and test_2016_flickr, each as `.de.gz` and `.en.gz`,
 sentence a line. Smoke mode makes up its text.
 """
 
+import itertools
 import pathlib
-import sys
 from functools import cache, partial
 from typing import Any
 
@@ -46,6 +46,11 @@ DIAGONALS = (SIGNS, diagonals.EMPIRICAL, SQUARED, ONES)
 WEIGHTS, ADAPTER = "weights", "adapter"
 ENGLISH, GERMAN = range(2)
 HALF = "Adam, half the gradients"  # as many steps as SAM takes
+MARKERS = {"base": "o", HALF: "D", "SAM": "s", EMPIRICAL: "^", "both": "*"}
+LOOKS = {  # As which diagonal each is drawn.
+    **{SIGNS: "exact F", diagonals.EMPIRICAL: "empirical F"},
+    **{SQUARED: "squared gradient", ONES: "random"},
+}
 TITLES = {"base": "Adam", "both": "Adam, both corpora", "slow": "Adam, smaller rates"}
 
 
@@ -53,9 +58,7 @@ def corpora(options: Any) -> tuple[int, dict[str, list[gpt.Text]], list[list[int
     """Returns the number of pieces, packed English and German, and English captions."""
     text = captions.made_up() if options.smoke else captions.read(options.data_dir)
     sides = {p: [[pair[i] for pair in text[p]] for i in (1, 0)] for p in text}
-    known = gpt.pieces(
-        [line for side in sides["train"] for line in side], options.pieces
-    )
+    known = gpt.pieces([*itertools.chain(*sides["train"])], options.pieces)
     encoded = {p: [gpt.encode(s, known) for s in sides[p]] for p in sides}
     rows = {"train": None, "val": options.val_rows, "test": options.test_rows}
     found = {}
@@ -94,9 +97,9 @@ def penalty(adapter, start, pull):
         return jnp.sum(f * (new - old) ** 2)
 
     moved, zeros = gpt.changes(adapter), gpt.changes(start)
-    parts = [jax.tree.map(square, pull[WEIGHTS], moved, zeros)]
-    parts += [jax.tree.map(square, pull[ADAPTER], adapter, start)]
-    return optax.tree.sum(parts) / 2
+    on_weights = jax.tree.map(square, pull[WEIGHTS], moved, zeros)
+    on_adapter = jax.tree.map(square, pull[ADAPTER], adapter, start)
+    return optax.tree.sum([on_weights, on_adapter]) / 2
 
 
 def fine_tuning(method, data, options):
@@ -167,8 +170,117 @@ def mean_of(tree):
     return optax.tree.sum(tree) / optax.tree.size(tree)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+def english_at(points, german):
+    """Returns English where a curve of (English, German) crosses a German loss."""
+    english, levels = np.array(sorted(points, key=lambda pair: pair[GERMAN]), float).T
+    return np.interp(german, levels, english, left=np.nan, right=np.nan)
+
+
+def report(rows, curves, means, options):
+    """Prints what is left of English and gained of German, and the means of F."""
+    test = {
+        key: np.array([r["test"] for r in found]) for key, (_, found) in rows.items()
+    }
+    lines = []
+    for key, (point, _) in rows.items():
+        title = key if isinstance(key, str) else f"EWC on {key[1]}, {key[0]}"
+        values = [f"{point[k]:g}" for k in ("rho", "strength") if point.get(k)]
+        edges = {edge.split()[1] for edge in point.get("edges", [])}
+        star = "*" * bool(edges & {"rho", "rate", "strength"})
+        cells = [f"{point['rate']:g}" if point else "", "".join(values) + star]
+        cells += [show.cell(test[key][:, i], ".3f") for i in (ENGLISH, GERMAN)]
+        over = show.over(test[key].mean(1), test["base"].mean(1), "+.3f", 1)
+        lines.append([TITLES.get(title, title), *cells, over])
+    heads = ["", "rate", "rho or\nlambda", "English", "German", "mean,\nover Adam"]
+    caption = "Nats a token on test captions, mean ± standard error, paired. "
+    caption += "* at an edge of the grid."
+    title = f"{options.gradients} gradients, {options.seeds} seeds"
+    show.table(title, heads, lines, caption, first=21)
+
+    def level(found, german):
+        english = np.array([english_at(points, german) for points in found])
+        return show.cell(english, ".2f") if np.isfinite(english).all() else "-"
+
+    def named(at, _):
+        return f"EWC on {at[1]}, {at[0]}" if at[1] else TITLES[at[0]]
+
+    columns = {"": named} | {
+        f"German {german:g}": lambda _, found, german=german: level(found, german)
+        for german in LEVELS
+    }
+    title = f"English at equal German, {options.curves} seeds"
+    caption = "Nats a token, linearly between the points of each seed."
+    show.report(title, curves, columns, caption, first=21)
+    columns = {
+        "mean of F, times 1e6": lambda at, _: f"{at[0]}, of the {at[1]}",
+        "packed": lambda _, of: f"{of[0] * 1e6:.3f}",
+        "one a row": lambda _, of: f"{of[LENGTH] * 1e6:.3f}",
+    }
+    show.report("The same captions, packed or padded", means, columns)
+
+
+def mean_of_tests(rows, key):
+    """Returns the mean over seeds of English and German."""
+    return np.mean([result["test"] for result in rows[key][1]], 0)
+
+
+def draw(rows, curves, path):
+    """Draws English against German, as the strength of the pull grows."""
+    pulled = mean_of_tests(rows, (SIGNS, WEIGHTS)) - mean_of_tests(rows, "base")
+    headline = (
+        f"F of random signs on the weights: English {pulled[ENGLISH]:+.2f} nats, "
+    )
+    headline += f"German {pulled[GERMAN]:+.2f}, beside no penalty"
+    shared = {"figsize": (10, 4.6), "sharex": True, "sharey": True}
+    fig, axes = show.figure(1, 2, headline, **shared)
+    for axis, place in zip(axes[0], (WEIGHTS, ADAPTER), strict=True):
+        for name, look in LOOKS.items():
+            if (name, place) in curves:
+                english, german = np.mean(curves[name, place], 0).T
+                axis.plot(
+                    german, english, **show.look(look), ms=4, label=f"EWC, {name}"
+                )
+        english, german = np.mean(curves["slow", ""], 0).T
+        axis.plot(german, english, color=show.BLACK, lw=1, label=TITLES["slow"])
+        for key, marker in MARKERS.items():
+            if key in rows:
+                english, german = mean_of_tests(rows, key)
+                label = TITLES.get(key, key).removesuffix(", relative")
+                axis.plot(german, english, marker, color=show.BLACK, ms=6, label=label)
+        start = mean_of_tests(rows, "start")[ENGLISH]
+        axis.axhline(start, color=show.BLACK, lw=1, ls=":")
+        axis.set(xlabel="German, nats a token", title=f"the pull is on the {place}")
+    axes[0][0].set_ylabel("English, nats a token")
+    show.legend(fig, axes[0][0], 4, fontsize=8)
+    show.save(fig, path)
+
+
+@harness.experiment(
+    smoke={
+        **{"pretraining": 3, "gradients": 4, "batch": 2, "width": 8, "depth": 1},
+        **{"fisher_rows": 8, "val_rows": 4, "test_rows": 4, "pieces": 40, "seeds": 2},
+        **{"rates": [0.01], "radii": [0.1], "strengths": [0.1, 1.0]},
+        **{"methods": [EMPIRICAL], "diagonals": [SIGNS], "curves": 2},
+    },
+    data_dir=pathlib.Path("data/multi30k"),
+    methods={"default": ["SAM", EMPIRICAL], "nargs": "+", "choices": methods.METHODS},
+    rates=list(RATES),
+    radii=list(RADII),
+    diagonals={"default": list(DIAGONALS), "nargs": "+", "choices": DIAGONALS},
+    strengths={"default": list(STRENGTHS), "help": "lambdas, F divided by its mean"},
+    pretraining={"default": 600, "help": "steps, on English"},
+    gradients={"default": 160, "help": "of one fine-tuning"},
+    batch={"default": 8, "help": f"rows of {LENGTH} tokens; twice as many before"},
+    fisher_rows={"default": 128, "help": "rows of English that F is from"},
+    val_rows=128,
+    test_rows=256,
+    pieces={"default": 512, "help": "of words, the vocabulary"},
+    seeds=3,
+    curves={"default": 3, "help": "seeds that run every lambda"},
+    width=128,
+    depth=5,
+)
+def main(run: harness.Run) -> None:
     options = run.options
     settings = run.take("pretraining gradients batch width depth pieces fisher_rows")
     settings |= run.take("val_rows test_rows")
@@ -192,12 +304,9 @@ def experiment(run: harness.Run) -> None:
     @cache
     def fisher(name, place, seed, length=0):
         side = data()[1]["train"][ENGLISH]
-        if length:
-            # The same captions, one to a row.
-            rows = gpt.Text(*(a[: options.fisher_rows] for a in side))
-            side = gpt.pack(data()[2][: int(rows.part.max(1).sum())], length, most=1)
-        else:
-            side = gpt.Text(*(a[: options.fisher_rows] for a in side))
+        side = gpt.Text(*(a[: options.fisher_rows] for a in side))
+        if length:  # The same captions, one to a row.
+            side = gpt.pack(data()[2][: int(side.part.max(1).sum())], length, most=1)
         batch = jax.tree.map(jnp.asarray, side.batch)
         return diagonal(name, place, *start(seed), batch, jax.random.key(seed))
 
@@ -229,10 +338,12 @@ def experiment(run: harness.Run) -> None:
     def seeds_of(method, **point):
         return [attempt(method, seed, **point) for seed in range(options.seeds)]
 
-    def best_of(method, points, score):
+    def tuned_by(method, points, score):
+        """Returns the best point of the first seed, and what all seeds do there."""
         found = [attempt(method, 0, **point) for point in points]
         best = methods.choose(points, [-score(result["val"]) for result in found])
-        return {k: best[k] for k in points[0]}, best["edges"]
+        point = {k: best[k] for k in points[0]}
+        return best, seeds_of(method, **point)
 
     def curve(points):
         return [
@@ -246,177 +357,33 @@ def experiment(run: harness.Run) -> None:
     def german(val):
         return val[GERMAN]
 
-    best, edges = best_of("base", [{"rate": r} for r in options.rates], german)
-    rows["base"] = best | {"edges": edges}, seeds_of("base", **best)
-    rate = best["rate"]
-    best, edges = best_of(HALF, [{"rate": r} for r in options.rates], german)
-    rows[HALF] = best | {"edges": edges}, seeds_of(HALF, **best)
+    rates = [{"rate": rate} for rate in options.rates]
+    rows["base"] = tuned_by("base", rates, german)
+    rate = rows["base"][0]["rate"]
+    rows[HALF] = tuned_by(HALF, rates, german)
     for method in options.methods:
         points = [{"rho": r, "rate": k * rate} for k in FACTORS for r in options.radii]
-        best, edges = best_of(method, points, german)
-        rows[method] = best | {"edges": edges}, seeds_of(method, **best)
+        rows[method] = tuned_by(method, points, german)
     rows["both"] = {"rate": rate}, seeds_of("both", rate=rate)
-    points = [{"rate": r} for r in options.rates]
-    best, edges = best_of("base", points, np.mean)
-    curves["slow", ""] = curve([p for p in points if p["rate"] <= rate])
-    rows["slow"] = best | {"edges": edges}, seeds_of("base", **best)
+    rows["slow"] = tuned_by("base", rates, np.mean)
+    curves["slow", ""] = curve([p for p in rates if p["rate"] <= rate])
     for place in (WEIGHTS, ADAPTER):
         for name in options.diagonals:
             if place == ADAPTER and name not in (SIGNS, ONES):
                 continue
             point = {"rate": rate, "name": name, "place": place}
             points = [point | {"strength": s} for s in options.strengths]
-            best, edges = best_of("base", points, np.mean)
+            rows[name, place] = tuned_by("base", points, np.mean)
             curves[name, place] = curve([{"rate": rate}, *points])
-            rows[name, place] = best | {"edges": edges}, seeds_of("base", **best)
-    means = {
-        (name, place, length): run.cell(
-            lambda *at: mean_of(fisher(at[0], at[1], 0, at[2])),
-            *(name, place, length),
-            **({"mean of F": name, "place": place, "length": length} | settings),
-        )
-        for place in (WEIGHTS, ADAPTER)
-        for name in options.diagonals[:2]
-        for length in (0, LENGTH)
-    }
+    means = {}
+    for place, name in itertools.product((WEIGHTS, ADAPTER), options.diagonals[:2]):
+        compute = lambda length, *at: mean_of(fisher(*at, 0, length))  # noqa: E731
+        key = {"mean of F": name, "place": place, **settings}
+        lengths = run.each("length", (0, LENGTH), compute, name, place, **key)
+        means[name, place] = lengths
     report(rows, curves, means, options)
     draw(rows, curves, run.picture())
 
 
-def at_level(curve, german):
-    """Returns English where a curve, of (English, German), crosses a German loss."""
-    english, levels = np.array(sorted(curve, key=lambda pair: pair[GERMAN]), float).T
-    return np.interp(german, levels, english, left=np.nan, right=np.nan)
-
-
-def report(rows, curves, means, options):
-    """Prints what is left of English and gained of German, and the means of F."""
-    lines = []
-    base = np.array([r["test"] for r in rows["base"][1]])
-    for key, (point, found) in rows.items():
-        test = np.array([result["test"] for result in found])
-        title = key if isinstance(key, str) else f"EWC on {key[1]}, {key[0]}"
-        title = TITLES.get(title, title)
-        values = [f"{point[k]:g}" if point.get(k) else "" for k in ("rho", "strength")]
-        edge = "*" * any(
-            e.split()[1] in ("rho", "rate", "strength") for e in point.get("edges", [])
-        )
-        values = [
-            f"{point['rate']:g}" if point else "",
-            " ".join(values).strip() + edge,
-        ]
-        cells = [show.cell(test[:, i], ".3f") for i in (ENGLISH, GERMAN)]
-        cells += [show.cell((test - base).mean(1), "+.3f")]
-        lines.append([title, *values, *cells])
-    heads = ["", "rate", "rho or\nlambda", "English", "German", "mean,\nover Adam"]
-    caption = "Nats a token on test captions, mean ± standard error, paired. "
-    caption += "* at an edge of the grid."
-    title = f"{options.gradients} gradients, {options.seeds} seeds"
-    show.table(title, heads, lines, caption, first=21)
-
-    def level(found, german):
-        english = np.array([at_level(curve, german) for curve in found])
-        return show.cell(english, ".2f") if np.isfinite(english).all() else "-"
-
-    lines = [
-        [f"EWC on {place}, {name}" if place else TITLES[name]]
-        + [level(found, german) for german in LEVELS]
-        for (name, place), found in curves.items()
-    ]
-    title = f"English at equal German, {options.curves} seeds"
-    caption = "Nats a token, linearly between the points of each seed."
-    heads = ["", *(f"German {german:g}" for german in LEVELS)]
-    show.table(title, heads, lines, caption, first=21)
-    lines = [
-        [f"{name}, of the {place}"]
-        + [f"{means[name, place, length] * 1e6:.3f}" for length in (0, LENGTH)]
-        for name, place, length in means
-        if not length
-    ]
-    heads = ["mean of F, times 1e6", "packed", "one a row"]
-    show.table("The same captions, packed or padded", heads, lines)
-
-
-def draw(rows, curves, path):
-    """Draws English against German, as the strength of the pull grows."""
-
-    def mean(key):
-        return np.array([result["test"] for result in rows[key][1]]).mean(0)
-
-    fig, axes = show.figure(
-        1, 2, headline(rows), figsize=(10, 4.6), sharex=True, sharey=True
-    )
-    looks = {
-        SIGNS: show.look("exact F"),
-        diagonals.EMPIRICAL: show.look("empirical F"),
-        SQUARED: show.look("squared gradient"),
-        ONES: show.look("random"),
-    }
-    for axis, place in zip(axes[0], (WEIGHTS, ADAPTER), strict=True):
-        for name in [name for name, at in curves if at == place]:
-            english, german = np.mean(np.array(curves[name, place], float), 0).T
-            axis.plot(german, english, **looks[name], ms=4, label=f"EWC, {name}")
-        english, german = np.mean(np.array(curves["slow", ""], float), 0).T
-        axis.plot(german, english, color=show.BLACK, lw=1, label=TITLES["slow"])
-        for key, marker in (
-            ("base", "o"),
-            (HALF, "D"),
-            ("SAM", "s"),
-            (EMPIRICAL, "^"),
-            ("both", "*"),
-        ):
-            if key in rows:
-                english, german = mean(key)
-                label = TITLES.get(key, key).removesuffix(", relative")
-                axis.plot(german, english, marker, color=show.BLACK, ms=6, label=label)
-        axis.axhline(mean("start")[ENGLISH], color=show.BLACK, lw=1, ls=":")
-        axis.set_xlabel("German, nats a token")
-        axis.set_title(f"the pull is on the {place}")
-    axes[0][0].set_ylabel("English, nats a token")
-    show.legend(fig, axes[0][0], 4, fontsize=8)
-    show.save(fig, path)
-
-
-def headline(rows):
-    """Returns what the picture shows."""
-
-    def mean(key):
-        return np.array([r["test"] for r in rows[key][1]]).mean(0)
-
-    pulled = mean((SIGNS, WEIGHTS)) - mean("base")
-    return (
-        f"F of random signs on the weights: English {pulled[ENGLISH]:+.2f} nats, "
-        f"German {pulled[GERMAN]:+.2f}, beside no penalty"
-    )
-
-
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={
-        **{"pretraining": 3, "gradients": 4, "batch": 2, "width": 8, "depth": 1},
-        **{"fisher_rows": 8, "val_rows": 4, "test_rows": 4, "pieces": 40, "seeds": 2},
-        **{"rates": [0.01], "radii": [0.1], "strengths": [0.1, 1.0]},
-        **{"methods": [EMPIRICAL], "diagonals": [SIGNS], "curves": 2},
-    },
-    data_dir=pathlib.Path("data/multi30k"),
-    methods={"default": ["SAM", EMPIRICAL], "nargs": "+", "choices": methods.METHODS},
-    rates=list(RATES),
-    radii=list(RADII),
-    diagonals={"default": list(DIAGONALS), "nargs": "+", "choices": DIAGONALS},
-    strengths={"default": list(STRENGTHS), "help": "lambdas, F divided by its mean"},
-    pretraining={"default": 600, "help": "steps, on English"},
-    gradients={"default": 160, "help": "of one fine-tuning"},
-    batch={"default": 8, "help": f"rows of {LENGTH} tokens; twice as many before"},
-    fisher_rows={"default": 128, "help": "rows of English that F is from"},
-    val_rows=128,
-    test_rows=256,
-    pieces={"default": 512, "help": "of words, the vocabulary"},
-    seeds=3,
-    curves={"default": 3, "help": "seeds that run every lambda"},
-    width=128,
-    depth=5,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,18 +10,17 @@ training data, or by as many held-out examples for all.
     python benchmarks/laplace.py
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import command_line
 import datasets
 import diagonals
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import perceptron
 import show
 from jax.flatten_util import ravel_pytree
@@ -67,9 +66,8 @@ class Net(NamedTuple):
 
     def at(self, w):
         """Returns the outputs at other weights."""
-        params = perceptron.initial(
-            jax.random.key(0), (self.x.shape[1], *HIDDEN, self.f.shape[1])
-        )
+        sizes = self.x.shape[1], *HIDDEN, self.f.shape[1]
+        params = perceptron.initial(jax.random.key(0), sizes)
         return perceptron.apply(ravel_pytree(params)[1](w), self.x)
 
 
@@ -79,10 +77,7 @@ def fit(key, data, task, steps, decay):
     x, _ = data
     loss = fsam.negative_log_likelihood(perceptron.apply, task.likelihood)
     params = perceptron.initial(key, (x.shape[1], *HIDDEN, task.outputs))
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
-    optimizer = optax.chain(optax.add_decayed_weights(decay / len(x)), optimizer)
-    every = jnp.arange(steps)
-    return perceptron.minimise(lambda w, _: loss(w, data), params, optimizer, every)
+    return perceptron.fit(loss, params, data, steps, decay / len(x))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -214,7 +209,6 @@ def read_digits(seed):
     found = datasets.load("digits")
     order = np.random.default_rng(seed).permutation(len(found.train_labels))
     other = np.random.default_rng(seed).permutation(len(found.test_labels))[:300]
-
     rows = datasets.flat
     x, y = rows(found.train_images[order]), found.train_labels[order]
     test, labels = found.test_images[other], found.test_labels[other]
@@ -318,8 +312,92 @@ def compute(task, seed, decay, options):
     return found
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+CAPTION = (
+    "Nats an example, mean ± standard error; * chosen by held-out examples. Off:\n"
+    "expected calibration error, or mean distance of the distribution function from\n"
+    "uniform. decay, tau: medians."
+)
+
+
+LOOKS = {
+    way: {"color": color, "linestyle": line, "marker": marker}
+    for way, color, line, marker in zip(
+        WAYS,
+        (show.BLACK, show.GREEN, show.VERMILLION, show.ORANGE, show.PURPLE, show.BLUE),
+        ("-", "-", "--", ":", "-.", "--"),
+        "o^svDP",
+        strict=True,
+    )
+}
+
+
+def print_table(title, found):
+    """Prints what each way is worth, beside the tempered network."""
+    base = found["network; held-out"]["loss"]
+
+    def chosen(name, f):
+        tau = np.median(np.array(f["point"])[:, 0])
+        decay = np.median(f["decay"])
+        return "-" if name.startswith("network") else f"{decay:.2g}, {tau:.2g}"
+
+    columns = {
+        "predictive": lambda name, f: name.replace("; held-out", " *").split(";")[0],
+        "loss": lambda name, f: show.cell(f["loss"], ".3f"),
+        "over the\nnetwork": lambda name, f: show.over(f["loss"], base, "+.3f", 1),
+        "off, %": lambda name, f: show.percent(f["off"]),
+        "decay, tau": chosen,
+    }
+    show.report(title, found, columns, CAPTION, first=28)
+
+
+def draw(results, path):
+    """Draws reliability, and the loss of each way."""
+    fig, axes = show.figure(1, 4, headline(results), figsize=(15, 4.4))
+    *panels, right = axes[0]
+    places = {"digits": -0.2, "digits, shifted": 0, "diabetes": 0.2}
+    for ax, (title, offset) in zip(panels, places.items(), strict=True):
+        for at, (way, look) in enumerate(LOOKS.items()):
+            facts = results[title][f"{way}; training data"]
+            curve = np.array(facts["curve"])
+            if title == "diabetes":
+                x, y = LEVELS, curve.mean(0)
+            else:
+                count, sums, hits = curve.sum(0)
+                kept = count >= 5 * len(curve)
+                x, y = sums[kept] / count[kept], hits[kept] / count[kept]
+            ax.plot(x, y, label=way, **look, ms=4, lw=1.2)
+            base = results[title]["network; held-out"]["loss"]
+            mean, error = show.mean_and_error(np.subtract(facts["loss"], base))
+            style = {"color": look["color"], "fmt": "o", "ms": 4}
+            right.errorbar(at + offset, mean, error, **style)
+        ax.plot([0, 1], [0, 1], color=show.GREY, lw=0.8)
+        names = ("below", "level") if title == "diabetes" else ("right", "confidence")
+        ax.set(title=f"{title}: share {names[0]}", xlabel=names[1])
+    ways = [way.replace(", ", ",\n") for way in WAYS]
+    right.set_xticks(range(len(WAYS)), ways, rotation=45)
+    right.set_title("loss over the network's: digits, shifted, diabetes")
+    axes[0, 0].legend(fontsize=7)
+    show.save(fig, path)
+
+
+def headline(results):
+    """Returns what the picture shows."""
+    parts = []
+    for title, found in results.items():
+        losses = found["linearised, exact F; training data"]["loss"]
+        over = np.subtract(losses, found["network; held-out"]["loss"])
+        parts.append(f"{title} {over.mean():+.2f}")
+    return "Loss of Laplace by the evidence over the network's: " + ", ".join(parts)
+
+
+@harness.experiment(
+    smoke={"seeds": 2, "samples": 4, "steps": 3, "decay": [1.0]},
+    seeds=6,
+    samples={"default": 100, "help": "of weights or of outputs"},
+    steps=1000,
+    decay={"default": [0.1, 1.0, 10.0], "type": command_line.positive},
+)
+def main(run: harness.Run) -> None:
     options = run.options
     settings = run.take("samples steps")
     results = {}
@@ -327,7 +405,7 @@ def experiment(run: harness.Run) -> None:
         cells = [
             [
                 run.cell(
-                    partial(compute, task, seed, decay, options),
+                    *(compute, task, seed, decay, options),
                     **{"data": name, "seed": seed, "decay": decay, **settings},
                 )
                 for decay in options.decay
@@ -345,107 +423,9 @@ def experiment(run: harness.Run) -> None:
             results.setdefault(title, {})[at] = facts
     names = [f"{way}; {by}" for way in WAYS for by in ("training data", "held-out")]
     for title, found in results.items():
-        base = np.array(found[names[1]]["loss"])
-        rows = []
-        for key in names:
-            facts = found[key]
-            way, by = key.split("; ")
-            losses = np.array(facts["loss"])
-            median = np.median(np.array(facts["point"])[:, 0])
-            numbers = f"{np.median(facts['decay']):.2g}, {median:.2g}"
-            rows.append(
-                [
-                    f"{way} {'*' * (by == 'held-out')}",
-                    show.cell(losses, ".3f"),
-                    show.cell(losses - base, "+.3f"),
-                    show.cell(facts["off"], ".1f", 100),
-                    "-" if way == "network" else numbers,
-                ]
-            )
-        headings = ["predictive", "loss", "over the\nnetwork", "off, %", "decay, tau"]
-        show.table(title, headings, rows, CAPTION, first=28)
+        print_table(title, {name: found[name] for name in names})
     draw(results, run.picture())
 
 
-CAPTION = (
-    "Nats an example, mean ± standard error; * chosen by held-out examples. Off:\n"
-    "expected calibration error, or mean distance of the distribution function from\n"
-    "uniform. decay, tau: medians."
-)
-
-
-def draw(results, path):
-    """Draws reliability, and the loss of each way."""
-    fig, axes = show.figure(1, 4, headline(results), figsize=(15, 4.4))
-    for ax, title in zip(
-        axes[0], ("digits", "digits, shifted", "diabetes"), strict=False
-    ):
-        for way in WAYS:
-            curve = np.array(results[title][f"{way}; training data"]["curve"])
-            if title == "diabetes":
-                x, y = LEVELS, curve.mean(0)
-            else:
-                count, sums, hits = curve.sum(0)
-                kept = count >= 5 * len(curve)
-                x, y = sums[kept] / count[kept], hits[kept] / count[kept]
-            ax.plot(x, y, label=way, **LOOKS[way], ms=4, lw=1.2)
-        ax.plot([0, 1], [0, 1], color=show.GREY, lw=0.8)
-        ax.set_title(
-            f"{title}: " + ("share below" if title == "diabetes" else "share right")
-        )
-        ax.set_xlabel("level" if title == "diabetes" else "confidence")
-    ax = axes[0, 3]
-    for at, way in enumerate(WAYS):
-        for title, offset in (
-            ("digits", -0.2),
-            ("digits, shifted", 0),
-            ("diabetes", 0.2),
-        ):
-            base = np.array(results[title]["network; held-out"]["loss"])
-            over = np.array(results[title][f"{way}; training data"]["loss"]) - base
-            mean, error = show.mean_and_error(over)
-            ax.errorbar(
-                at + offset, mean, error, color=LOOKS[way]["color"], fmt="o", ms=4
-            )
-    ax.set_xticks(
-        range(len(WAYS)), [way.replace(", ", ",\n") for way in WAYS], rotation=45
-    )
-    ax.set_title("loss over the network's: digits, shifted, diabetes")
-    axes[0, 0].legend(fontsize=7)
-    show.save(fig, path)
-
-
-def headline(results):
-    """Returns what the picture shows."""
-    parts = []
-    for title, found in results.items():
-        base = np.array(found["network; held-out"]["loss"])
-        over = np.array(found["linearised, exact F; training data"]["loss"]) - base
-        parts.append(f"{title} {over.mean():+.2f}")
-    return "Loss of Laplace by the evidence over the network's: " + ", ".join(parts)
-
-
-LOOKS = {
-    way: {"color": color, "linestyle": line, "marker": marker}
-    for way, color, line, marker in zip(
-        WAYS,
-        (show.BLACK, show.GREEN, show.VERMILLION, show.ORANGE, show.PURPLE, show.BLUE),
-        ("-", "-", "--", ":", "-.", "--"),
-        "o^svDP",
-        strict=True,
-    )
-}
-
-
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"seeds": 2, "samples": 4, "steps": 3, "decay": [1.0]},
-    seeds=6,
-    samples={"default": 100, "help": "of weights or of outputs"},
-    steps=1000,
-    decay={"default": [0.1, 1.0, 10.0], "type": harness.positive},
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

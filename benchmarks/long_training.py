@@ -10,7 +10,6 @@ rate is small enough to stand for stopping early.
     python benchmarks/long_training.py
 """
 
-import sys
 from functools import partial
 
 import datasets
@@ -73,41 +72,7 @@ def headline(results):
     )
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the table and draws the figure."""
-    options = run.options
-    (x, y), test = perceptron.split(datasets.load("digits"))
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = x[order], y[order]
-    settings = run.take("noise seeds tuning_seeds")
-    sets = {"data": (x[:300], y[:300]), "test": test, "held": (x[300:], y[300:])}
-    compare = partial(perceptron.compare, **sets, **settings)
-    results, rows = {method: {} for method in options.methods}, []
-    for budget in options.gradients:
-        for method, found in results.items():
-            found[budget] = run.cell(
-                *(compare, partial(perceptron.train_by, method, budget), grid(method)),
-                **{"method": method, "gradients": budget, "rates": RATES, **settings},
-            )
-    for method, found in results.items():
-        cells = []
-        for budget, facts in found.items():
-            over = perceptron.over(facts, results["base"][budget])
-            star = "*" * bool(facts["edges"])
-            cells += [show.cell(facts["accuracy"], ".1f", 100)]
-            cells += [show.cell(over, "+.1f", 100) + star]
-        rows.append([method, *cells])
-    headings = ["method"]
-    headings += [
-        t for b in options.gradients for t in (f"{b}\ngradients", "over\nbase")
-    ]
-    caption = "Mean ± standard error. * chosen at an edge of the grid."
-    show.table("Test accuracy, %", headings, rows, caption, first=22)
-    draw(results, run.picture())
-
-
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={
         **{"methods": ["base", "MSAM"], "gradients": [4, 8], "seeds": 2},
         "tuning_seeds": 1,
@@ -118,7 +83,35 @@ main = harness.script(
     seeds=10,
     tuning_seeds=2,
 )
+def main(run: harness.Run) -> None:
+    options = run.options
+    (x, y), test = perceptron.split(datasets.load("digits"))
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order], y[order]
+    settings = run.take("noise seeds tuning_seeds")
+    sets = {"data": (x[:300], y[:300]), "test": test, "held": (x[300:], y[300:])}
+    compare = partial(perceptron.compare, **sets, **settings)
+    results, rows = {method: {} for method in options.methods}, []
+    for method, found in results.items():
+        points = grid(method)
+        for budget in options.gradients:
+            key = {"method": method, "gradients": budget, "points": points, **settings}
+            train = partial(perceptron.train_by, method, budget)
+            found[budget] = run.cell(compare, train, points, **key)
+    for method, found in results.items():
+        rows.append([method])
+        for budget, facts in found.items():
+            star = "*" * bool(facts["edges"])
+            over = show.over(facts["accuracy"], results["base"][budget]["accuracy"])
+            rows[-1] += [show.percent(facts["accuracy"]), over + star]
+    headings = ["method"]
+    headings += [
+        t for b in options.gradients for t in (f"{b}\ngradients", "over\nbase")
+    ]
+    caption = "Mean ± standard error. * chosen at an edge of the grid."
+    show.table("Test accuracy, %", headings, rows, caption, first=22)
+    draw(results, run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

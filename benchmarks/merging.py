@@ -10,9 +10,7 @@ best on held-out images, and with l = 1/2.
     python benchmarks/merging.py --data fashion-mnist --data-dir data --pool 2
 """
 
-import sys
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -53,26 +51,26 @@ def problem_of(scenario: str, options: Any) -> Problem:
     """Returns the tasks: a fifth to start from, a fifth held out, the rest to train."""
     source = datasets.load(options.data, options.data_dir)
 
-    def pair(images, labels, task):
-        kept = np.arange(len(labels))
-        if scenario == "classes" and task is not None:
-            kept = np.flatnonzero(labels % 2 == task)
-        if scenario == "shifted" and task is not None:
+    def pair(images, labels):
+        return jnp.asarray(datasets.flat(images, options.pool)), jnp.asarray(labels)
+
+    def task(images, labels, number):
+        if scenario == "classes":
+            kept = labels % 2 == number
+            return pair(images[kept], labels[kept])
+        if scenario == "shifted":
             step = images.shape[2] // 8
-            images = np.roll(images, (2 * task - 1) * step, 2)
-        if scenario == "turned" and task is not None:
-            images = np.rot90(images, 1 + 2 * task, (1, 2))
-        images = datasets.flat(images[kept], options.pool)
-        return jnp.asarray(images), jnp.asarray(labels[kept])
+            return pair(np.roll(images, (2 * number - 1) * step, 2), labels)
+        return pair(np.rot90(images, 1 + 2 * number, (1, 2)), labels)
 
     def both(images, labels):
-        return pair(images, labels, 0), pair(images, labels, 1)
+        return task(images, labels, 0), task(images, labels, 1)
 
     images = source.train_images[: options.train_size]
     labels = source.train_labels[: options.train_size]
     one, two = len(labels) // 5, len(labels) * 2 // 5
     return Problem(
-        start=pair(images[:one], labels[:one], None),
+        start=pair(images[:one], labels[:one]),
         train=both(images[two:], labels[two:]),
         held=both(images[one:two], labels[one:two]),
         test=both(source.test_images, source.test_labels),
@@ -126,15 +124,13 @@ def sweep(method, networks, problem, options):
     """Merges by every share; returns arrays (share, seed)."""
 
     def one(share, networks):
-        pair = networks[1:3]
-        weights = [
-            weight(method, w, d) for w, d in zip(pair, problem.train, strict=True)
-        ]
-        merged = merge(pair, weights, share)
+        tasks = zip(networks[1:3], problem.train, strict=True)
+        weights = [weight(method, params, data) for params, data in tasks]
+        merged = merge(networks[1:3], weights, share)
         return score(merged, problem.held), score(merged, problem.test)
 
     every = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
-    held, test = jax.jit(every)(jnp.asarray(options.shares), networks)
+    held, test = jax.jit(every)(jnp.asarray(options.shares), networks())
     return {"held": held, "accuracy": test}
 
 
@@ -142,7 +138,7 @@ def apart(networks, problem):
     """Returns what the networks are worth that are not merged."""
     names = ("the start", "fine-tuned, first", "fine-tuned, second", "both at once")
     test = jax.jit(jax.vmap(lambda w: score(w, problem.test)))
-    return {name: test(w) for name, w in zip(names, networks, strict=True)}
+    return {name: test(w) for name, w in zip(names, networks(), strict=True)}
 
 
 def best_of(results):
@@ -155,10 +151,9 @@ def headline(found):
     gains = []
     for (scenario, _), (_, results) in found.items():
         best = best_of(results)
-        ends = [
-            np.mean(results[m]["accuracy"][best[m]]) for m in (diagonals.EXACT, AVERAGE)
-        ]
-        gains.append(f"{100 * (ends[0] - ends[1]):+.1f} ({scenario})")
+        mean = {m: np.mean(r["accuracy"][best[m]]) for m, r in results.items()}
+        gain = 100 * (mean[diagonals.EXACT] - mean[AVERAGE])
+        gains.append(f"{gain:+.1f} ({scenario})")
     return f"Merged by exact F over the mean, each at its best: {', '.join(gains)}"
 
 
@@ -169,10 +164,8 @@ def draw(found, options, path):
         headline(found),
         figsize=(12, 3.4 * len(options.steps)),
     )
-    cells = axes.T.ravel()
-    for axis, ((scenario, steps), (alone, results)) in zip(
-        cells, found.items(), strict=True
-    ):
+    panels = zip(axes.T.ravel(), found.items(), strict=True)
+    for axis, ((scenario, steps), (alone, results)) in panels:
         values = {method: result["accuracy"] for method, result in results.items()}
         show.curves(axis, options.shares, values, ms=3)
         axis.axhline(100 * np.mean(alone["both at once"]), color=show.GREY, lw=1)
@@ -185,8 +178,40 @@ def draw(found, options, path):
     show.save(fig, path)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+def report(scenario, steps, alone, results, options):
+    """Prints one scenario: the share tuned, and one half."""
+    half = int(np.argmin(np.abs(np.array(options.shares) - 0.5)))
+    best = best_of(results)
+    plain = results[AVERAGE]["accuracy"]
+    rows = []
+    for method, result in results.items():
+        values, at = result["accuracy"], best[method]
+        cells = [show.percent(values[half]), show.over(values[half], plain[half])]
+        cells += [f"{options.shares[at]:g}" + show.edge(at, options.shares)]
+        cells += [show.percent(values[at]), show.over(values[at], plain[best[AVERAGE]])]
+        rows.append([method, *cells])
+    rows += [[name, show.percent(v), *[""] * 4] for name, v in alone.items()]
+    heads = ["", "l = 1/2", "over\naverage", "best l", "accuracy", "over\naverage"]
+    title = f"{options.data}, {scenario} ({SCENARIOS[scenario]}), {steps} steps"
+    caption = "%, mean ± standard error. * at an edge of the grid."
+    show.table(title, heads, rows, caption, first=22)
+
+
+@harness.experiment(
+    smoke={
+        **{"scenarios": ["classes"], "shares": [0.25, 0.5, 0.75], "seeds": 2},
+        "steps": [4],
+    },
+    **perceptron.IMAGES,
+    scenarios={"default": list(SCENARIOS), "choices": SCENARIOS},
+    batches=[32],
+    shares={"default": SHARES, "help": "of the first network"},
+    seeds=10,
+    steps=[800],
+    train_size={"default": 6000, "help": "most images"},
+    pool=perceptron.POOL,
+)
+def main(run: harness.Run) -> None:
     options, found = run.options, {}
     methods = [AVERAGE, diagonals.EXACT, DAMPED, diagonals.EMPIRICAL]
     methods += [diagonals.squared(batch) for batch in options.batches]
@@ -196,71 +221,13 @@ def experiment(run: harness.Run) -> None:
         for steps in options.steps:
             networks = cache(partial(fit, problem, options.seeds, steps))
             part = {"scenario": scenario, "steps": steps} | settings
-            alone = run.cell(
-                lambda networks=networks, problem=problem: apart(networks(), problem),
-                method="apart",
-                **part,
-            )
-            results = {
-                method: run.cell(
-                    lambda method=method, networks=networks, problem=problem: sweep(
-                        method, networks(), problem, options
-                    ),
-                    method=method,
-                    **part,
-                )
-                for method in methods
-            }
+            alone = run.cell(apart, networks, problem, method="apart", **part)
+            args = sweep, networks, problem, options
+            results = run.each("method", methods, *args, **part)
             found[scenario, steps] = alone, results
             report(scenario, steps, alone, results, options)
     draw(found, options, run.picture())
 
 
-def report(scenario, steps, alone, results, options):
-    """Prints one scenario: the share tuned, and one half."""
-    half = int(np.argmin(np.abs(np.array(options.shares) - 0.5)))
-    best = best_of(results)
-    plain = np.array(results[AVERAGE]["accuracy"])
-    rows = []
-    for method, result in results.items():
-        values, at = np.array(result["accuracy"]), best[method]
-        rows.append(
-            [
-                method,
-                show.cell(values[half], ".1f", 100),
-                show.cell(values[half] - plain[half], "+.1f", 100),
-                f"{options.shares[at]:g}" + "*" * (at in (0, len(options.shares) - 1)),
-                show.cell(values[at], ".1f", 100),
-                show.cell(values[at] - plain[best[AVERAGE]], "+.1f", 100),
-            ]
-        )
-    rows += [
-        [name, show.cell(values, ".1f", 100), "", "", "", ""]
-        for name, values in alone.items()
-    ]
-    heads = ["", "l = 1/2", "over\naverage", "best l", "accuracy", "over\naverage"]
-    title = f"{options.data}, {scenario} ({SCENARIOS[scenario]}), {steps} steps"
-    caption = "%, mean ± standard error. * at an edge of the grid."
-    show.table(title, heads, rows, caption, first=22)
-
-
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={
-        **{"scenarios": ["classes"], "shares": [0.25, 0.5, 0.75], "seeds": 2},
-        "steps": [4],
-    },
-    data={"default": "digits", "choices": datasets.NAMES[:3]},
-    data_dir=Path("data"),
-    scenarios={"default": list(SCENARIOS), "choices": SCENARIOS},
-    batches=[32],
-    shares={"default": SHARES, "help": "of the first network"},
-    seeds=10,
-    steps=[800],
-    train_size={"default": 6000, "help": "most images"},
-    pool={"default": 1, "help": "pixels a side that become one"},
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -110,6 +110,22 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)).astype(jnp.float32))
 
 
+class Block(nn.Module):
+    """Pre-norm attention and two dense layers; causal for language models."""
+
+    heads: int
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps (batch, length, width) to the same."""
+        y = nn.LayerNorm()(x)
+        mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
+        x += nn.MultiHeadDotProductAttention(self.heads)(y, y, mask=mask)
+        y = nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x))
+        return x + nn.Dense(x.shape[-1])(nn.gelu(y))
+
+
 MODELS = {
     "mlp": partial(MLP, (128, 128)),
     "cnn": CNN,

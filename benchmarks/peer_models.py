@@ -37,13 +37,10 @@ def in_jax(module, params, x, path=""):
         case nn.Linear():
             return x @ own("weight").T + own("bias")
         case nn.Conv2d():
-            x = jax.lax.conv_general_dilated(
-                x,
-                own("weight"),
-                module.stride,
-                [(p, p) for p in module.padding],
-                dimension_numbers=("NCHW", "OIHW", "NCHW"),
-            )
+            padding = [(p, p) for p in module.padding]
+            args = x, own("weight"), module.stride, padding
+            names = "NCHW", "OIHW", "NCHW"
+            x = jax.lax.conv_general_dilated(*args, dimension_numbers=names)
             return x if module.bias is None else x + own("bias")[:, None, None]
         case nn.BatchNorm2d():
             mean, variance = (
@@ -63,97 +60,78 @@ def in_jax(module, params, x, path=""):
             return x.reshape(len(x), -1)
         case nn.AdaptiveAvgPool2d():
             return x.mean((2, 3), keepdims=True)
-    return module.compute(call, own, jax.nn.softmax, x)
+    return module.compute(call, own, x)
 
 
 class Own(nn.Module):
-    """A module with one definition for both: `compute`."""
+    """A module of parts, with one definition for both: `compute`.
+
+    `compute(call, own, x)` calls a part by name, or takes a parameter.
+    """
+
+    def __init__(self, compute, **parts):
+        super().__init__()
+        self.compute = compute
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def forward(self, x):
-        return self.compute(
-            lambda name, x: getattr(self, name)(x),
-            lambda name: getattr(self, name),
-            torch.softmax,
-            x,
-        )
+        own = partial(getattr, self)
+        return self.compute(lambda name, x: own(name)(x), own, x)
 
 
 def normalized(before, features, size, stride=1):
-    convolution = nn.Conv2d(
-        before, features, size, stride, padding=size // 2, bias=False
-    )
+    options = {"padding": size // 2, "bias": False}
+    convolution = nn.Conv2d(before, features, size, stride, **options)
     return [convolution, nn.BatchNorm2d(features)]
 
 
-class Block(Own):
+def block(before, features, stride):
     """Two convolutions and a shortcut, as in `models.ResNet`."""
 
-    def __init__(self, before, features, stride):
-        super().__init__()
-        first = normalized(before, features, 3, stride)
-        second = normalized(features, features, 3)
-        self.path = nn.Sequential(*first, nn.ReLU(), *second)
-        self.relu = nn.ReLU()
-        short = normalized(before, features, 1, stride) if stride > 1 else []
-        self.shortcut = nn.Sequential(*short)
-
-    def compute(self, call, own, softmax, x):
+    def compute(call, own, x):
         return call("relu", call("path", x) + call("shortcut", x))
 
+    first = normalized(before, features, 3, stride)
+    path = nn.Sequential(*first, nn.ReLU(), *normalized(features, features, 3))
+    short = normalized(before, features, 1, stride) if stride > 1 else []
+    return Own(compute, path=path, relu=nn.ReLU(), shortcut=nn.Sequential(*short))
 
-class Attention(Own):
+
+def attention(width):
     """Self-attention of dense layers, with a shortcut; one head."""
 
-    def __init__(self, width):
-        super().__init__()
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
-
-    def compute(self, call, own, softmax, x):
+    def compute(call, own, x):
         scores = call("query", x) @ call("key", x).swapaxes(-1, -2)
+        softmax = torch.softmax if isinstance(x, torch.Tensor) else jax.nn.softmax
         weights = softmax(scores / x.shape[-1] ** 0.5, -1)
         return x + call("out", weights @ call("value", x))
 
-
-class Shortcut(Own):
-    """A module with a shortcut."""
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.path = nn.Sequential(*layers)
-
-    def compute(self, call, own, softmax, x):
-        return x + call("path", x)
+    names = "query", "key", "value", "out"
+    return Own(compute, **{name: nn.Linear(width, width) for name in names})
 
 
-class Positions(Own):
+def shortcut(*layers):
+    """Layers, and what went in added to what comes out."""
+    path = nn.Sequential(*layers)
+    return Own(lambda call, own, x: x + call("path", x), path=path)
+
+
+def positions(length, width):
     """Adds a parameter of its own, which belongs to no layer."""
-
-    def __init__(self, length, width):
-        super().__init__()
-        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
-        self.inner = nn.Sequential()
-
-    def compute(self, call, own, softmax, x):
-        return call("inner", x) + own("positions")
+    places = nn.Parameter(0.02 * torch.randn(length, width))
+    return Own(lambda call, own, x: x + own("positions"), positions=places)
 
 
-class Twice(Own):
+def twice(width):
     """The same layer, one time after the other."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.layer = nn.Sequential(nn.Linear(width, width), nn.ReLU())
-
-    def compute(self, call, own, softmax, x):
-        return call("layer", call("layer", x))
+    layer = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+    return Own(lambda call, own, x: call("layer", call("layer", x)), layer=layer)
 
 
-class Mean(Own):
+def mean():
     """The mean over positions."""
-
-    def compute(self, call, own, softmax, x):
-        return x.mean(1)
+    return Own(lambda call, own, x: x.mean(1))
 
 
 def mlp(*widths):
@@ -175,9 +153,9 @@ def cnn(channels=(3, 32, 64, 64), size=32, classes=10):
 def resnet(width=16, stages=4, blocks=2, classes=10):
     layers, before = [*normalized(3, width, 3), nn.ReLU()], width
     for stage in range(stages):
-        for block in range(blocks):
-            stride = 2 if stage and not block else 1
-            layers.append(Block(before, width * 2**stage, stride))
+        for number in range(blocks):
+            stride = 2 if stage and not number else 1
+            layers.append(block(before, width * 2**stage, stride))
             before = width * 2**stage
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)
     return nn.Sequential(*layers, *head)
@@ -185,14 +163,14 @@ def resnet(width=16, stages=4, blocks=2, classes=10):
 
 def transformer(length=64, width=128, blocks=2, vocabulary=1000, classes=10):
     """Pre-norm encoder blocks over tokens, and a dense layer on their mean."""
-    layers = [nn.Embedding(vocabulary, width), Positions(length, width)]
+    layers = [nn.Embedding(vocabulary, width), positions(length, width)]
     for _ in range(blocks):
         layers += [
-            Shortcut(nn.LayerNorm(width), Attention(width)),
-            Shortcut(nn.LayerNorm(width), *mlp(width, 4 * width, width)),
+            shortcut(nn.LayerNorm(width), attention(width)),
+            shortcut(nn.LayerNorm(width), *mlp(width, 4 * width, width)),
         ]
     return nn.Sequential(
-        *layers, nn.LayerNorm(width), Mean(), nn.Linear(width, classes)
+        *layers, nn.LayerNorm(width), mean(), nn.Linear(width, classes)
     )
 
 
@@ -229,9 +207,8 @@ class Problem(NamedTuple):
         """Returns parameters and batch; real numbers in a type."""
 
         def array(t):
-            return jnp.asarray(
-                t.detach().numpy(), dtype if t.is_floating_point() else None
-            )
+            kind = dtype if t.is_floating_point() else None
+            return jnp.asarray(t.detach().numpy(), kind)
 
         params = {name: array(p) for name, p in self.model.named_parameters()}
         return params, (array(self.x), array(self.y))
@@ -332,11 +309,11 @@ CASES = {
     "convolutions": case(partial(cnn, (2, 3, 4), 6, 3), 2, 6, 6),
     "BatchNorm, fixed": case(partial(resnet, 2, 2, 1, 3), 3, 6, 6),
     "LayerNorm": case(after(LINEAR, partial(nn.LayerNorm, 6)), 6),
-    "embedding": case(after(partial(nn.Embedding, 9, 6), Mean), 5, tokens=9),
-    "sequence": case(after(LINEAR, nn.ReLU, Mean), 5, 6),
-    "attention": case(after(partial(Attention, 6), Mean), 5, 6),
-    "layer used twice": case(after(partial(Twice, 6)), 6),
-    "bare parameter": case(after(partial(Positions, 5, 6), Mean), 5, 6),
+    "embedding": case(after(partial(nn.Embedding, 9, 6), mean), 5, tokens=9),
+    "sequence": case(after(LINEAR, nn.ReLU, mean), 5, 6),
+    "attention": case(after(partial(attention, 6), mean), 5, 6),
+    "layer used twice": case(after(partial(twice, 6)), 6),
+    "bare parameter": case(after(partial(positions, 5, 6), mean), 5, 6),
     "confident": case(after(LINEAR, nn.ReLU), 6, factor=100.0),
     "certain": case(after(LINEAR, nn.ReLU), 6, factor=300.0),
     "regression": case(partial(mlp, 6, 5, 1), 6, classes=0),

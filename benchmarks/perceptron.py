@@ -1,7 +1,9 @@
 """What the experiments with a small ReLU network share: the model and its training."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,25 +16,37 @@ import optax
 import fsam_optax as fsam
 
 
-def apply(params: Sequence[Any], x: jax.Array) -> jax.Array:
+def apply(
+    params: Sequence[Any], x: jax.Array, activation: Callable = jax.nn.relu
+) -> jax.Array:
     """Maps images (batch, pixels) to logits (batch, classes)."""
     for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+        x = activation(x @ layer["kernel"] + layer["bias"][None])
     return x @ params[-1]["kernel"] + params[-1]["bias"][None]
 
 
+IMAGES = {  # Options of experiments on any of three data sets.
+    "data": {"default": "digits", "choices": datasets.NAMES[:3]},
+    "data_dir": Path("data"),
+}
+POOL = {"default": 1, "help": "pixels a side that become one"}
 LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
 
 
-def initial(key: jax.Array, sizes: Sequence[int]) -> list[dict[str, jax.Array]]:
+def he_normal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns weights for ReLUs."""
+    return jax.random.normal(key, shape) * (2 / shape[0]) ** 0.5
+
+
+def initial(
+    key: jax.Array, sizes: Sequence[int], init: Callable = he_normal
+) -> list[dict[str, jax.Array]]:
     """Returns parameters of layers between arrays of the given sizes."""
-    keys = jax.random.split(key, len(sizes) - 1)
+    shapes = list(itertools.pairwise(sizes))
+    keys = jax.random.split(key, len(shapes))
     return [
-        {
-            "kernel": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5,
-            "bias": jnp.zeros(n),
-        }
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
+        {"kernel": init(k, shape), "bias": jnp.zeros(shape[1])}
+        for k, shape in zip(keys, shapes, strict=True)
     ]
 
 
@@ -82,10 +96,19 @@ def follow(objective: Callable, optimizer: Any, carry: Any, inputs: Any) -> Any:
     def step(carry, one):
         params, state = carry
         gradient = jax.grad(objective)(params, one)
-        updates, state = optimizer.update(gradient, state, params, batch=one)
+        extra = {"batch": one, "obj_fn": lambda w: objective(w, one)}
+        updates, state = optimizer.update(gradient, state, params, **extra)
         return (optax.apply_updates(params, updates), state), None
 
     return jax.lax.scan(step, carry, inputs)[0]
+
+
+def fit(loss: Callable, params: Any, batch: Any, steps: int, decay: float) -> Any:
+    """Returns parameters after Adam with cosine decay from 0.01 on the whole batch."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
+    optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)
+    every = jnp.arange(steps)
+    return minimise(lambda w, _: loss(w, batch), params, optimizer, every)
 
 
 def by_adam(
@@ -199,8 +222,3 @@ def trained(train, point, data, noise, seeds):
     final = jax.jit(jax.vmap(train, in_axes=(0, None, 0, None, None)))
     params = final(jnp.arange(seeds), images, every, point["rho"], point["rate"])
     return params, every
-
-
-def over(found, base):
-    """Returns accuracies less those of another method on the same seeds."""
-    return np.subtract(found["accuracy"], base["accuracy"])

@@ -10,7 +10,6 @@ and a logistic regression on measurements in their raw units, 1e-3 to 1e3.
     python benchmarks/preconditioning.py
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -50,24 +49,15 @@ class Method(NamedTuple):
 
 def natural(estimator, rate, damping, key):
     """Returns momentum, divided by an average of F."""
-    average = optax.chain(estimator(key), optax.ema(0.9))
-    return optax.chain(
-        optax.ema(0.9),
-        fsam.scale_by_inverse_fisher(
-            fsam.refresh_every(EVERY, average), damping=damping
-        ),
-        optax.scale_by_learning_rate(rate),
-    )
+    average = fsam.refresh_every(EVERY, optax.chain(estimator(key), optax.ema(0.9)))
+    divide = fsam.scale_by_inverse_fisher(average, damping=damping)
+    return optax.chain(optax.ema(0.9), divide, optax.scale_by_learning_rate(rate))
 
 
 def sophia(estimator, rate, gamma, key):
-    settings = {
-        "b2": 0.9,
-        "gamma": gamma,
-        "weight_decay": 0.0,
-        "update_interval": EVERY,
-    }
-    return optax.contrib.sophia(rate, hessian_diagonal_fn=estimator(key), **settings)
+    settings = {"b2": 0.9, "weight_decay": 0.0, "update_interval": EVERY}
+    settings |= {"gamma": gamma, "hessian_diagonal_fn": estimator(key)}
+    return optax.contrib.sophia(rate, **settings)
 
 
 ESTIMATORS = {
@@ -93,17 +83,16 @@ METHODS = {
         for name, (make, passes) in ESTIMATORS.items()
     },
 }
-LOOKS = dict(
-    zip(
-        METHODS,
-        (
-            *((show.GREY, "-"), (show.BLACK, "-"), (show.ORANGE, ":"), (show.SKY, ":")),
-            *((show.GREEN, "-"), (show.PURPLE, "--")),
-            *((show.SKY, "--"), (show.VERMILLION, "-.")),
-        ),
-        strict=True,
-    )
+STYLES = (
+    *((show.GREY, "-"), (show.BLACK, "-"), (show.ORANGE, ":"), (show.SKY, ":")),
+    *(
+        (show.GREEN, "-"),
+        (show.PURPLE, "--"),
+        (show.SKY, "--"),
+        (show.VERMILLION, "-."),
+    ),
 )
+LOOKS = dict(zip(METHODS, STYLES, strict=True))
 
 
 class Problem(NamedTuple):
@@ -136,21 +125,13 @@ def read_cancer():
 PROBLEMS = {
     "digits": Problem(
         *(read_digits, (32,), 10),
-        {
-            "momentum": (0.01, 3),
-            "Adam": (1e-3, 0.3),
-            "Sophia": (3e-4, 0.1),
-            "1/F": (3e-3, 1.0),
-        },
+        {"momentum": (0.01, 3), "Adam": (1e-3, 0.3)}
+        | {"Sophia": (3e-4, 0.1), "1/F": (3e-3, 1.0)},
     ),
     "raw units": Problem(
         *(read_cancer, (), 2),
-        {
-            "momentum": (1e-8, 3e-6),
-            "Adam": (1e-4, 0.03),
-            "Sophia": (1e-4, 0.03),
-            "1/F": (3e-3, 1.0),
-        },
+        {"momentum": (1e-8, 3e-6), "Adam": (1e-4, 0.03)}
+        | {"Sophia": (1e-4, 0.03), "1/F": (3e-3, 1.0)},
     ),
 }
 
@@ -178,35 +159,22 @@ def train(method, problem, data, steps, seed, rate, second):
         params = jax.tree.map(jnp.zeros_like, params)
     schedule = optax.cosine_decay_schedule(1.0, steps)
     optimizer = METHODS[method].make(lambda t: rate * schedule(t), second, estimator)
-    optimizer = optax.with_extra_args_support(optimizer)
-
-    def step(carry, key):
-        params, state = carry
-        rows = jax.random.randint(key, (BATCH,), 0, len(y))
-        batch = x[rows], y[rows]
-        grads = jax.grad(LOSS)(params, batch)
-        updates, state = optimizer.update(
-            grads, state, params, batch=batch, obj_fn=lambda w: LOSS(w, batch)
-        )
-        return (optax.apply_updates(params, updates), state), None
 
     def segment(carry, keys):
-        carry, _ = jax.lax.scan(step, carry, keys)
+        rows = jax.vmap(lambda key: jax.random.randint(key, (BATCH,), 0, len(y)))(keys)
+        carry = perceptron.follow(LOSS, optimizer, carry, (x[rows], y[rows]))
         loss, accuracy = perceptron.score(carry[0], *test)
-        facts = {"test": loss, "accuracy": accuracy}
-        facts["held"] = perceptron.score(carry[0], *held)[0]
+        facts = {"test": loss, "accuracy": accuracy, "held": LOSS(carry[0], held)}
         return carry, facts | {"train": LOSS(carry[0], (x, y))}
 
     keys = jax.random.split(batches, (SEGMENTS, steps // SEGMENTS))
     return jax.lax.scan(segment, (params, optimizer.init(params)), keys)[1]
 
 
-def compute(name, method, options):
+def compute(method, problem, points, options):
     """Chooses from the grid, trains anew at the choice; as many seeds as points."""
-    problem = PROBLEMS[name]
     data = jax.tree.map(jnp.asarray, problem.read())
     steps = steps_of(method, problem, options.gradients)
-    points = points_of(method, problem)
     rates, seconds = methods.columns(points, "rate", "second")
     every = jax.jit(jax.vmap(partial(train, method, problem, data, steps)))
     same = jnp.ones(len(points))
@@ -220,42 +188,41 @@ def compute(name, method, options):
     return best | {"steps": steps} | found
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options = run.options
-    settings = run.take("gradients tuning_seeds")
-    results = {}
-    for name in PROBLEMS:
-        results[name] = {
-            method: run.cell(
-                partial(compute, name, method, options),
-                **{"problem": name, "method": method, **settings},
-            )
-            for method in options.methods
-        }
-        rows = []
-        for method, facts in results[name].items():
-            rows.append([method, str(facts["steps"])])
-            for key in ("train", "test", "accuracy"):
-                last = np.array(facts[key], float)[:, -1]
-                base = np.array(results[name]["Adam"][key], float)[:, -1]
-                factor, form = (100, ".1f") if key == "accuracy" else (1, ".3f")
-                rows[-1].append(show.cell(last, form, factor))
-                if key != "train":
-                    rows[-1].append(show.cell(last - base, "+" + form, factor))
-            star = "*" * bool(facts["edges"])
-            rows[-1].append(f"{facts['rate']:.1g}, {facts['second']:.0e}{star}")
-        headings = ["method", "steps", "training loss", "test loss", "over Adam"]
-        headings += ["accuracy, %", "over Adam", "rate, second"]
-        title = f"{name}, {options.gradients} gradients"
-        show.table(title, headings, rows, CAPTION, first=24)
-    draw(results, options, run.picture())
-
-
 CAPTION = (
     "Mean ± standard error; differences on the same seeds. Second: momentum, eps,\n"
     "gamma or damping. * at an edge of the grid."
 )
+
+
+def last(facts, key):
+    """Returns a figure of each seed at the end."""
+    return np.array(facts[key], float)[:, -1]
+
+
+def report(title, found):
+    """Prints the end of each training, beside Adam's."""
+    adam, loss, share = found["Adam"], (".3f", 1), (".1f", 100)
+
+    def column(key, form):
+        return lambda _, f: show.cell(last(f, key), *form)
+
+    def beside(key, form, factor):
+        return lambda _, f: show.over(last(f, key), last(adam, key), f"+{form}", factor)
+
+    def chosen(_, f):
+        return f"{f['rate']:.1g}, {f['second']:.0e}" + "*" * bool(f["edges"])
+
+    columns = {
+        "method": lambda method, _: method,
+        "steps": lambda _, f: f["steps"],
+        "training loss": column("train", loss),
+        "test loss": column("test", loss),
+        "over Adam": beside("test", *loss),
+        "accuracy, %": column("accuracy", share),
+        "over Adam, %": beside("accuracy", *share),
+        "rate, second": chosen,
+    }
+    show.report(title, found, columns, CAPTION, first=24)
 
 
 def draw(results, options, path):
@@ -263,7 +230,7 @@ def draw(results, options, path):
     fig, axes = show.figure(1, 4, headline(results), figsize=(15, 4.4))
     for at, (name, found) in enumerate(results.items()):
         left, right = axes[0, 2 * at], axes[0, 2 * at + 1]
-        base = np.array(found["Adam"]["test"], float)[:, -1]
+        base = last(found["Adam"], "test")
         x = options.gradients * np.arange(1, SEGMENTS + 1) / SEGMENTS
         for place, (method, facts) in enumerate(found.items()):
             color, line = LOOKS[method]
@@ -271,8 +238,7 @@ def draw(results, options, path):
             left.plot(x, curve.mean(0), color=color, linestyle=line, label=method)
             mean, error = show.mean_and_error(curve[:, -1] - base)
             right.errorbar(mean, -place, xerr=error, color=color, fmt="o", ms=5)
-        left.set_yscale("log")
-        left.set_title(f"{name}: test loss against gradients")
+        left.set(yscale="log", title=f"{name}: test loss against gradients")
         # One that diverged does not hide the others.
         right.set_xscale("symlog", linthresh=0.2)
         right.axvline(0, color=show.GREY, lw=0.8)
@@ -286,14 +252,13 @@ def headline(results):
     """Returns what the picture shows."""
     parts = []
     for name, found in results.items():
-        last = {m: np.mean(np.array(f["test"], float)[:, -1]) for m, f in found.items()}
-        best = min(last, key=lambda m: np.nan_to_num(last[m], nan=np.inf))
+        ends = {method: last(facts, "test").mean() for method, facts in found.items()}
+        best = min(ends, key=lambda m: np.nan_to_num(ends[m], nan=np.inf))
         parts.append(f"{name}: {best}")
     return "Least test loss at equal gradients: " + "; ".join(parts)
 
 
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={
         **{"gradients": 40, "tuning_seeds": 1},
         "methods": ["Adam", "Sophia, GNB", "1/F, exact"],
@@ -302,7 +267,19 @@ main = harness.script(
     gradients=300,
     tuning_seeds=2,
 )
+def main(run: harness.Run) -> None:
+    options, results = run.options, {}
+    settings = run.take("gradients tuning_seeds")
+    for name, problem in PROBLEMS.items():
+        results[name] = {}
+        for method in options.methods:
+            points = points_of(method, problem)
+            key = {"problem": name, "method": method, "points": points, **settings}
+            args = compute, method, problem, points, options
+            results[name][method] = run.cell(*args, **key)
+        report(f"{name}, {options.gradients} gradients", results[name])
+    draw(results, options, run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

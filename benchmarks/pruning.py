@@ -9,9 +9,7 @@ gradients, the magnitude, and chance. None has anything to be tuned.
     python benchmarks/pruning.py --data fashion-mnist --data-dir data
 """
 
-import sys
 from functools import cache, partial
-from pathlib import Path
 
 import datasets
 import diagonals
@@ -92,12 +90,12 @@ def prune(method, data, test, steps, params, seed, share):
     }
 
 
-def sweep(method, params, data, test, options):
+def sweep(method, networks, data, test, options):
     """Prunes every network by every share; returns arrays (share, seed)."""
     shares, seeds = jnp.asarray(options.shares), jnp.arange(options.seeds)
     one = partial(prune, method, data, test, options.steps // 4)
     every = jax.vmap(jax.vmap(one, (0, 0, None)), (None, None, 0))
-    return jax.jit(every)(params, seeds, shares)
+    return jax.jit(every)(networks(), seeds, shares)
 
 
 def most(result, shares, within):
@@ -110,15 +108,18 @@ def most(result, shares, within):
 
 def headline(found, options):
     """Returns what the picture shows."""
-    can = [
-        np.mean(most(found[method][name], options.shares, 0.02))
+
+    def can(method, name):
+        return f"{np.mean(most(found[method][name], options.shares, 0.02)):.0%}"
+
+    once, again = (
+        [can(method, name) for method in (diagonals.EXACT, MAGNITUDE)]
         for name in ("accuracy", "trained again")
-        for method in (diagonals.EXACT, MAGNITUDE)
-    ]
+    )
     return (
-        "For two points of accuracy {:.0%} of the weights can go by w² F, {:.0%} by "
-        "magnitude; trained again {:.0%} and {:.0%}"
-    ).format(*can)
+        f"For two points of accuracy {once[0]} of the weights can go by w² F, "
+        f"{once[1]} by magnitude; trained again {again[0]} and {again[1]}"
+    )
 
 
 def draw(found, options, path):
@@ -130,10 +131,8 @@ def draw(found, options, path):
         axis.set_xlabel("weights removed, %")
     for method, result in found.items():
         if method not in (MAGNITUDE, BY_LAYER, RANDOM):
-            rise, foretold = (
-                np.array(result[n])[1:].mean(1) for n in ("rise", "foretold")
-            )
-            axes[0][2].plot(foretold, rise, **(show.look(method) | {"ms": 4}))
+            pair = (np.mean(result[n][1:], 1) for n in ("foretold", "rise"))
+            axes[0][2].plot(*pair, **show.look(method), ms=4)
     ends = np.array(axes[0][2].get_xlim())
     axes[0][0].set_title("Test accuracy at one shot, %")
     axes[0][1].set_title("The same, what is left trained again")
@@ -141,93 +140,69 @@ def draw(found, options, path):
     axes[0][2].set_title("Rise of the training loss, against foretold")
     axes[0][2].set_xlabel("sum of F w² / 2 over what went")
     axes[0][2].plot(*2 * [np.geomspace(1e-7, ends[1], 2)], color=show.GREY, lw=1)
-    axes[0][2].set_xscale("log")
-    axes[0][2].set_yscale("log")
+    axes[0][2].set(xscale="log", yscale="log")
     axes[0][0].legend(fontsize=7)
     show.save(fig, path)
-
-
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options = run.options
-    source = datasets.load(options.data, options.data_dir)
-    images = [source.train_images[: options.train_size], source.test_images]
-    images = [jnp.asarray(datasets.flat(part, options.pool)) for part in images]
-    data = images[0], jnp.asarray(source.train_labels[: options.train_size])
-    test = images[1], jnp.asarray(source.test_labels)
-    settings = run.take("data seeds steps train_size pool shares")
-    networks = cache(partial(fit, data, options.seeds, options.steps))
-    methods = [diagonals.EXACT, diagonals.EMPIRICAL]
-    methods += [diagonals.squared(batch) for batch in options.batches]
-    found = {
-        method: run.cell(
-            lambda method=method: sweep(method, networks(), data, test, options),
-            method=method,
-            **settings,
-        )
-        for method in (*methods, MAGNITUDE, BY_LAYER, RANDOM)
-    }
-    report(found, options)
-    draw(found, options, run.picture())
 
 
 def report(found, options):
     """Prints accuracy by share, and how much can go."""
     shown = [i for i, share in enumerate(options.shares) if share in SHOWN]
+    gone = {i: f"{100 * options.shares[i]:g} % gone" for i in shown}
+    titles = {"accuracy": "at one shot", "trained again": "trained again"}
     reference = found[MAGNITUDE]
-    for name in ("accuracy", "trained again"):
+    for name in titles:
         rows = [
-            [method, *(show.cell(result[name][i], ".1f", 100) for i in shown)]
-            for method, result in found.items()
+            [m, *(show.percent(r[name][i]) for i in shown)] for m, r in found.items()
         ]
-        heads = ["%", *(f"{100 * options.shares[i]:g} % gone" for i in shown)]
         title = f"{options.data}: test {name}".replace("test t", "test accuracy, t")
-        show.table(title, heads, rows, first=22)
-    pairs = [("accuracy", "at one shot"), ("trained again", "trained again")]
-    pairs = [(*pair, i) for pair in pairs for i in shown[-2:]]
+        show.table(title, ["%", *gone.values()], rows, first=22)
+    pairs = [(name, i) for name in titles for i in shown[-2:]]
     rows = [
-        [
-            method,
-            *(
-                show.cell(np.subtract(result[name][i], reference[name][i]), "+.1f", 100)
-                for name, _, i in pairs
-            ),
-        ]
-        for method, result in found.items()
+        [method, *(show.over(r[name][i], reference[name][i]) for name, i in pairs)]
+        for method, r in found.items()
     ]
-    heads = [
-        "points",
-        *(f"{t},\n{100 * options.shares[i]:g} % gone" for _, t, i in pairs),
-    ]
+    heads = ["points", *(f"{titles[name]},\n{gone[i]}" for name, i in pairs)]
     show.table(f"{options.data}: accuracy over magnitude", heads, rows, first=22)
     rows = []
     for method, result in found.items():
-        cells = []
-        for name in ("accuracy", "trained again"):
-            values = most(result[name], options.shares, 0.02)
-            base = most(reference[name], options.shares, 0.02)
-            cells += [show.cell(values, ".1f", 100)]
-            cells += [show.cell(values - base, "+.1f", 100)]
-        rows.append([method, *cells])
+        rows.append([method])
+        for name in titles:
+            can, base = (
+                most(r[name], options.shares, 0.02) for r in (result, reference)
+            )
+            rows[-1] += [show.percent(can), show.over(can, base)]
     heads = ["%", "at one shot", "over magnitude", "trained again", "over magnitude"]
     title = f"{options.data}: weights that can go for two points of accuracy"
     caption = "Mean ± standard error, paired over seeds."
     show.table(title, heads, rows, caption, first=22)
 
 
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={"batches": [8], "shares": [0.0, 0.5, 0.9], "seeds": 2, "steps": 4},
-    data={"default": "digits", "choices": datasets.NAMES[:3]},
-    data_dir=Path("data"),
+    **perceptron.IMAGES,
     batches=[32, 1000],
     shares={"default": list(SHARES), "help": "to remove"},
     seeds=10,
     steps={"default": 1200, "help": "a quarter after pruning"},
     train_size={"default": 6000, "help": "most images"},
-    pool={"default": 1, "help": "pixels a side that become one"},
+    pool=perceptron.POOL,
 )
+def main(run: harness.Run) -> None:
+    options = run.options
+    source = datasets.load(options.data, options.data_dir)
+    (x, y), test = perceptron.split(source, options.pool)
+    data = x[: options.train_size], jnp.asarray(y[: options.train_size])
+    settings = run.take("data seeds steps train_size pool shares")
+    networks = cache(partial(fit, data, options.seeds, options.steps))
+    methods = [diagonals.EXACT, diagonals.EMPIRICAL]
+    methods += [diagonals.squared(batch) for batch in options.batches]
+    methods += [MAGNITUDE, BY_LAYER, RANDOM]
+    args = sweep, networks, data, test, options
+    found = run.each("method", methods, *args, **settings)
+    report(found, options)
+    draw(found, options, run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

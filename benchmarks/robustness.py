@@ -12,8 +12,6 @@ equal changes of the predictions.
     python benchmarks/robustness.py --data fashion-mnist --data-dir data/fashion
 """
 
-import pathlib
-import sys
 from functools import partial
 
 import datasets
@@ -126,23 +124,25 @@ def print_tables(results, perturbations, options):
             for m in options.methods
         ]
         show.table(f"{options.data}: {title}", headings, rows, "Mean ± standard error.")
-    rows = []
-    for method in options.methods:
-        found = [of[method] for of in results.values()]
-        chosen = [f"{f['rate']:.3g}, {f['rho']:.3g}" for f in found]
-        edges = ["*" * bool(f["edges"]) for f in found]
-        rows.append([method, *(a + b for a, b in zip(chosen, edges, strict=True))])
+
+    def chosen(f):
+        return f"{f['rate']:.3g}, {f['rho']:.3g}" + "*" * bool(f["edges"])
+
+    rows = [[m, *(chosen(of[m]) for of in results.values())] for m in options.methods]
     show.table("Chosen: learning rate, rho", headings, rows, "* at an edge of the grid")
-    kinds = {"length": LENGTHS, "divergence": DIVERGENCES}
-    for kind, values in kinds.items() if perturbations else ():
+    if not perturbations:
+        return
+    for kind, values in (("length", LENGTHS), ("divergence", DIVERGENCES)):
         middle = len(values) // 2
-        rows = []
-        for method, found in perturbations.items():
-            at = (found[f"{name}, {kind}"]["accuracy"] for name in DIRECTIONS)
-            pairs = ((100 * x["mean"][middle], 100 * x["error"][middle]) for x in at)
-            rows.append(
-                [method, *(f"{mean:.1f} ± {error:.1f}" for mean, error in pairs)]
-            )
+
+        def entry(facts, middle=middle):
+            mean, error = (100 * facts[x][middle] for x in ("mean", "error"))
+            return f"{mean:.1f} ± {error:.1f}"
+
+        rows = [
+            [m, *(entry(found[f"{name}, {kind}"]["accuracy"]) for name in DIRECTIONS)]
+            for m, found in perturbations.items()
+        ]
         title = f"Accuracy, %, after a perturbation of {kind} {values[middle]:g}"
         show.table(title, ["method", *DIRECTIONS], rows)
 
@@ -160,8 +160,7 @@ def draw(results, perturbations, options, path):
             style = show.look(method) | {"ms": 4, "lw": 1.2, "label": method}
             values = [of[method][key] for of in results.values()]
             show.errors(ax, x, values, 1 if key == "loss" else 100, **style)
-        ax.set_title(title)
-        ax.set_xlabel("labels wrong, %")
+        ax.set(title=title, xlabel="labels wrong, %")
     pairs = zip(axes[-1], DIRECTIONS, strict=True) if perturbations else ()
     for ax, direction in pairs:
         for method, found in perturbations.items():
@@ -175,8 +174,26 @@ def draw(results, perturbations, options, path):
     show.save(fig, path)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+NAMES = ["base", "SAM", "ASAM"]
+NAMES += [f"Fisher SAM, {f}, relative" for f in ("squared", "empirical")]
+
+
+@harness.experiment(
+    smoke={
+        "methods": ["base", "ASAM", "Fisher SAM, empirical, relative"],
+        **{"noise": [0.0, 0.4], "gradients": 4, "train_size": 100, "seeds": 2},
+        **{"tuning_seeds": 1, "halvings": 25},
+    },
+    **perceptron.IMAGES,
+    methods={"default": NAMES, "choices": methods.METHODS},
+    noise=[0.0, 0.2, 0.4, 0.6, 0.8],
+    gradients={"default": 800, "help": "of one training"},
+    train_size=1000,
+    seeds=16,
+    tuning_seeds=8,
+    halvings={"default": 25, "help": "of the length"},
+)
+def main(run: harness.Run) -> None:
     options = run.options
     data = read(options)
     settings = run.take("data train_size gradients seeds tuning_seeds")
@@ -185,12 +202,13 @@ def experiment(run: harness.Run) -> None:
     perturbations = {}
     for method in options.methods:
         training = partial(perceptron.train_by, method, options.gradients)
+        points = methods.grid(method, RATES)
         for noise, found in results.items():
             compare = partial(perceptron.compare, noise=noise, **seeds)
-            args = training, methods.grid(method, RATES), *data
-            key = {"method": method, "noise": noise, **settings}
-            found[method] = run.cell(compare, *args, **key)
-            found[method]["over"] = perceptron.over(found[method], found["base"])
+            key = {"method": method, "noise": noise, "points": points, **settings}
+            found[method] = run.cell(compare, training, points, *data, **key)
+            pair = (found[name]["accuracy"] for name in (method, "base"))
+            found[method]["over"] = np.subtract(*pair)
         if 0.0 not in results:  # Perturbed are the networks trained on right labels.
             continue
         facts = results[0.0][method]
@@ -202,26 +220,5 @@ def experiment(run: harness.Run) -> None:
     draw(results, perturbations, options, run.picture())
 
 
-NAMES = ["base", "SAM", "ASAM"]
-NAMES += [f"Fisher SAM, {f}, relative" for f in ("squared", "empirical")]
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={
-        "methods": ["base", "ASAM", "Fisher SAM, empirical, relative"],
-        **{"noise": [0.0, 0.4], "gradients": 4, "train_size": 100, "seeds": 2},
-        **{"tuning_seeds": 1, "halvings": 25},
-    },
-    data={"default": "digits", "choices": ("digits", "fashion-mnist", "mnist")},
-    data_dir=pathlib.Path("data"),
-    methods={"default": NAMES, "choices": methods.METHODS},
-    noise=[0.0, 0.2, 0.4, 0.6, 0.8],
-    gradients={"default": 800, "help": "of one training"},
-    train_size=1000,
-    seeds=16,
-    tuning_seeds=8,
-    halvings={"default": 25, "help": "of the length"},
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

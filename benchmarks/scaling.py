@@ -194,8 +194,12 @@ def in_process(name, devices):
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def experiment(run: harness.Run) -> None:
-    """Compiles what the results do not hold, and prints the table."""
+@harness.experiment(
+    smoke={"models": ["smoke"], "devices": [2]},
+    models={"default": ["cnn", "transformer"], "choices": ["cnn", *GPT]},
+    devices=[2, 8, 64, 256],
+)
+def main(run: harness.Run) -> None:
     rows = []
     for name in run.options.models:
         for devices in run.options.devices:
@@ -212,13 +216,5 @@ def experiment(run: harness.Run) -> None:
     show.table("One device in a step", head, rows)
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"models": ["smoke"], "devices": [2]},
-    models={"default": ["cnn", "transformer"], "choices": ["cnn", *GPT]},
-    devices=[2, 8, 64, 256],
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

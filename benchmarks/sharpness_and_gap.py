@@ -17,9 +17,9 @@ the same for all of them. Three such rises are tried.
 """
 
 import itertools
-import sys
 from functools import partial
 
+import command_line
 import datasets
 import harness
 import jax
@@ -43,6 +43,11 @@ RISES = (0.01, 0.1, 1.0)
 STEPS = (1, 10)
 MIDDLE = 1
 AGAINST = f"{STEPS[-1]} steps, rise {RISES[MIDDLE]:g}"
+KINDS_OF_PAIRS = {
+    "all pairs": "all",
+    "equal learning\nrate": "equal learning rate",
+    "seeds only": "seeds only",
+}
 RULES = ("same loss", "same steps")
 FIGURES = ("train loss", "test loss", "train error", "test error")
 ADAPTIVE = partial(fsam.adaptive_ellipsoid, eta=0.0, normalize=True)
@@ -186,9 +191,10 @@ def figures(networks, data):
     """Returns losses and errors of networks, in the order of FIGURES."""
 
     def one(params):
-        pairs = [perceptron.score(params, *part) for part in data]
-        losses, accuracies = zip(*pairs, strict=True)
-        return jnp.stack([*losses, *(1 - right for right in accuracies)])
+        (train, right), (test, true) = (
+            perceptron.score(params, *part) for part in data
+        )
+        return jnp.stack([train, test, 1 - right, 1 - true])
 
     return jax.vmap(one)(networks)
 
@@ -220,11 +226,8 @@ def correlations(table, resamples):
         gaps = of[f"{rule}: test {gap}"] - of[f"{rule}: train {gap}"]
         chosen = np.stack([of[name] for name in names[:4]])
         equal = chosen[:, :, None] == chosen[:, None]
-        pairs = {
-            "all": np.ones_like(equal[0]),
-            "equal learning rate": equal[1],
-            "seeds only": equal.all(0),
-        }
+        kinds = np.ones_like(equal[0]), equal[1], equal.all(0)
+        pairs = dict(zip(KINDS_OF_PAIRS.values(), kinds, strict=True))
         # Networks of one setting are drawn together: they are not independent.
         _, group = np.unique(chosen, axis=1, return_inverse=True)
         size = group.max() + 1
@@ -259,30 +262,27 @@ def correlations(table, resamples):
 def print_tables(found, radii, tau):
     """Prints the invariance, and tau at the middle rise."""
     headings = ["sharpness", *(f"a = {a:g}" for a in found["scales"])]
-    rows = [
-        [kind, *(f"{v / values[2]:.4g}" for v in values)]
-        for kind, values in found["rise"].items()
-    ]
+    rows = [[k, *(f"{v / of[2]:.4g}" for v in of)] for k, of in found["rise"].items()]
     caption = f"Largest change of an output: {found['largest change of an output']:.1e}"
     title = "Rise, over that of the same network not rescaled"
     show.table(title, headings, rows, caption)
     show.table("Radii", ["ball", *map(str, RISES)], [[k, *v] for k, v in radii.items()])
-    headings = ["predictor", "all pairs", "equal learning\nrate", "seeds only"]
+    middle = f"rise {RISES[MIDDLE]:g}"
+    columns: show.Columns = {"predictor": lambda name, _: name.partition(", rise")[0]}
+    for heading, kind in KINDS_OF_PAIRS.items():
+        form = "{:.2f} [{:.2f}, {:.2f}]".format
+        columns[heading] = lambda _, of, kind=kind, form=form: form(*of[kind])
+    columns["with\nrate"] = lambda _, of: f"{of['with the learning rate']:.2f}"
     for rule, gap in itertools.product(RULES, ("loss", "error")):
-        rows = []
-        for name, by_pairs in tau[rule][gap].items():
-            if not isinstance(by_pairs, dict):
-                continue
-            if "rise" in name and not name.endswith(f"rise {RISES[MIDDLE]:g}"):
-                continue
-            *cells, rate = by_pairs.values()
-            cells = (f"{t:.2f} [{low:.2f}, {high:.2f}]" for t, low, high in cells)
-            rows.append([name.partition(", rise")[0], *cells, f"{rate:.2f}"])
+        shown = {
+            name: of
+            for name, of in tau[rule][gap].items()
+            if isinstance(of, dict) and ("rise" not in name or name.endswith(middle))
+        }
         low, high = tau[rule][gap]["adaptive less plain"]
         caption = f"Adaptive less plain, {AGAINST}: [{low:.2f}, {high:.2f}]"
         title = f"{rule}, gap in {gap}: tau of {tau[rule]['networks']} networks"
-        every = [*headings, "with\nrate"]
-        show.table(title, every, rows, caption)
+        show.report(title, shown, columns, caption)
 
 
 def draw(found, tau_of, path):
@@ -300,8 +300,7 @@ def draw(found, tau_of, path):
             look = {"color": colors[ball[0]], "ms": 4, "label": ball}
             left.plot(found["scales"], values / values[2], style, **look)
     left.set_xscale("log", base=2)
-    left.set_yscale("log")
-    left.set_xlabel("a: first layer times a, second over a")
+    left.set(yscale="log", xlabel="a: first layer times a, second over a")
     left.set_title("Rise of one function's loss, rescaled by a")
     left.legend(fontsize=8)
     names = [*(f"{ball}, 10 steps" for ball in BALLS), "learning rate", "batch size"]
@@ -323,9 +322,8 @@ def draw(found, tau_of, path):
         ax.axhline(len(BALLS) - 0.5, color=show.BLACK, lw=0.5, ls=":")
         ticks = [n.removesuffix(", 10 steps") if ax is others[0] else "" for n in names]
         ax.set_yticks(range(len(names)), ticks)
-        ax.set_xlim(-0.8, 0.8)
+        ax.set(xlim=(-0.8, 0.8), title=f"Tau with the gap in loss, pairs: {kind}")
         ax.invert_yaxis()
-        ax.set_title(f"Tau with the gap in loss, pairs: {kind}")
     others[0].legend(fontsize=8, loc="lower right")
     show.save(fig, path)
 
@@ -349,8 +347,19 @@ def measured(grid, networks, data, radii, batch_size, seed):
     return [" ".join(f"{v:.4g}" for v in row) for row in rows]
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+@harness.experiment(
+    smoke={
+        **{"seeds": 2, "target": 10.0, "rounds": 10, "halvings": 2, "resamples": 20},
+        "batch_sizes": [45],
+    },
+    batch_sizes=[15, 45, 135],
+    rounds={"default": 150, "help": "of 10 steps"},
+    target={"default": 0.03, "type": command_line.positive, "help": "the same loss"},
+    seeds=3,
+    halvings={"default": 10, "help": "to match radii"},
+    resamples=2000,
+)
+def main(run: harness.Run) -> None:
     options = run.options
     (x, y), test = perceptron.split(datasets.load("digits"))
     data = (x[:IMAGES], jnp.asarray(y[:IMAGES])), test
@@ -364,40 +373,18 @@ def experiment(run: harness.Run) -> None:
 
     about = run.take("rounds target")
     pilot = options.batch_sizes[len(options.batch_sizes) // 2]
-    found = run.cell(
-        lambda: matched(data[0], trained(pilot, 1000), options.halvings),
-        **{"part": "radii", **run.take("halvings"), **about},
-    )
+    compute = lambda: matched(data[0], trained(pilot, 1000), options.halvings)  # noqa: E731
+    found = run.cell(compute, part="radii", **run.take("halvings"), **about)
     radii, rows = jnp.array(list(found["radii"].values())), []
     for size, seed in itertools.product(options.batch_sizes, range(options.seeds)):
-        rows += run.cell(
-            lambda *pair: measured(grid, trained(*pair), data, radii, *pair),
-            *(size, seed),
-            **{"batch_size": size, "seed": seed, **about},
-        )
+        compute = lambda *at: measured(grid, trained(*at), data, radii, *at)  # noqa: E731
+        rows += run.cell(compute, size, seed, batch_size=size, seed=seed, **about)
     table = np.array([[float(v) for v in row.split()] for row in rows])
-    tau = run.cell(
-        *(correlations, table, options.resamples),
-        **{"part": "tau", **run.take("resamples seeds"), **about},
-    )
+    about |= {"part": "tau", **run.take("resamples seeds")}
+    tau = run.cell(correlations, table, options.resamples, **about)
     print_tables(found["invariance"], found["radii"], tau)
     draw(found["invariance"], tau, run.picture())
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={
-        **{"seeds": 2, "target": 10.0, "rounds": 10, "halvings": 2, "resamples": 20},
-        "batch_sizes": [45],
-    },
-    batch_sizes=[15, 45, 135],
-    rounds={"default": 150, "help": "of 10 steps"},
-    target={"default": 0.03, "type": harness.positive, "help": "the same loss"},
-    seeds=3,
-    halvings={"default": 10, "help": "to match radii"},
-    resamples=2000,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -41,6 +41,12 @@ LOOKS = {
     "random": (GREY, "-", "<"),
     "average": (BLACK, "-", "o"),
 }
+STYLE: Any = {
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},
+    **{"axes.titlesize": 10, "axes.labelsize": 9, "axes.titlelocation": "left"},
+    **{"xtick.labelsize": 8, "ytick.labelsize": 8},
+    **{"grid.alpha": 0.25, "legend.frameon": False},
+}
 
 
 def look(method: str, *, line: bool = True) -> dict[str, Any]:
@@ -63,9 +69,38 @@ def mean_and_error(values: Any, factor: float = 1.0) -> tuple[float, float]:
 def cell(values: Any, form: str = ".1f", factor: float = 1.0) -> str:
     """Writes the mean over seeds and its standard error."""
     mean, error = mean_and_error(values, factor)
-    return f"{mean:{form}}" + (
-        f" ± {error:{form.lstrip('+')}}" if error == error else ""
-    )
+    spread = f" ± {error:{form.lstrip('+')}}" if error == error else ""
+    return f"{mean:{form}}{spread}"
+
+
+def percent(values: Any) -> str:
+    """Writes shares in per cent."""
+    return cell(values, ".1f", 100)
+
+
+def over(values: Any, base: Any, form: str = "+.1f", factor: float = 100) -> str:
+    """Writes differences on the same seeds, by default of shares in points."""
+    return cell(np.subtract(values, base), form, factor)
+
+
+def edge(at: int, grid: Any) -> str:
+    """Returns a star where a choice is at an edge of its grid."""
+    return "*" * (at in (0, len(grid) - 1))
+
+
+Columns = dict[str, Callable[[Any, Any], Any]]
+
+
+def report(
+    title: str,
+    found: Mapping[Any, Any],
+    columns: Columns,
+    caption: str = "",
+    **settings: Any,
+) -> None:
+    """Prints a row for each name and its facts, of which each column makes an entry."""
+    rows = [[f(name, facts) for f in columns.values()] for name, facts in found.items()]
+    table(title, list(columns), rows, caption, **settings)
 
 
 def table(
@@ -114,12 +149,7 @@ def figure(rows: int, columns: int, headline: str, **settings: Any) -> tuple[Any
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"axes.titlesize": 10, "axes.labelsize": 9, "axes.grid": True})
-    plt.rcParams.update(
-        {"xtick.labelsize": 8, "ytick.labelsize": 8, "grid.alpha": 0.25}
-    )
-    plt.rcParams.update({"axes.titlelocation": "left", "legend.frameon": False})
+    plt.rcParams.update(STYLE)
     found, axes = plt.subplots(
         rows, columns, squeeze=False, layout="constrained", **settings
     )

@@ -10,8 +10,6 @@ smallest step for it that one can write by hand, with no metrics and no safeguar
     python benchmarks/step_time.py --rows MSAM LookSAM "LookSAM by hand"
 """
 
-import sys
-
 import cost
 import harness
 import jax
@@ -64,8 +62,18 @@ def of_leaves(number: int, repeats: int):
     return measure(model, OPTIMIZERS["sgd"], repeats, LEAVES_ROWS, steps=1)
 
 
-def experiment(run: harness.Run) -> None:
-    """Measures what the results do not hold, and prints the table."""
+@harness.experiment(
+    smoke={"models": list(cost.SMOKE), "repeats": 2},
+    models={
+        "default": ["mlp", "cnn", "resnet", "transf."],
+        "choices": [*cost.PROBLEMS, *cost.SMOKE],
+    },
+    optimizer={"default": "sgd", "choices": OPTIMIZERS},
+    leaves={"default": False, "help": "with many leaves"},
+    rows={"nargs": "+", "help": "only these, and the base step"},
+    repeats=9,
+)
+def main(run: harness.Run) -> None:
     options, results = run.options, {}
     repeats = options.repeats
     for number in (100, 1000) if options.leaves else ():
@@ -80,19 +88,5 @@ def experiment(run: harness.Run) -> None:
     cost.print_tables("Ratio to the base step", results)
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"models": list(cost.SMOKE), "repeats": 2},
-    models={
-        "default": ["mlp", "cnn", "resnet", "transf."],
-        "choices": [*cost.PROBLEMS, *cost.SMOKE],
-    },
-    optimizer={"default": "sgd", "choices": OPTIMIZERS},
-    leaves={"default": False, "help": "with many leaves"},
-    rows={"nargs": "+", "help": "only these, and the base step"},
-    repeats=9,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -12,7 +12,6 @@ an environment of its own:
 `torch.compile` is used where it works.
 """
 
-import sys
 from functools import partial
 
 import cost
@@ -31,15 +30,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.02 * torch.randn(length, width))
-        block = nn.TransformerEncoderLayer(
-            width,
-            heads,
-            4 * width,
-            dropout=0.0,
-            activation=partial(nn.functional.gelu, approximate="tanh"),
-            batch_first=True,
-            norm_first=True,
-        )
+        gelu = partial(nn.functional.gelu, approximate="tanh")
+        options = {"activation": gelu, "batch_first": True, "norm_first": True}
+        sizes = width, heads, 4 * width
+        block = nn.TransformerEncoderLayer(*sizes, dropout=0.0, **options)
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
@@ -58,13 +52,14 @@ PROBLEMS = {
     "transf.": (Transformer, (64,), 32),
     "tiny": (mlp, (784,), 4),
 }
+GROUPS = {"steps, eager": False, "steps, compile": True}
 
 
 def steps(make, x, y, repeats, compiled):
     """Returns the cost of SAM steps beside the base step."""
     from pytorch_optimizer import SAM
 
-    loss_fn = nn.CrossEntropyLoss()
+    loss_fn, sgd = nn.CrossEntropyLoss(), {"lr": 0.01, "momentum": 0.9}
 
     def forward(model):
         return loss_fn(model(x), y)
@@ -72,72 +67,66 @@ def steps(make, x, y, repeats, compiled):
     if compiled:
         forward = torch.compile(forward)
 
-    def base():
-        model = make()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    def base(model):
+        optimizer = torch.optim.SGD(model.parameters(), **sgd)
 
-        def run():
-            for _ in range(10):
-                optimizer.zero_grad()
-                forward(model).backward()
-                optimizer.step()
+        def step():
+            optimizer.zero_grad()
+            forward(model).backward()
+            optimizer.step()
 
-        return run
+        return step
 
-    def sam(**options):
-        model = make()
-        optimizer = SAM(
-            model.parameters(), torch.optim.SGD, lr=0.01, momentum=0.9, **options
-        )
+    def sam(model, **options):
+        optimizer = SAM(model.parameters(), torch.optim.SGD, **sgd, **options)
 
-        def run():
-            for _ in range(10):
-                forward(model).backward()
-                optimizer.first_step(zero_grad=True)
-                forward(model).backward()
-                optimizer.second_step(zero_grad=True)
+        def step():
+            forward(model).backward()
+            optimizer.first_step(zero_grad=True)
+            forward(model).backward()
+            optimizer.second_step(zero_grad=True)
 
-        return run
+        return step
 
-    def official_asam(rho=0.5, eta=0.01):
+    def official_asam(model, rho=0.5, eta=0.01):
         """The official ASAM algorithm, for weights and biases."""
-        model = make()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), **sgd)
         named = list(model.named_parameters())
 
-        def run():
-            for _ in range(10):
-                optimizer.zero_grad()
-                forward(model).backward()
-                with torch.no_grad():
-                    scaled, norms = [], []
-                    for name, p in named:
-                        t = p.abs().add_(eta) if "weight" in name else None
-                        tg = p.grad if t is None else p.grad * t
-                        norms.append(tg.norm())
-                        scaled.append(tg if t is None else tg * t)
-                    scale = rho / (torch.stack(norms).norm() + 1e-16)
-                    eps = [s.mul_(scale) for s in scaled]
-                    for (_, p), e in zip(named, eps, strict=True):
-                        p.add_(e)
-                forward_again(model)
-                with torch.no_grad():
-                    for (_, p), e in zip(named, eps, strict=True):
-                        p.sub_(e)
-                optimizer.step()
-
-        def forward_again(model):
+        def step():
+            optimizer.zero_grad()
+            forward(model).backward()
+            with torch.no_grad():
+                scaled, norms = [], []
+                for name, p in named:
+                    t = p.abs().add_(eta) if "weight" in name else None
+                    tg = p.grad if t is None else p.grad * t
+                    norms.append(tg.norm())
+                    scaled.append(tg if t is None else tg * t)
+                scale = rho / (torch.stack(norms).norm() + 1e-16)
+                eps = [s.mul_(scale) for s in scaled]
+                for (_, p), e in zip(named, eps, strict=True):
+                    p.add_(e)
             optimizer.zero_grad(set_to_none=True)
             forward(model).backward()
+            with torch.no_grad():
+                for (_, p), e in zip(named, eps, strict=True):
+                    p.sub_(e)
+            optimizer.step()
 
-        return run
+        return step
+
+    def ten(step):
+        for _ in range(10):
+            step()
 
     runs = {
-        "base step": base(),
-        "pytorch_optimizer SAM": sam(rho=0.05),
-        "pytorch_optimizer SAM, adaptive": sam(rho=0.5, adaptive=True),
-        "ASAM, the official algorithm": official_asam(),
+        "base step": base(make()),
+        "pytorch_optimizer SAM": sam(make(), rho=0.05),
+        "pytorch_optimizer SAM, adaptive": sam(make(), rho=0.5, adaptive=True),
+        "ASAM, the official algorithm": official_asam(make()),
     }
+    runs = {name: partial(ten, step) for name, step in runs.items()}
     return {n: facts["ratio"] for n, facts in cost.ratios(runs, repeats).items()}
 
 
@@ -149,28 +138,28 @@ def everything(name, repeats):
     if make is Transformer:
         x = torch.randint(1000, (batch, *shape))
     found = {}
-    for group, measured in {
-        "steps, eager": partial(steps, make, x, y, repeats, False),
-        "steps, compile": partial(steps, make, x, y, repeats, True),
-    }.items():
+    for group, compiled in GROUPS.items():
         try:
-            found[group] = measured()
+            found[group] = steps(make, x, y, repeats, compiled)
         except Exception as error:  # No compiler on this machine, for instance.
             text = f"failed: {type(error).__name__}: {str(error)[:200]}"
             found[group] = {"all": text}
     return found
 
 
-def experiment(run: harness.Run) -> None:
-    """Measures what the results do not hold, and prints the table."""
+@harness.experiment(
+    smoke={"models": ["tiny"], "repeats": 2},
+    models={"default": [*PROBLEMS][:-1], "choices": PROBLEMS},
+    threads=torch.get_num_threads(),
+    repeats=11,
+)
+def main(run: harness.Run) -> None:
     options = run.options
     torch.set_num_threads(options.threads)
     settings = run.take("threads repeats")
-    results = {
-        name: run.cell(everything, name, options.repeats, model=name, **settings)
-        for name in options.models
-    }
-    for group in ("steps, eager", "steps, compile"):
+    args = everything, options.repeats
+    results = run.each("model", options.models, *args, **settings)
+    for group in GROUPS:
         rows = []
         for row in dict.fromkeys(row for r in results.values() for row in r[group]):
             cells = [r[group].get(row, "-") for r in results.values()]
@@ -180,14 +169,5 @@ def experiment(run: harness.Run) -> None:
         show.table(title, ["", *results], rows)
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={"models": ["tiny"], "repeats": 2},
-    models={"default": [*PROBLEMS][:-1], "choices": PROBLEMS},
-    threads=torch.get_num_threads(),
-    repeats=11,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

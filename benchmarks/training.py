@@ -13,6 +13,7 @@ import methods
 import models
 import numpy as np
 import optax
+import perceptron
 
 import fsam_optax as fsam
 
@@ -46,12 +47,7 @@ def make_problem(
         )
     images, labels = data.train_images[order], data.train_labels[order]
     seeds = seeds or range(options.seeds)
-    noisy = []
-    for seed in seeds:
-        random = np.random.default_rng(seed)
-        wrong = random.random(len(labels)) < options.label_noise
-        other = (labels + random.integers(1, 10, len(labels))) % 10
-        noisy.append(np.where(wrong, other, labels)[:size])
+    noisy = [perceptron.noisy_labels(labels, options.label_noise, s) for s in seeds]
     test = data.test_images, data.test_labels
     if tune:
         test = images[size : size + 5000], labels[size : size + 5000]
@@ -68,7 +64,7 @@ def make_problem(
         data=data,
         moments=datasets.moments(images[:size]),
         images=jnp.asarray(images[:size]),
-        labels=jnp.asarray(np.stack(noisy), jnp.int32),
+        labels=jnp.asarray(np.stack(noisy)[:, :size], jnp.int32),
         test=jax.tree.map(lambda part: jnp.asarray(part[: options.test_size]), test),
         keys=jnp.stack(keys),
         # One seed a call: under vmap this takes several times as long to compile.

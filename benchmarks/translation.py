@@ -22,7 +22,6 @@ sentence a line. Smoke mode makes up its text.
 import collections
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -464,8 +463,24 @@ def draw(results, options, path):
     show.save(fig, path)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
+@harness.experiment(
+    smoke={
+        **{"gradients": 4, "rounds": 2, "seeds": 2, "batch": 2, "width": 8, "depth": 1},
+        "methods": ["base", "Fisher SAM, squared, relative"],
+    },
+    data_dir=pathlib.Path("data/multi30k"),
+    methods={
+        "default": ["base", "SAM", "ASAM", "Fisher SAM, squared, relative"],
+        "choices": NAMES,
+    },
+    gradients={"default": 1800, "help": "of one run"},
+    seeds=3,
+    rounds={"default": 10, "help": "looks at validation"},
+    batch={"default": 16, "help": f"rows of {ROW} tokens"},
+    width=64,
+    depth=2,
+)
+def main(run: harness.Run) -> None:
     options, results = run.options, {}
     if options.gradients % (2 * options.rounds):
         raise SystemExit(f"--gradients must be a multiple of {2 * options.rounds}")
@@ -499,25 +514,5 @@ def experiment(run: harness.Run) -> None:
     draw(results, options, run.picture())
 
 
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={
-        **{"gradients": 4, "rounds": 2, "seeds": 2, "batch": 2, "width": 8, "depth": 1},
-        "methods": ["base", "Fisher SAM, squared, relative"],
-    },
-    data_dir=pathlib.Path("data/multi30k"),
-    methods={
-        "default": ["base", "SAM", "ASAM", "Fisher SAM, squared, relative"],
-        "choices": NAMES,
-    },
-    gradients={"default": 1800, "help": "of one run"},
-    seeds=3,
-    rounds={"default": 10, "help": "looks at validation"},
-    batch={"default": 16, "help": f"rows of {ROW} tokens"},
-    width=64,
-    depth=2,
-)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

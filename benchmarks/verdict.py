@@ -8,6 +8,7 @@ rest of the family has a table of its own, of the experiments that it was run in
 """
 
 import harness
+import methods
 import numpy as np
 import show
 
@@ -17,18 +18,28 @@ PUBLISHED = "ASAM at 0.5"
 FAMILY = ("GSAM", "WSAM", "Friendly SAM", PUBLISHED)
 
 
+def held_out(final, tunings):
+    """Returns the accuracy at which a tuning chose the point of a training, or 0."""
+    for cell in tunings:
+        settings, result = cell["settings"], cell["result"]
+        best = methods.choose(result["points"], result["accuracy"])
+        same = {**settings, "rho": best["rho"], "rate": best["rate"]}
+        if all(same[key] == value for key, value in final.items() if key != "seeds"):
+            return best["score"]
+    return 0
+
+
 def by_setting(name, *keys):
     """Returns results by setting and method: those that have all of the keys."""
-    found, score = {}, {}
-    for cell in harness.read(harness.HERE / "results" / f"{name}.json").values():
+    cells = [*harness.read(harness.HERE / "results" / f"{name}.json").values()]
+    tunings = [cell for cell in cells if cell["settings"].get("part") == "tuning"]
+    found = {}
+    for cell in cells:
         settings, result = cell["settings"], cell["result"]
-        if settings.get("part") == "tuning":
-            score[settings["data"], settings["method"]] = max(result["accuracy"])
         if "part" in settings or not all(key in settings for key in keys):
             continue
         if name == "generalization":
-            at = settings["data"], settings["method"]
-            result |= {"score": score.get(at, 0)}
+            result["score"] = held_out(settings, tunings)
         method = settings["method"].replace("squared gradient", "squared")
         if name == "which_fisher" and method not in ("base", "SAM"):
             method = f"Fisher SAM, {method}"

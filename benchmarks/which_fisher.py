@@ -15,7 +15,6 @@ in units of the square root of the divergence.
     python benchmarks/which_fisher.py
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -114,15 +113,14 @@ def direction(name, form, data, stages, draws):
                 return ball.update(grads, ball.init(params), params, batch=batch)[0]
 
             eps, exact = eps_of(name), eps_of("exact")
-            norms = optax.tree.norm(eps) * optax.tree.norm(exact)
+            length = optax.tree.norm(eps)
+            cosine = optax.tree.vdot(eps, exact) / (length * optax.tree.norm(exact))
             kl = fsam.kl_divergence(LOSS, params, eps, (images, labels))
-            return optax.tree.vdot(eps, exact) / norms, kl, optax.tree.norm(eps)
+            return {"cosine": cosine, "kl": kl, "length": length}
 
-        return [jnp.mean(x) for x in jax.vmap(compared)(draws)]
+        return jax.tree.map(jnp.mean, jax.vmap(compared)(draws))
 
-    names = "cosine", "kl", "length"
-    found = {stage: dict(zip(names, at(stage), strict=True)) for stage in stages}
-    return [{"steps": stage, **facts} for stage, facts in found.items()]
+    return [{"steps": stage, **at(stage)} for stage in stages]
 
 
 def draw(results, directions, path):
@@ -150,8 +148,7 @@ def draw(results, directions, path):
             stages = [max(f["steps"], 10) for f in found]
             cosines = [f["cosine"] for f in found]
             ax.plot(stages, cosines, "o-", ms=3, color=color, label=name)
-    ax.set_xscale("log")
-    ax.set_xlabel("steps trained for (leftmost: none)")
+    ax.set(xscale="log", xlabel="steps trained for (leftmost: none)")
     ax.set_title("relative: cosine with eps of the exact F")
     ax.legend(fontsize=8)
     show.save(fig, path)
@@ -159,67 +156,33 @@ def draw(results, directions, path):
 
 def print_tables(results, directions):
     for noise, found in results.items():
-        rows = []
-        for method, facts in found.items():
-            # On the same seeds, so that what they share cancels.
-            cells = [
-                show.cell(perceptron.over(facts, found[other]), "+.1f", 100)
-                for other in ("base", "SAM")
-            ]
-            chosen = f"{facts['rate']:.2g}", f"{facts['rho']:g}"
-            accuracy = show.cell(facts["accuracy"], ".1f", 100)
-            rows.append([method, *chosen, accuracy, *cells])
-        headings = ["method", "rate", "rho", "accuracy, %", "over base", "over SAM"]
+        base, sam = found["base"]["accuracy"], found["SAM"]["accuracy"]
+        columns = {  # Differences on the same seeds, so that what they share cancels.
+            "method": lambda method, _: method,
+            "rate": lambda _, f: f"{f['rate']:.2g}",
+            "rho": lambda _, f: f"{f['rho']:g}",
+            "accuracy, %": lambda _, f: show.percent(f["accuracy"]),
+            "over base": lambda _, f, base=base: show.over(f["accuracy"], base),
+            "over SAM": lambda _, f, sam=sam: show.over(f["accuracy"], sam),
+        }
         title = f"{noise:.0%} of the labels wrong: test accuracy, %"
-        show.table(title, headings, rows, "Mean ± standard error.")
-    stages = [f["steps"] for f in next(iter(directions.values()))["relative"]]
-    headings = ["F", *(f"cosine,\n{stage} steps" for stage in stages)]
-    headings.append(f"KL,\n{stages[-1]} steps")
+        show.report(title, found, columns, "Mean ± standard error.")
     for form in RADII:
-        rows = []
-        for name, found in directions.items():
-            cosines = (f"{f['cosine']:.2f}" for f in found[form])
-            rows.append([name, *cosines, f"{found[form][-1]['kl']:.1e}"])
+        rows = [
+            [
+                name,
+                *(f"{f['cosine']:.2f}" for f in of[form]),
+                f"{of[form][-1]['kl']:.1e}",
+            ]
+            for name, of in directions.items()
+        ]
+        stages = [f["steps"] for f in next(iter(directions.values()))[form]]
+        headings = ["F", *(f"cosine,\n{stage} steps" for stage in stages)]
+        headings.append(f"KL,\n{stages[-1]} steps")
         show.table(f"eps beside that of the exact F, {form} form", headings, rows)
 
 
-def experiment(run: harness.Run) -> None:
-    """Runs what the results do not hold yet, prints the tables and draws the figure."""
-    options = run.options
-    x, y = (
-        np.concatenate(parts)
-        for parts in zip(*perceptron.split(datasets.load("digits")), strict=True)
-    )
-    order = np.random.default_rng(0).permutation(len(y))
-    x, y = jnp.asarray(x[order]), y[order]
-    sets = {
-        "data": (x[:300], y[:300]),
-        "held": (x[300:1000], y[300:1000]),
-        "test": (x[1000:], jnp.asarray(y[1000:])),
-    }
-    settings, seeds = run.take("gradients seeds tuning_seeds"), "seeds tuning_seeds"
-    named = [f"{name}, {form}" for form in RADII for name in options.estimators]
-    results = {noise: {} for noise in options.noise}
-    for noise, found in results.items():
-        compare = partial(perceptron.compare, **sets, noise=noise, **run.take(seeds))
-        for method in (*options.methods, *named):
-            args = partial(train, method, options.gradients), points(method)
-            key = {"method": method, "noise": noise, **settings}
-            found[method] = run.cell(compare, *args, **key)
-    stages = STAGES[:1] if options.smoke else STAGES
-    data = x[:300], jnp.asarray(y[:300])
-    directions = {name: {} for name in options.estimators}
-    for name, found in directions.items():
-        for form in RADII:
-            settings = {"part": "direction", "estimator": name, "form": form}
-            args = direction, name, form, data, stages, 50
-            found[form] = run.cell(*args, **settings, draws=50)
-    print_tables(results, directions)
-    draw(results, directions, run.picture())
-
-
-main = harness.script(
-    *(__doc__, experiment),
+@harness.experiment(
     smoke={
         **{"estimators": ["squared gradient", "exact"], "noise": [0.0]},
         **{"gradients": 6, "seeds": 2, "tuning_seeds": 1},
@@ -231,7 +194,37 @@ main = harness.script(
     seeds=20,
     tuning_seeds=4,
 )
+def main(run: harness.Run) -> None:
+    options = run.options
+    (x, y), (others, labels) = perceptron.split(datasets.load("digits"))
+    order = np.random.default_rng(0).permutation(len(y) + len(labels))
+    x, y = np.concatenate([x, others])[order], np.concatenate([y, labels])[order]
+    x, data = jnp.asarray(x), (jnp.asarray(x[:300]), jnp.asarray(y[:300]))
+    sets = {
+        "data": (x[:300], y[:300]),
+        "held": (x[300:1000], y[300:1000]),
+        "test": (x[1000:], jnp.asarray(y[1000:])),
+    }
+    settings, seeds = run.take("gradients seeds tuning_seeds"), "seeds tuning_seeds"
+    named = [f"{name}, {form}" for form in RADII for name in options.estimators]
+    results = {noise: {} for noise in options.noise}
+    for noise, found in results.items():
+        compare = partial(perceptron.compare, **sets, noise=noise, **run.take(seeds))
+        for method in (*options.methods, *named):
+            offered = points(method)
+            key = {"method": method, "noise": noise, "points": offered, **settings}
+            args = compare, partial(train, method, options.gradients), offered
+            found[method] = run.cell(*args, **key)
+    stages = STAGES[:1] if options.smoke else STAGES
+    directions = {name: {} for name in options.estimators}
+    for name, found in directions.items():
+        for form in RADII:
+            settings = {"part": "direction", "estimator": name, "form": form}
+            args = direction, name, form, data, stages, 50
+            found[form] = run.cell(*args, **settings, draws=50)
+    print_tables(results, directions)
+    draw(results, directions, run.picture())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

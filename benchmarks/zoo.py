@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from cost import Problem
+from models import Block
 
 
 class UNet(nn.Module):
@@ -27,22 +28,6 @@ class UNet(nn.Module):
         up = nn.ConvTranspose(self.width, (2, 2), (2, 2))(bottom)
         x = block(jnp.concatenate([top, up], -1), self.width)
         return nn.Conv(self.classes, (1, 1))(x)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and two dense layers; causal for language models."""
-
-    heads: int
-    causal: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        """Maps (batch, length, width) to the same."""
-        y = nn.LayerNorm()(x)
-        mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
-        x += nn.MultiHeadDotProductAttention(self.heads)(y, y, mask=mask)
-        y = nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x))
-        return x + nn.Dense(x.shape[-1])(nn.gelu(y))
 
 
 class ViT(nn.Module):

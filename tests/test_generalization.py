@@ -197,8 +197,7 @@ def problem(generalization, tmp_path):
     def make(*arguments, tune=False):
         harness = importlib.import_module("harness")
         found = []
-        harness.main(
-            "",
+        harness.start(
             lambda run: found.append(run.options),
             ["--model", "mlp", "--out", str(tmp_path), *arguments],
             **generalization.main.keywords,

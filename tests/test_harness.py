@@ -23,9 +23,20 @@ SCRIPT = '''
 
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {benchmarks!r})
+import command_line
 import harness
 
-def experiment(run):
+@harness.experiment(
+    smoke={{"cells": 1}},
+    first={{"default": 0, "type": int}},
+    cells={{"default": 3, "help": "how many"}},
+    size=10,
+    pause=0.0,
+    rho={{"default": 0.5, "type": command_line.positive}},
+    method={{"default": "no", "choices": ["no", *map(str, range(900, 930))]}},
+    log=os.devnull,
+)
+def main(run):
     o = run.options
     for number in range(o.first, o.first + o.cells):
         def compute():
@@ -34,18 +45,6 @@ def experiment(run):
             time.sleep(o.pause)
             return {{"square": number ** 2, "long": "x" * o.size, "rho": o.rho}}
         print(run.cell(compute, number=number, size=o.size, rho=o.rho)["square"])
-
-main = harness.script(
-    *(__doc__, experiment),
-    smoke={{"cells": 1}},
-    first={{"default": 0, "type": int}},
-    cells={{"default": 3, "help": "how many"}},
-    size=10,
-    pause=0.0,
-    rho={{"default": 0.5, "type": harness.positive}},
-    method={{"default": "no", "choices": ["no", *map(str, range(900, 930))]}},
-    log=os.devnull,
-)
 
 if __name__ == "__main__":
     sys.exit(main())
@@ -236,6 +235,15 @@ def test_the_help_shows_the_defaults(script):
     assert "--pause PAUSE default 0.0" in " ".join(printed)
     assert "of no; 900; 901" in " ".join(printed)
     assert max(map(len, printed)) <= 80
+
+
+def test_a_cell_of_each_value(harness, tmp_path):
+    options = argparse.Namespace(smoke=False, command="python x.py")
+    run = harness.Run(options, tmp_path / "x.json", tmp_path, {}, [])
+    found = run.each("root", (2, 3), pow, 2, power=2)
+    assert found == {2: 4, 3: 9}
+    assert run.holds(root=3, power=2) and not run.holds(root=4, power=2)
+    assert run.each("root", (2, 3), None, power=2) == found
 
 
 def test_numbers_become_json(harness):
