@@ -440,6 +440,7 @@ MUTANTS = [
         "engine engine_patterns",
         ("(y if i == j else 2 * y)", "y"),
         ("y = y if masks[k] is None else y * masks[k]", "pass"),
+        ("kept = jnp.max(y) >= LEFT * parts", "kept = True"),
         (
             "y = sign * jnp.swapaxes(found[k], -2, -1)",
             "y = jnp.swapaxes(found[k], -2, -1)",

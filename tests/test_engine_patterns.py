@@ -710,6 +710,30 @@ def test_sums_of_products_that_nearly_cancel(kind):
     oracles.assert_close(sums, np.sum(gradients**2, 0), tolerance=3e-5)
 
 
+def test_a_norm_of_weights_that_inputs_are_parallel_to():
+    """Of which next to nothing of a product is left: it is formed for each example."""
+    v, x = 100 + normal(D, D), 100 + normal(B, D)
+    c = normal(B, D)
+
+    def loss_fn(v, batch):
+        x, c = batch
+        return c @ (x @ (v / jnp.linalg.norm(v, axis=0)))
+
+    def sums(v, batch):
+        return loss_power_sums(loss_fn, v, batch)[0]
+
+    found = jax.jit(sums)(v, (x, c))
+    several = jax.jit(jax.vmap(sums, (0, None)))(jnp.stack([v, normal(D, D)]), (x, c))
+    (leaf,) = explain_loss(loss_fn, v, (x, c))
+    assert leaf.rule == PAIRS and leaf.cost < 2.4
+    v, x, c = (np.asarray(a, np.float64) for a in (v, x, c))
+    norm = np.linalg.norm(v, axis=0)
+    left = x[:, :, None] - v / norm * (x @ (v / norm))[:, None]
+    expected = np.sum((left * (c / norm)[:, None]) ** 2, 0)
+    oracles.assert_close(found, expected, tolerance=5e-5)
+    oracles.assert_close(several[0], expected, tolerance=5e-5)
+
+
 @pytest.mark.parametrize(
     "scales",
     [

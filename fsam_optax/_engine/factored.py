@@ -28,7 +28,7 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
     found = _products(site, limit, mirrored)
     if found is not None:
         several = _one_group if len(found[0]) == 1 else _several
-        return multiplied_out(site, *found) or several(site, *found)
+        return multiplied_out(site, *found, _several) or several(site, *found)
     # Factors that are larger than activations are made for a few examples at a time,
     # if they are no larger than what the program itself makes of the gradient.
     largest = max((size(v) for e in site.region() for v in e.outvars), default=0)

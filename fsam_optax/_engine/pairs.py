@@ -13,15 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._engine.folding import relabelled
 from fsam_optax._engine.grouping import Group
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.sums import by_device
+from fsam_optax._engine.work import RARE
 
 
 MOST_POSITIONS = 4
+LEFT = 1 / 32  # Of squares that cancel: where it is less, too few digits are left.
 
 
 class Vectors(NamedTuple):
@@ -123,9 +127,16 @@ def summed_product(weight: jax.Array, a: Vectors, g: Vectors, precision: Any) ->
 
 
 def multiplied_out(
-    site: Site, groups: Sequence[Group], operands: tuple[Any, ...]
+    site: Site, groups: Sequence[Group], operands: tuple[Any, ...], formed: Callable
 ) -> Source | None:
-    """Returns the source for few products; None for many, or for other powers."""
+    """Returns the source for few products; None for many, or for other powers.
+
+    Args:
+        site: The sum of variables.
+        groups: The products that it is the sum of.
+        operands: The variables that they read.
+        formed: Returns the source that forms the sum for each example, of the same.
+    """
     double = [g for g in groups if len(g.sides) == 2]
     single = [g for g in groups if len(g.sides) == 1]
     count = sum(sum(g.positions()) for g in double) + len(single)
@@ -149,11 +160,7 @@ def multiplied_out(
     alike = len(double) == 1 and not base.terms[0].masks
     mirrors = _mirrors(base) if alike else {}
     n = sum(sum(g.positions()) for g in double)
-
-    def prepare(*values):
-        env = dict(zip(operands, values, strict=True))
-        arrays = [x for g in ordered for factors in g.factors(env) for x in factors]
-        return [*arrays, *(x for g in ordered for x in g.masks(env))]
+    orthogonal_all = alike and not single
 
     def elements(has, arrays):
         """Returns rows and columns of each product, and the number of its group."""
@@ -184,10 +191,7 @@ def multiplied_out(
 
     def reduce(has, weight, *values):
         _, *has = has
-        arrays = sum(len(g.sides) for g in ordered)
-        products = elements(has[:arrays], values[:arrays])
-        rest = [*values[arrays:]]
-        masks = []
+        rest, masks = [*values], []
         for g in ordered:
             own = [rest.pop(0) for _ in g.terms[0].masks]
             one = jnp.ones([1] * len(g.labels), g.dtype)
@@ -196,6 +200,7 @@ def multiplied_out(
                 if own
                 else None
             )
+        products = elements(has[len(values) - len(rest) :], rest)
 
         def summed(a, g):
             y = summed_product(weight, a, g, precision)
@@ -211,6 +216,7 @@ def multiplied_out(
             if p == 1:
                 return sum(placed(summed(a, g), k) for a, g, k in products)
             total, found = jnp.zeros((), base.dtype), {}
+            parts = jnp.zeros((), base.dtype)
             apart = orthogonal(products[:n], mirrors) if alike else products[:n]
             apart += products[n:]
             for i, j in _pairs(len(apart)):
@@ -223,8 +229,10 @@ def multiplied_out(
                 found[i, j] = y
                 y = placed(y, e[2], f[2])
                 total = total + (y if i == j else 2 * y)
+                parts = parts + jnp.abs(y) if i == j else parts
             # Rounding must not make a sum of squares negative.
-            return jnp.where(jnp.all(weight >= 0), jnp.maximum(total, 0), total)
+            y = jnp.where(jnp.all(weight >= 0), jnp.maximum(total, 0), total)
+            return y if orthogonal_all else (y, jnp.max(parts))
 
         return [[sums(p) for p in site.what.powers]]
 
@@ -233,6 +241,9 @@ def multiplied_out(
     work = sum(t.work for g in groups for t in g.terms)
     work += 2.0 * pairs * base.volume(base.labels)
     reduce = by_device(reduce, site.what.examples)
+    each = formed(site, ordered, operands)
+    if not orthogonal_all:
+        reduce = _checked(reduce, each.reduce)
     sides = base.volume((*base.batch, *left)) + base.volume((*base.batch, *right))
     work += site.what.per_entry * pairs * sides
     if alike:
@@ -241,7 +252,31 @@ def multiplied_out(
         work += apart * (6.0 * rows + 2.0 * columns + (4.0 * rows if mirrors else 0.0))
     masks = sum(len(g.terms[0].masks) for g in groups) + 2
     work += masks * pairs * size(site.terms[0]) / site.what.examples
-    return Source("sum of outer products", work, operands, reduce, 0, prepare)
+    return Source("sum of outer products", work, operands, reduce, 0, each.prepare)
+
+
+def _checked(reduce, formed):
+    """Returns a rule that forms the sums for each example where the digits are lost.
+
+    That is where squares that cancel leave little of any entry.
+    """
+
+    def run(has, weight, *values):
+        ((*sums,),) = reduce(has, weight, *values)
+        for k, found in enumerate(sums):
+            if not isinstance(found, tuple):
+                continue
+            y, parts = found
+
+            def each(*values, k=k, y=y):
+                return vary_like(formed(has, weight, *values)[0][k].astype(y.dtype), y)
+
+            each.__name__ = RARE
+            kept = jnp.max(y) >= LEFT * parts
+            sums[k] = lax.cond(kept, lambda *_, y=y: y, jax.jit(each), *values)
+        return [sums]
+
+    return run
 
 
 def _pairs(n):
