@@ -14,14 +14,18 @@ import pytest
 from fsam_optax import (
     categorical,
     diagonal,
+    euclidean_ball,
     explain,
+    fisher_ellipsoid,
     fisher_empirical,
     fisher_exact,
     fisher_hutchinson,
     fisher_i1,
     fisher_i2,
+    given,
     negative_log_likelihood,
     power_sums,
+    value_and_grad,
 )
 from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
@@ -152,6 +156,33 @@ def test_the_sums_of_layers_are_held_from_where_they_begin():
     alone = functools.partial(diagonal, fisher_empirical(nll))
     assert temporaries(alone, params, batch) < 0.85 * gradient
     assert temporaries(one_pass, params, batch) < 0.65 * gradient
+
+
+def test_the_second_gradient_takes_its_memory_when_it_begins():
+    """Not from the beginning on, beside the first one and the Fisher."""
+
+    def words(params, tokens):
+        @jax.checkpoint
+        def layer(x, w):
+            up, down = w
+            return x + jnp.tanh(x @ up) @ down, None
+
+        x, _ = jax.lax.scan(layer, params["table"][tokens], params["layers"])
+        return x @ params["table"].T
+
+    layers = like(24, 32, 128), like(24, 128, 32)
+    params = {"table": like(2000, 32), "layers": layers}
+    batch = tuple(like(2, 10, dtype=jnp.int32) for _ in range(2))
+    nll = negative_log_likelihood(words, categorical)
+
+    def gradients(ball, **options):
+        f = value_and_grad(nll, ball, metrics=False, **options)
+        step = functools.partial(lambda f, p, b: f(p, f.init(p), b)[1], f)
+        return temporaries(step, params, batch)
+
+    ball = fisher_ellipsoid(0.1, given())
+    fisher_sam = gradients(ball, empirical_fisher=True)
+    assert fisher_sam < 1.15 * gradients(euclidean_ball(0.1))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older compiler")

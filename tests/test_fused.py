@@ -1,5 +1,7 @@
 """Gradient and empirical Fisher from one pass, against two passes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,30 @@ def test_one_pass_equals_two(around, options):
             (fsam.given(), {"empirical_fisher": True}),
             (fsam.fisher_empirical(model, fsam.categorical), {}),
         )
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, two
+    )
+
+
+def test_one_pass_equals_two_mapped_and_under_derivatives():
+    """The second gradient lies in a branch after one pass, and in none after two."""
+    estimator = fsam.fisher_empirical(model, fsam.categorical)
+    fs = (
+        fsam.value_and_grad(
+            NLL, fsam.fisher_ellipsoid(0.3, fsam.given()), empirical_fisher=True
+        ),
+        fsam.value_and_grad(NLL, fsam.fisher_ellipsoid(0.3, estimator)),
+    )
+
+    def length(f, params):
+        _, grads, _ = f(params, f.init(params), BATCH)
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+
+    several = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), PARAMS)
+    one, two = (
+        jax.jit(jax.vmap(jax.value_and_grad(functools.partial(length, f))))(several)
+        for f in fs
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, two

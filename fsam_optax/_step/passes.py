@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._common.checks import describe, leaf_shape
+from fsam_optax._engine import after_all_of
 from fsam_optax._fisher.functional import value_grad_and_pull
 from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
@@ -51,7 +52,12 @@ def clean_pass_with_fisher(
     """Takes gradient and exact empirical Fisher from one pass at w."""
     (value, aux), grads, fisher = value_grad_and_fisher(loss_fn, params, *data)
     gradient = _gradient(loss_fn, has_aux, data)
-    return CleanPass(value, aux, grads, {"fisher": fisher}, gradient)
+
+    def next_gradient(point):
+        # What it adds up in would be held beside gradient and Fisher.
+        return after_all_of(point, value, gradient)
+
+    return CleanPass(value, aux, grads, {"fisher": fisher}, next_gradient)
 
 
 def _differentiated(loss_fn, has_aux, data):
