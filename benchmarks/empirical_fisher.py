@@ -426,8 +426,7 @@ def print_tables(errors: dict[Any, Any], runs: dict[str, Any]) -> None:
     for n in next(iter(by_model.values())):
         heading = f"emp. Fisher,\nN = {n}"
         columns[heading] = lambda _, of, n=n: show.cell(of[n]["empirical"], ".3f")
-    hessian = lambda of: max(max(e["hessian"]) for e in of.values())  # noqa: E731
-    columns["Hessian"] = lambda _, of: f"{hessian(of):.0e}"
+    columns["Hessian"] = lambda _, of: f"{max(max(of[n]['hessian']) for n in of):.0e}"
     caption = "Frobenius norm of the difference over that of the Fisher; mean ± "
     caption += "standard error over data seeds."
     title = "Distance of a matrix from the Fisher at the minimum"

@@ -103,12 +103,15 @@ def tune(run: harness.Run, settings) -> None:
     seeds = [1000 + seed for seed in range(options.tuning_seeds)]
     problem = cache(partial(make_problem, options, tune=True, seeds=seeds))
     settings = {**settings, "seeds": len(seeds)}
+
+    def tried(method, points):
+        return search(method, problem(), options, points)
+
     for method in options.methods:
         points = grid(method, options.data)
         points = points[::9] if options.smoke else points
-        compute = lambda m, p: search(m, problem(), options, p)  # noqa: E731
         key = {"part": "tuning", "method": method, "points": points, **settings}
-        found = run.cell(compute, method, points, **key)
+        found = run.cell(tried, method, points, **key)
         best = methods.choose(found["points"], found["accuracy"])
         options.rho[method], options.learning_rate[method] = best["rho"], best["rate"]
         loss = found["loss"][found["points"].index({k: best[k] for k in points[0]})]
@@ -282,11 +285,14 @@ def main(run: harness.Run) -> None:
     }
     keys = {m: {"method": m, **point, **settings} for m, point in points.items()}
     problem, found = cache(partial(make_problem, options)), {}
+
+    def trained(method, point):
+        return train(method, problem(), options, **point)
+
     if not all(run.holds(**key) for key in keys.values()):
         problem()  # Data that cannot be had end the run before anything trains.
     for method, point in points.items():
-        compute = lambda m, p: train(m, problem(), options, **p)  # noqa: E731
-        found[method] = run.cell(compute, method, point, **keys[method])
+        found[method] = run.cell(trained, method, point, **keys[method])
     names, repeats = (("tiny",), 2) if options.smoke else (("mlp", "cnn"), 5)
     about = {"part": "cost", "repeats": repeats}
     costs = run.each("model", names, fisher_cost, repeats, **about)

@@ -96,9 +96,9 @@ def spread_of(facts) -> float:
     return max(abs(end - 1) for end in ends)
 
 
-def settled(make, repeats: int, rounds: int):
+def settled(point: str, points, repeats: int, rounds: int):
     """Measures with more and more repeats until the quartiles are near the median."""
-    model, facts = make(), {}
+    model, facts = points[point](), {}
     for number in range(rounds):
         facts = measure(model, OPTIMIZERS["sgd"], repeats * 2**number, ROWS, steps=1)
         if spread_of(facts) <= 0.1:
@@ -150,8 +150,7 @@ def draw(results, path):
 def main(run: harness.Run) -> None:
     results, rows, settings = {}, [], run.take("repeats rounds")
     for kind, points in (SMOKE if run.options.smoke else GROWTH).items():
-        compute = lambda point, *of, points=points: settled(points[point], *of)  # noqa: E731
-        args = compute, *settings.values()
+        args = settled, points, *settings.values()
         results[kind] = run.each("point", points, *args, kind=kind, **settings)
         for point, facts in results[kind].items():
             cells = [f"{facts[r]['ratio']:.2f}" if r in facts else "-" for r in ROWS]

@@ -310,6 +310,9 @@ def main(run: harness.Run) -> None:
         batch = jax.tree.map(jnp.asarray, side.batch)
         return diagonal(name, place, *start(seed), batch, jax.random.key(seed))
 
+    def mean_fisher(length, name, place):
+        return mean_of(fisher(name, place, 0, length))
+
     def both(net, adapter):
         found = data()[1]
         sides = {p: [text.batch for text in found[p]] for p in ("val", "test")}
@@ -377,10 +380,9 @@ def main(run: harness.Run) -> None:
             curves[name, place] = curve([{"rate": rate}, *points])
     means = {}
     for place, name in itertools.product((WEIGHTS, ADAPTER), options.diagonals[:2]):
-        compute = lambda length, *at: mean_of(fisher(*at, 0, length))  # noqa: E731
         key = {"mean of F": name, "place": place, **settings}
-        lengths = run.each("length", (0, LENGTH), compute, name, place, **key)
-        means[name, place] = lengths
+        args = mean_fisher, name, place
+        means[name, place] = run.each("length", (0, LENGTH), *args, **key)
     report(rows, curves, means, options)
     draw(rows, curves, run.picture())
 

@@ -328,18 +328,18 @@ def draw(found, tau_of, path):
     show.save(fig, path)
 
 
-def matched(data, train, rounds):
+def matched(data, trained, rounds):
     """Returns the matched radii, and what rescaling does at them."""
-    pilots, _, _ = train
+    pilots, _, _ = trained()
     radii = matched_radii(pilots, data, rounds)
     first = jax.tree.map(lambda w: w[0], pilots)
     found = invariance(first, data, radii, len(jax.tree.leaves(pilots)[0]))
     return {"invariance": found, "radii": dict(zip(BALLS, radii.tolist(), strict=True))}
 
 
-def measured(grid, networks, data, radii, batch_size, seed):
+def measured(grid, trained, data, radii, batch_size, seed):
     """Returns a row of numbers for each network of a batch size and seed."""
-    stopped, reached, last = networks
+    stopped, reached, last = trained(batch_size, seed)
     rows = [[[batch_size, *setting, seed] for setting in grid.tolist()], reached]
     for params in (stopped, last):
         rows += [figures(params, data), rises(params, data[0], radii)]
@@ -373,12 +373,12 @@ def main(run: harness.Run) -> None:
 
     about = run.take("rounds target")
     pilot = options.batch_sizes[len(options.batch_sizes) // 2]
-    compute = lambda: matched(data[0], trained(pilot, 1000), options.halvings)  # noqa: E731
-    found = run.cell(compute, part="radii", **run.take("halvings"), **about)
+    args = matched, data[0], partial(trained, pilot, 1000), options.halvings
+    found = run.cell(*args, part="radii", **run.take("halvings"), **about)
     radii, rows = jnp.array(list(found["radii"].values())), []
     for size, seed in itertools.product(options.batch_sizes, range(options.seeds)):
-        compute = lambda *at: measured(grid, trained(*at), data, radii, *at)  # noqa: E731
-        rows += run.cell(compute, size, seed, batch_size=size, seed=seed, **about)
+        key = {"batch_size": size, "seed": seed, **about}
+        rows += run.cell(measured, grid, trained, data, radii, size, seed, **key)
     table = np.array([[float(v) for v in row.split()] for row in rows])
     about |= {"part": "tau", **run.take("resamples seeds")}
     tau = run.cell(correlations, table, options.resamples, **about)

@@ -407,6 +407,41 @@ def test_no_experiment_imports_another():
         assert not set(found) & set(experiments), path
 
 
+def test_what_was_tuned_names_the_points_it_was_offered(script):
+    harness, tuned = script("harness"), 0
+    for file in (BENCHMARKS / "results").glob("*.json"):
+        for cell in harness.read(file).values():
+            result, points = cell["result"], cell["settings"].get("points", [])
+            if isinstance(result, dict) and "edges" in result:
+                tuned += 1
+                chosen = [[result[axis] for axis in point] for point in points]
+                offered = [list(point.values()) for point in points]
+                close = np.isclose(chosen, offered, rtol=1e-5, atol=6e-6).all(1)
+                assert close.any(), (file, cell["settings"])
+    assert tuned > 100
+
+
+def test_the_verdict_takes_the_tuning_of_the_same_settings(script):
+    def tuning(points, accuracy, **settings):
+        settings |= {"part": "tuning", "method": "SAM", "points": points}
+        return {
+            "settings": settings,
+            "result": {"points": points, "accuracy": accuracy},
+        }
+
+    near, far = {"rho": 0.1, "rate": 0.2}, {"rho": 0.8, "rate": 0.2}
+    tunings = [
+        tuning([near, far], [0.9, 0.8], data="digits", seeds=2),
+        tuning([far], [0.99], data="digits", seeds=2),
+        tuning([near], [0.5], data="cifar10", seeds=2),
+    ]
+    held_out = script("verdict").held_out
+    at = {"method": "SAM", "data": "digits", "seeds": 5}
+    assert held_out(at | near, tunings) == 0.9
+    assert held_out(at | far, tunings) == 0.99
+    assert held_out(at | near | {"rho": 0.2}, tunings) == 0
+
+
 def test_the_verdict_is_that_of_the_results(script, capsys):
     script("verdict").main()
     tables = capsys.readouterr().out.strip().split("\n\n")
