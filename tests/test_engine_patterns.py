@@ -172,7 +172,7 @@ weight("loha", ["sum of products"], 2.0, **LOHA)(
     lambda p: FIXED + (p["a"] @ p["b"]) * (p["c"] @ p["d"])
 )
 weight("skew", [PAIRS], 1.8, w=FIXED)(lambda p: p["w"] - p["w"].T)
-weight("spectral_norm", [PAIRS], 1.7, w=FIXED)(
+weight("spectral_norm", [PAIRS], 1.8, w=FIXED)(
     lambda p: p["w"] / jnp.linalg.norm(p["w"])
 )
 
@@ -725,7 +725,7 @@ def test_a_norm_of_weights_that_inputs_are_parallel_to():
     found = jax.jit(sums)(v, (x, c))
     several = jax.jit(jax.vmap(sums, (0, None)))(jnp.stack([v, normal(D, D)]), (x, c))
     (leaf,) = explain_loss(loss_fn, v, (x, c))
-    assert leaf.rule == PAIRS and leaf.cost < 2.4
+    assert leaf.rule == PAIRS and leaf.cost < 2.8
     v, x, c = (np.asarray(a, np.float64) for a in (v, x, c))
     norm = np.linalg.norm(v, axis=0)
     left = x[:, :, None] - v / norm * (x @ (v / norm))[:, None]

@@ -447,7 +447,7 @@ def layers_run_through_twice_1(p, x):
     return size(layers(layers(x, p["l"]), p["l"]))
 
 
-@program(VECTORS, 1.6, l=LEAVES["l"])
+@program(VECTORS, 1.75, l=LEAVES["l"])
 def layers_that_decay_1(p, x):
     return size(layers(x, p["l"])) + jnp.sum(p["l"] ** 2) / 10
 

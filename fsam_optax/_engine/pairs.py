@@ -229,7 +229,8 @@ def multiplied_out(
                 found[i, j] = y
                 y = placed(y, e[2], f[2])
                 total = total + (y if i == j else 2 * y)
-                parts = parts + jnp.abs(y) if i == j else parts
+                if i == j and not orthogonal_all:
+                    parts = parts + jnp.abs(y)
             # Rounding must not make a sum of squares negative.
             y = jnp.where(jnp.all(weight >= 0), jnp.maximum(total, 0), total)
             return y if orthogonal_all else (y, jnp.max(parts))
@@ -244,6 +245,8 @@ def multiplied_out(
     each = formed(site, ordered, operands)
     if not orthogonal_all:
         reduce = _checked(reduce, each.reduce)
+        passes = 2.0 * (n + len(single)) + 6.0
+        work += passes * size(site.terms[0]) / site.what.examples
     sides = base.volume((*base.batch, *left)) + base.volume((*base.batch, *right))
     work += site.what.per_entry * pairs * sides
     if alike:
