@@ -366,17 +366,20 @@ def test_bayesian_sam_on_parts_and_devices_is_the_mean_by_hand(x64):
     on_devices = jax.shard_map(update, mesh=mesh, in_specs=DATA, out_specs=jax.P())
     assert_close(jax.jit(on_devices)((x, y)), found, rtol=1e-12)
 
-    keys = jax.random.split(key, 9)
-    q_mean, spread = (jax.tree.map(np.zeros_like, params) for _ in range(2))
-    for i in range(8):
-        draws = jax.random.split(keys[i], 3)
-        grad = jax.grad(lambda p, i=i: loss(p, (parts[0][i], parts[1][i])))
+    @jax.jit
+    def by_hand(key, part):
+        draws = jax.random.split(key, 3)
         noisy = {
             n: params[n] + jax.random.normal(draws[j + 1], params[n].shape) / 4
             for j, n in enumerate(("b", "k"))
         }
-        h = grad(noisy)
-        q = grad({n: params[n] + 0.3 * h[n] / 4 for n in h})
+        h = jax.grad(loss)(noisy, part)
+        return h, jax.grad(loss)({n: params[n] + 0.3 * h[n] / 4 for n in h}, part)
+
+    keys = jax.random.split(key, 9)
+    q_mean, spread = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    for i in range(8):
+        h, q = jax.tree.map(np.asarray, by_hand(keys[i], (parts[0][i], parts[1][i])))
         q_mean = {n: q_mean[n] + q[n] / 8 for n in q}
         spread = {n: spread[n] + 2 * np.abs(h[n]) / 8 for n in h}
     for n in params:

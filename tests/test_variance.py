@@ -183,18 +183,22 @@ def test_regression_has_closed_forms_and_tight_bounds(scale):
     def output(w, x):
         return jnp.stack([jnp.sin(w * x[:, 0]), w**2 * x[:, 1]], axis=1)
 
-    w, x = jnp.array(0.7), X[:1]
-    first = jax.jacfwd(lambda w: output(w, x)[0])(w)
-    second = jax.jacfwd(jax.jacfwd(lambda w: output(w, x)[0]))(w)
-    v1 = 2 * jnp.sum(first**2) ** 2 / scale**4
-    v2 = jnp.sum(second**2) / scale**2
-    args = (output, gaussian(scale))
-    call = functools.partial(evaluate, params=w, inputs=x)
-    close(call(fisher_variance_i1, *args), v1)
-    close(call(fisher_variance_i2, *args), v2)
-    close(tuple(call(fisher_bounds, *args)), (jnp.sum(first**2) / scale**2,) * 2)
-    close(tuple(call(fisher_variance_i1_bounds, *args)), (v1, v1))
-    close(tuple(call(fisher_variance_i2_bounds, *args)), (v2, v2))
+    @jax.jit
+    def everything(w, x):
+        first = jax.jacfwd(lambda w: output(w, x)[0])
+        expected = jnp.sum(first(w) ** 2), jnp.sum(jax.jacfwd(first)(w) ** 2)
+        args = output, gaussian(scale), w, x
+        return expected, [
+            fisher_variance_i1(*args),
+            fisher_variance_i2(*args),
+            *fisher_bounds(*args),
+            *fisher_variance_i1_bounds(*args),
+            *fisher_variance_i2_bounds(*args),
+        ]
+
+    (first, second), found = everything(np.float32(0.7), np.asarray(X[:1]))
+    fisher, v1, v2 = first / scale**2, 2 * first**2 / scale**4, second / scale**2
+    close(found, [v1, v2, fisher, fisher, v1, v1, v2, v2])
 
 
 def test_binary_classification_has_a_closed_form():
