@@ -193,7 +193,7 @@ def check(loss_fn, params, x):
     oracles.assert_close(sums(params, x), expected)
 
 
-@pytest.mark.short("lru", "complex_network")
+@pytest.mark.short("hyena", "complex_network", "optics", "lru")
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     model, params = MODELS[name]
