@@ -186,7 +186,10 @@ MUTANTS = [
         ),
         ("x = jnp.where(share == 0, jnp.zeros_like(x), x)", ""),
         ("return x + weight.astype(x.dtype) * y", "return x + y"),
-        ("jnp.where(total == 0, old, x / number)", "x / number"),
+        (
+            "jnp.where(total == 0, old, (x / number).astype(old.dtype))",
+            "(x / number).astype(old.dtype)",
+        ),
     ),
     *_mutants(
         "_common/keys.py",

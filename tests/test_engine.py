@@ -1069,13 +1069,14 @@ def test_one_trace_under_jit():
 # What cannot be handled, and errors.
 
 
-def test_falls_back_with_a_warning_if_rewriting_breaks(monkeypatch):
+@pytest.mark.parametrize("part", ["flatten", "scaled_after"])
+def test_falls_back_with_a_warning_if_rewriting_breaks(part, monkeypatch):
     from fsam_optax._engine import example
 
-    def broken(closed, varies):
+    def broken(closed, *varies):
         raise AttributeError("moved in a later version")
 
-    monkeypatch.setattr(example, "flatten", broken)
+    monkeypatch.setattr(example, part, broken)
     expected = oracles.power_sums(apply_fn, MLP, X, factor, Y, POWERS)
     for chunk_bytes in None, 1:
         with pytest.warns(UserWarning, match="moved in a later version") as caught:

@@ -300,6 +300,30 @@ def scaled_step(name):
     return run
 
 
+def test_half_precision_where_dtypes_are_promoted_only_as_asked():
+    nll = negative_log_likelihood(lambda w, x: x @ w["k"] + w["b"][None], categorical)
+    params = cast({"k": jnp.ones((6, 3)) / 4, "b": jnp.zeros(3)}, jnp.bfloat16)
+    x, y = data(4, 6, 3)
+    ball = fisher_ellipsoid(0.1, fisher_empirical(nll))
+    f = value_and_grad(nll, ball, micro_batches=2)
+    state = f.init(params)
+
+    def figures(params, x):
+        batch = x, y
+        _, grads, _ = f(params, state, batch)
+        exact = diagonal(fisher_exact(nll), params, batch)
+        return (
+            grads,
+            exact,
+            loss_power_sums(lambda w, x: jnp.sum(x @ w["k"]), params, x, powers=(1, 4)),
+        )
+
+    x = x.astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.jit(figures)(params, x)
+    jax.tree.map(np.testing.assert_array_equal, found, jax.jit(figures)(params, x))
+
+
 @pytest.mark.short("Fisher SAM, damped")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_scale_of_the_loss_changes_no_perturbation(name):

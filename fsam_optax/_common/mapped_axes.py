@@ -164,7 +164,7 @@ def merge(
         if _is_random(x):
             return jnp.where(total == 0, old, jax.lax.pmax(x, axes))
         # Weights count labels: more than a narrow dtype can tell apart, or hold.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = _wide(x)
         number = jnp.where(total == 0, 1, total).astype(wide)
         mean = jax.lax.psum(share.astype(wide) * x.astype(wide), axes) / number
         return jnp.where(total == 0, old, mean.astype(x.dtype))
@@ -192,11 +192,16 @@ def add_part(merged: Any, part: Any, index: jax.Array, weight: jax.Array) -> Any
     return jax.tree.map(leaf, merged, part)
 
 
+def _wide(x):
+    with jax.numpy_dtype_promotion("standard"):  # Also where it is strict.
+        return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def no_parts(before: Any) -> Any:
     """Returns what `add_part` starts from: sums of 0, in float32 or wider."""
 
     def leaf(x):
-        wide = jnp.promote_types(x.dtype, jnp.float32) if is_mean(x) else x.dtype
+        wide = _wide(x) if is_mean(x) else x.dtype
         return vary_like(jnp.zeros_like(x, wide), x) if is_mean(x) else x
 
     return jax.tree.map(leaf, before)
@@ -209,7 +214,7 @@ def mean_of_parts(merged: Any, total: jax.Array, before: Any) -> Any:
         if not is_mean(old):
             return x
         number = jnp.where(total == 0, 1, total).astype(x.dtype)
-        return jnp.where(total == 0, old, x / number).astype(old.dtype)
+        return jnp.where(total == 0, old, (x / number).astype(old.dtype))
 
     return jax.tree.map(leaf, merged, before)
 
@@ -227,7 +232,7 @@ def merge_stacked(tree: Any, weights: jax.Array, before: Any) -> Any:
         if not is_mean(x):
             return jnp.max(x, 0)
         # Weights count labels: more than a narrow dtype can tell apart, or hold.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = _wide(x)
         w = weights.reshape(-1, *[1] * (x.ndim - 1)).astype(wide)
         sums = jnp.sum(jnp.where(w == 0, 0, w * x.astype(wide)), 0)
         mean = sums / jnp.where(total == 0, 1, total).astype(wide)

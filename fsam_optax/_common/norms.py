@@ -25,7 +25,8 @@ Leaf = jax.Array | tuple[jax.Array, jax.Array]  # Or the factors of a product.
 
 def widen(*arrays: Any) -> jnp.dtype:
     """Returns the dtype to compute in: float32, or wider where an array is wider."""
-    return jnp.result_type(jnp.float32, *arrays)
+    with jax.numpy_dtype_promotion("standard"):  # Also where it is strict.
+        return jnp.result_type(jnp.float32, *arrays)
 
 
 def divisor(x: jax.Array) -> jax.Array:

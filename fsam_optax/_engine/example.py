@@ -73,13 +73,11 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
 
     # Traced once: the backward pass goes through the jaxpr.
     forward, like = jax.make_jaxpr(model, return_shape=True)(params, inputs)
-    learned = [True] * len(params) + [False] * len(inputs)
-    forward = scaled_after(forward, [not x for x in learned], learned)
     outputs, outputs_tree = jax.tree.flatten(like)
     if cotangents is None and [h.shape for h in outputs] != [()]:
         raise TypeError(f"`loss_fn` must return a scalar; it returned {outputs}.")
 
-    def backward(params, inputs, cs):
+    def backward(forward, params, inputs, cs):
         def model(params):
             h = as_function(forward)(*params, *inputs)
             return [x for x in h if _is_floating(x)], h
@@ -109,14 +107,21 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
 
     cs = [vary_like(jnp.zeros(h.shape, h.dtype), weight) for h in outputs]
     cs = [c for c in cs if _is_floating(c)] if cotangents else []
-    closed = jax.make_jaxpr(backward)(params, inputs, cs)
-    program = Program(closed, [*params, *inputs], len(outputs), pulled_back, weight)
+
+    def program(forward):
+        run = functools.partial(backward, forward)
+        closed = jax.make_jaxpr(run)(params, inputs, cs)
+        known = [*params, *inputs]
+        return Program(closed, known, len(outputs), pulled_back, weight)
+
     try:
-        sums, h = _rewritten(program, what, report)
+        learned = [True] * len(params) + [False] * len(inputs)
+        after = scaled_after(forward, [not x for x in learned], learned)
+        sums, h = _rewritten(program(after), what, report)
     except Exception as error:
         # What the rewriting relies on may change with jax, and that must not fail
         # here. Errors of the user's own functions are raised again.
-        sums, h = _as_it_is(program, what, report)
+        sums, h = _as_it_is(program(forward), what, report)
         warnings.warn(
             "The gradients of single examples could not be rewritten and are formed a "
             f"few at a time, which is slow. {type(error).__name__}: {error}",

@@ -342,7 +342,8 @@ def _rebound(eqn, i, k, others, s, p):
 
 def _converted(eqn, i, k, others, s, p):
     del i, others, p
-    return s.astype(widened(jnp.promote_types(s.dtype, eqn.outvars[k].aval.dtype)))
+    out = widened(eqn.outvars[k].aval.dtype)
+    return s.astype(max(s.dtype, out, key=lambda dtype: dtype.itemsize))
 
 
 def _negated(eqn, i, k, others, s, p):

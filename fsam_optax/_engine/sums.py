@@ -112,7 +112,8 @@ def power(x: jax.Array, p: int) -> jax.Array:
 
 def widened(dtype: Any) -> Any:
     """Returns the dtype to accumulate in: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # Also where it is strict.
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 class Steps(NamedTuple):
