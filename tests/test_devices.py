@@ -255,7 +255,6 @@ def test_micro_batches_are_devices_without_synchronisation():
         assert_equal(state, other)
 
 
-@pytest.mark.long
 def test_value_is_averaged_and_aux_is_that_of_each_device():
     def loss_and_aux(params, batch):
         return loss(params, batch), jnp.mean(batch[0])

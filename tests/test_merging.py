@@ -85,7 +85,6 @@ def test_what_a_device_without_weight_made_may_be_nan():
     np.testing.assert_array_equal(found, x[1])
 
 
-@pytest.mark.long
 def test_a_skipped_device_does_not_count():
     f = fsam.value_and_grad(
         loss_fn, fsam.fisher_ellipsoid(0.1, AVERAGED), axis_name="d"
@@ -141,7 +140,6 @@ def test_a_lagged_displacement_is_the_mean_of_those_of_the_devices():
     assert jnp.max(jnp.abs(each[0] - each[1])) > 1e-3
 
 
-@pytest.mark.long
 def test_a_plain_step_leaves_memory_as_it_is_to_the_bit():
     """The mean of eleven equal numbers may be another one."""
     ball = optax.chain(fsam.averaged(0.9), fsam.euclidean_ball(0.1))
