@@ -74,7 +74,7 @@ def test_one_pass_equals_two(around, options):
 
 
 def test_one_pass_equals_two_mapped_and_under_derivatives():
-    """The second gradient lies in a branch after one pass, and in none after two."""
+    """The second gradient is evaluated otherwise after one pass than after two."""
     estimator = fsam.fisher_empirical(model, fsam.categorical)
     fs = (
         fsam.value_and_grad(

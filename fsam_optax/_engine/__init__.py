@@ -25,4 +25,4 @@ from fsam_optax._engine.power_sums import (
 )
 from fsam_optax._engine.report import Explanation as Explanation, Leaf as Leaf
 from fsam_optax._engine.sums import added_up as added_up, apart as apart
-from fsam_optax._engine.waiting import after_all_of as after_all_of
+from fsam_optax._engine.waiting import after_point as after_point

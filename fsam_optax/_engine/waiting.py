@@ -5,6 +5,7 @@ are used: zeros to add up in from the beginning of the program on, the squares o
 activations through all of the backward pass. These depend on what is used with them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from jax import lax
 from jax.core import Tracer
 
 from fsam_optax._common.mapped_axes import axes_of_shards, vary_like
-from fsam_optax._engine.jaxpr import as_function
+from fsam_optax._engine.jaxpr import bind, evaluate, read
+from fsam_optax._engine.primitives import LOOP, name_of
 
 
 def on_one_device(weight: jax.Array, share: int) -> bool:
@@ -55,32 +57,47 @@ def zeros_after(
     return found
 
 
-def after_all_of(x: Any, known: jax.Array, fn: Callable[[Any], Any]) -> Any:
-    """Returns `fn(x)`, nothing of which is made before all of x is, on one device.
+def after_point(point: Any, known: jax.Array, fn: Callable[[Any], Any]) -> Any:
+    """Returns `fn(point)`; what it adds up in waits for the point, on one device.
 
-    Not even the zeros that it adds up in, as the gradients of a loop over layers do: it
-    is a branch, which a program enters when all that it reads is there.
+    On a CPU its loops, which stack gradients of layers in zeros, are branches: a
+    program enters one when all that it reads is there. All the rest is left outside,
+    since convolutions are slow in a branch.
 
     Args:
-        x: A tree of arrays.
+        point: A tree of arrays, of parameters that are not known before.
         known: A number that is not known before the program runs.
-        fn: A pure function of x.
+        fn: A pure function of the point, its gradient for one.
     """
-    leaves, tree = jax.tree.flatten(x)
-    several = any(not jax.typeof(y).sharding.mesh.empty for y in (known, *leaves))
+    leaves, tree = jax.tree.flatten(point)
+    several = any(not jax.typeof(x).sharding.mesh.empty for x in (known, *leaves))
     if not isinstance(known, Tracer) or several or axes_of_shards(leaves):
-        return fn(x)
+        return fn(point)
     closed, like = jax.make_jaxpr(
         lambda *leaves: fn(tree.unflatten(leaves)), return_shape=True
     )(*leaves)
-    run = as_function(closed)
 
-    def zeros(*leaves):
-        del leaves
-        return [jnp.zeros(v.shape, v.dtype) for v in closed.out_avals]
+    def in_branch(eqn, *values):
+        def zeros(*values):
+            del values
+            return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
-    def in_branch(*leaves):
-        return lax.cond(_never([known]), zeros, run, *leaves)
+        run = functools.partial(bind, eqn)
+        return lax.cond(_never([known]), zeros, lambda *x: run(x), *values)
 
-    found = lax.platform_dependent(*leaves, cpu=in_branch, default=run)
+    def waiting(eqn, values):
+        if name_of(eqn) != LOOP:
+            return bind(eqn, values)
+        return lax.platform_dependent(
+            *values,
+            cpu=functools.partial(in_branch, eqn),
+            default=lambda *x: bind(eqn, x),
+        )
+
+    jaxpr = closed.jaxpr
+    env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env |= zip(jaxpr.invars, leaves, strict=True)
+    made = {v for eqn in jaxpr.eqns for v in eqn.outvars}
+    evaluate(jaxpr.eqns, env, made, waiting)
+    found = [jnp.asarray(read(env, v)) for v in jaxpr.outvars]
     return jax.tree.structure(like).unflatten(found)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._common.checks import describe, leaf_shape
-from fsam_optax._engine import after_all_of
+from fsam_optax._engine import after_point
 from fsam_optax._fisher.functional import value_grad_and_pull
 from fsam_optax._fisher.negative_log_likelihood import (
     NegativeLogLikelihood,
@@ -55,7 +55,7 @@ def clean_pass_with_fisher(
 
     def next_gradient(point):
         # What it adds up in would be held beside gradient and Fisher.
-        return after_all_of(point, value, gradient)
+        return after_point(point, value, gradient)
 
     return CleanPass(value, aux, grads, {"fisher": fisher}, next_gradient)
 
