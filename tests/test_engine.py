@@ -870,6 +870,19 @@ def test_layers_in_half_precision_are_summed_in_float32():
     assert np.all(sums != sums.astype(jnp.bfloat16))  # Not rounded on the way.
 
 
+def test_chosen_rows_in_half_precision_are_summed_in_float32():
+    rows = np.asarray([3, 1, 0, 2])
+
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(w[rows] @ x))
+
+    half = normal(7, 4, 6).astype(jnp.bfloat16), X.astype(jnp.bfloat16)
+    found = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=POWERS))(*half)
+    assert {leaf.dtype for leaf in found} == {jnp.dtype("float32")}
+    expected = oracles.loss_power_sums(loss_fn, *half, POWERS)
+    oracles.assert_close(found, expected, tolerance=0.05)
+
+
 def test_small_squares_do_not_underflow_in_float16():
     sums = loss_power_sums(
         lambda w, x: jnp.sum(w * x),

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, Literal
 
@@ -24,6 +25,7 @@ from fsam_optax._engine.primitives import (
     name_of,
     PLATFORM,
     REMATERIALISED,
+    SCATTER,
     SUMS,
     VARY,
 )
@@ -35,6 +37,18 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     out = eqn.primitive.bind(*functions, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def bind_in(dtype: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation with its floating-point operands in another dtype."""
+    values = [
+        x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in values
+    ]
+    if name_of(eqn) == SCATTER:  # Its parameters hold a sum in its own dtype.
+        zeros, index, rows = values
+        numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+        return [lax.scatter_add(zeros, index, rows, numbers, mode=mode)]
+    return bind(eqn, values)
 
 
 def as_function(closed: Any) -> Callable[..., list[jax.Array]]:

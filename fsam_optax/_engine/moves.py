@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from fsam_optax._common.mapped_axes import vary_like
-from fsam_optax._engine.jaxpr import bind, Dataflow, is_real, read, size
+from fsam_optax._engine.jaxpr import bind_in, Dataflow, is_real, read, size
 from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
 from fsam_optax._engine.sums import power, widened
 
@@ -334,10 +334,7 @@ def _nothing_cut(eqn, i, k):
 
 def _rebound(eqn, i, k, others, s, p):
     del p
-    others = [
-        x.astype(s.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in others
-    ]
-    return bind(eqn, [*others[:i], s, *others[i:]])[k]
+    return bind_in(s.dtype, eqn, [*others[:i], s, *others[i:]])[k]
 
 
 def _converted(eqn, i, k, others, s, p):
