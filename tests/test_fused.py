@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import fsam_optax as fsam
+from fsam_optax._engine import after_point
 
 
 RNG = np.random.default_rng(0)
@@ -95,6 +96,18 @@ def test_one_pass_equals_two_mapped_and_under_derivatives():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, two
     )
+
+
+def test_what_a_loss_prints_is_printed_at_the_second_point():
+    seen = []
+
+    def gradient(w):
+        jax.debug.callback(seen.append, w)
+        return 2 * w
+
+    found = jax.jit(lambda w: after_point(w, w, gradient))(1.0)
+    jax.effects_barrier()
+    assert (found, seen) == (2, [1])
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 
 from fsam_optax._common.mapped_axes import axes_of_shards, vary_like
-from fsam_optax._engine.jaxpr import bind, evaluate, read
+from fsam_optax._engine.jaxpr import bind, read
 from fsam_optax._engine.primitives import LOOP, name_of
 
 
@@ -97,7 +97,8 @@ def after_point(point: Any, known: jax.Array, fn: Callable[[Any], Any]) -> Any:
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env |= zip(jaxpr.invars, leaves, strict=True)
-    made = {v for eqn in jaxpr.eqns for v in eqn.outvars}
-    evaluate(jaxpr.eqns, env, made, waiting)
+    for eqn in jaxpr.eqns:  # Also what only has effects, such as printing.
+        values = [read(env, v) for v in eqn.invars]
+        env.update(zip(eqn.outvars, waiting(eqn, values), strict=True))
     found = [jnp.asarray(read(env, v)) for v in jaxpr.outvars]
     return jax.tree.structure(like).unflatten(found)
