@@ -456,7 +456,7 @@ MUTANTS = [
     *_mutants(
         "_engine/scales.py",
         "engine_patterns",
-        ("(*before, *((jnp.divide, s)", "(*before, *((jnp.multiply, s)"),
+        ("*((jnp.divide, s) for", "*((jnp.multiply, s) for"),
         ("start = len(batch[k]) + (len(free[0]) if k else 0)", "start = len(batch[k])"),
     ),
     *_mutants(

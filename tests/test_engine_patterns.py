@@ -4,6 +4,8 @@ Each is compared with gradients of single examples formed in full. Its operation
 counted from the program, loops as often as they run, against those of one gradient.
 """
 
+import warnings
+
 import engine_oracles as oracles
 import jax
 import jax.numpy as jnp
@@ -684,6 +686,16 @@ def test_squares_are_not_negative_where_products_cancel():
     (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(FIXED, X)
     assert np.all(sums >= 0)
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
+
+
+def test_a_number_times_a_stretched_vector_is_no_weight_that_is_scaled():
+    def loss_fn(s, x):
+        return dense(x, 2.0 * jnp.broadcast_to(s, (D, D)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(SCALE, X)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, SCALE, X))
 
 
 @pytest.mark.parametrize("kind", ["difference", "skew"])

@@ -140,20 +140,25 @@ def _scales(eqn, values, ways, k):
     return ways[k].scales if k in ways and ways[k].x is None else None
 
 
+def _scaled(eqn, values, ways, k):
+    """Returns an operand as what is scaled; None if it has another shape."""
+    alike = eqn.invars[k].aval.shape == eqn.outvars[0].aval.shape
+    return ways.get(k, Scaled(values[k])) if alike else None
+
+
 def _multiplied(eqn, values, ways):
     for k in (1, 0):
-        if (scales := _scales(eqn, values, ways, k)) is not None:
-            x, before = ways.get(1 - k, Scaled(values[1 - k]))
-            return Scaled(x, (*before, *scales))
+        scales, way = _scales(eqn, values, ways, k), _scaled(eqn, values, ways, 1 - k)
+        if scales is not None and way is not None:
+            return Scaled(way.x, (*way.scales, *scales))
     return None
 
 
 def _divided(eqn, values, ways):
-    scales = _scales(eqn, values, ways, 1)
-    if scales is None or any(f is jnp.divide for f, _ in scales):
+    scales, way = _scales(eqn, values, ways, 1), _scaled(eqn, values, ways, 0)
+    if scales is None or way is None or any(f is jnp.divide for f, _ in scales):
         return None
-    x, before = ways.get(0, Scaled(values[0]))
-    return Scaled(x, (*before, *((jnp.divide, s) for _, s in scales)))
+    return Scaled(way.x, (*way.scales, *((jnp.divide, s) for _, s in scales)))
 
 
 WAYS: dict[str, Callable[[Any, list[Any], dict[int, Scaled]], Scaled | None]] = {
