@@ -688,6 +688,21 @@ def test_squares_are_not_negative_where_products_cancel():
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("by", ["outside", "inside"])
+def test_a_branch_that_is_not_taken_may_divide_by_zero(by):
+    def loss_fn(w, x):
+        n = jnp.sum(jnp.abs(w))
+
+        def normed(w):
+            return w / (n if by == "outside" else jnp.sqrt(1 + jnp.sum(w**2)))
+
+        return dense(x, FIXED + lax.cond(n > 0, normed, lambda w: 2 * w, w))
+
+    args = jnp.zeros((D, D)), X
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(*args)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, *args))
+
+
 def test_a_number_times_a_stretched_vector_is_no_weight_that_is_scaled():
     def loss_fn(s, x):
         return dense(x, 2.0 * jnp.broadcast_to(s, (D, D)))

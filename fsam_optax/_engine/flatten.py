@@ -119,7 +119,8 @@ def _branches(flow, eqn, values):
     product = bool(given) and all(is_product(flow, v) for v in given)
     moves = not platforms and all(_is_move(x, varies, product) for x in branches)
     if moves or flow.varies(eqn.invars[0]):
-        return _chosen(branches, varies, index, operands)
+        common = not flow.varies(eqn.invars[0])
+        return _chosen(branches, varies, index, operands, common)
     return switched(eqn, index, [flatten(x, varies) for x in branches], operands)
 
 
@@ -135,19 +136,23 @@ def _is_move(closed, varies, product):
     return all(name_of(e) in moves or (product and is_linear(flow, e)) for e in eqns)
 
 
-def _chosen(branches, varies, index, operands):
+def _chosen(branches, varies, index, operands, common):
     """Evaluates all branches, and chooses from what they return.
 
     As `jax.vmap` does, except where all return sums of products: the factors of those
-    that are not taken become zeros, so that the gradient stays a sum of products.
+    that are not taken become zeros, so that the gradient stays a sum of products. If
+    the choice is common to all examples, constants become ones there: what such a
+    branch divides by may be zero.
     """
     index = jnp.clip(index, 0, len(branches) - 1)
     found = []
-    for closed in branches:
+    for k, closed in enumerate(branches):
         flat = jax.make_jaxpr(flatten(closed, varies))(*closed.in_avals)
         flow = Dataflow(flat.jaxpr, flat.jaxpr.invars)
         env = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
-        env.update(zip(flat.jaxpr.invars, operands, strict=True))
+        for v, x, b in zip(flat.jaxpr.invars, operands, varies, strict=True):
+            gated = common and not b and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+            env[v] = jnp.where(index == k, x, jnp.ones_like(x)) if gated else x
         found.append((flow, env, [_products(flow, v) for v in flat.jaxpr.outvars]))
     out = []
     for i, aval in enumerate(branches[0].out_avals):
