@@ -713,6 +713,24 @@ def test_a_number_times_a_stretched_vector_is_no_weight_that_is_scaled():
     oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, SCALE, X))
 
 
+def test_mirrored_products_that_nearly_cancel():
+    x, c, *noise = (normal(B, D) for _ in range(4))
+    y, d = x + noise[0] / 100, c + noise[1] / 100
+
+    def loss_fn(w, batch):
+        x, y, c, d = batch
+        return c @ (x @ (w + w.T)) - d @ (y @ (w + w.T))
+
+    batch = x, y, c, d
+    (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(FIXED, batch)
+    (leaf,) = explain_loss(loss_fn, FIXED, batch)
+    assert leaf.rule == PAIRS
+    x, y, c, d = (np.asarray(v, np.float64) for v in batch)
+    gradients = np.einsum("ni,nj->nij", x, c) - np.einsum("ni,nj->nij", y, d)
+    gradients += np.swapaxes(gradients, 1, 2)
+    oracles.assert_close(sums, np.sum(gradients**2, 0), tolerance=3e-5)
+
+
 @pytest.mark.parametrize("kind", ["difference", "skew"])
 def test_sums_of_products_that_nearly_cancel(kind):
     """What is a hundredth of its parts keeps its digits, as in gradients formed."""

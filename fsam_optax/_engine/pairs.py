@@ -160,7 +160,7 @@ def multiplied_out(
     alike = len(double) == 1 and not base.terms[0].masks
     mirrors = _mirrors(base) if alike else {}
     n = sum(sum(g.positions()) for g in double)
-    orthogonal_all = alike and not single
+    orthogonal_all = alike and not single and (n == 2 or not mirrors)
 
     def elements(has, arrays):
         """Returns rows and columns of each product, and the number of its group."""
