@@ -457,7 +457,7 @@ def draw(results, options, path):
     left.set_xlabel("gradients")
     left.set_title("Validation loss, nats per token, mean of the seeds")
     left.legend(fontsize=8)
-    names = [title.replace("Fisher SAM, ", "F-SAM\n") for title in results]
+    names = [title.replace("Fisher SAM, squared, ", "F-SAM\n") for title in results]
     names = [name.replace("Friendly ", "Friendly\n") for name in names]
     right.set_xticks(range(len(results)), names)
     right.set_title("Test BLEU")
