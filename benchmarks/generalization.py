@@ -12,16 +12,14 @@ accuracy on the other 700 training images, two seeds, 24 tries a method. Relativ
 T^2 = 1 / (1 + F / mean F). Absolute: T^2 = 1 / (F + 0.001).
 
     python benchmarks/generalization.py                     # make train
-    python benchmarks/generalization.py --seeds 10 --methods base SAM
-    python benchmarks/generalization.py --data cifar10 --model resnet --epochs 100
-    python benchmarks/generalization.py --data mnist --train-size 1000 --tune
+    python benchmarks/generalization.py --methods base ASAM --rho ASAM=0.5
+    python benchmarks/generalization.py --data cifar10 --data-dir data --tune
 
 Ctrl-C keeps the methods that are finished; the same command goes on from there.
 """
 
 import argparse
-from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,90 +33,75 @@ import methods
 import models
 import numpy as np
 import show
-from training import make_problem, search, train
+from training import make_problem, train
 
 import fsam_optax as fsam
 
 
-OPTIMIZERS = {"sgd": 0.05, "adamw": 1e-3}  # and their usual learning rates
-# Few images, so that there is something to overfit; rate and rho chosen by --tune.
-DIGITS = {"train_size": 300, "batch_size": 30, "augment": False}
-MAIN = {
-    "base": (0.0, 0.0453302),
-    "SAM": (0.2, 0.1),
-    "ASAM": (2.0, 0.05),
-    "Fisher SAM, squared, relative": (0.4, 0.05),
-    "Fisher SAM, empirical, absolute": (0.0075, 0.1),
+MAIN = (
+    *("base", "SAM", "ASAM"),
+    *("Fisher SAM, squared, relative", "Fisher SAM, empirical, absolute"),
+)
+# Of each method: radius and rate that --tune chose, and the radii and rates it offers.
+# Digits: 24 tries, of which Fisher SAM has two forms. CIFAR-10: six a form.
+RADII = 0.025 * 2 ** np.arange(6)
+RELATIVE, ABSOLUTE = (0.1, 0.2, 0.4), (0.0075, 0.015, 0.03)
+FEW, RATES, TWO = (0.02, 0.05, 0.125), (0.0125, 0.025, 0.05, 0.1), (0.00625, 0.0125)
+DIGITS = {
+    "base": (0.0, 0.0453302, (0.0,), np.geomspace(0.002, 0.5, 24)),
+    "SAM": (0.2, 0.1, RADII, RATES),
+    "ASAM": (2.0, 0.05, 10 * RADII, RATES),
+    "Fisher SAM, squared, relative": (0.4, 0.05, RELATIVE, RATES),
+    "Fisher SAM, squared, absolute": (0.0075, 0.05, ABSOLUTE, RATES),
+    "Fisher SAM, empirical, relative": (0.2, 0.1, RELATIVE, RATES),
+    "Fisher SAM, empirical, absolute": (0.0075, 0.1, ABSOLUTE, RATES),
+    "GSAM": (0.2, 0.1, RADII, RATES),
+    "WSAM": (0.0125, 0.05, RADII / 8, RATES),
+    "Friendly SAM": (0.4, 0.05, RADII, RATES),
+    "MSAM": (2.4, 0.05, 12 * RADII, RATES),
 }
-DIGITS_CHOICE = MAIN | {
-    "GSAM": (0.2, 0.1),
-    "WSAM": (0.0125, 0.05),
-    "Friendly SAM": (0.4, 0.05),
-    "MSAM": (2.4, 0.05),
+CIFAR10 = {
+    "base": (0.0, 0.0015, (0.0,), np.geomspace(0.0015, 0.016, 6)),
+    "SAM": (0.02, 0.00625, FEW, TWO),
+    "ASAM": (0.03125, 0.00625, (0.03125, 0.125, 0.5), TWO),
+    "Fisher SAM, squared, relative": (0.05, 0.00625, FEW, TWO),
+    "Fisher SAM, empirical, relative": (0.05, 0.00625, FEW, TWO),
+    "Fisher SAM, empirical, absolute": (0.002, 0.00625, (0.00075, 0.002, 0.005), TWO),
+    "GSAM": (0.05, 0.0125, FEW, TWO),
+    "WSAM": (0.00625, 0.00625, (0.0025, 0.00625, 0.015), TWO),
+    "Friendly SAM": (0.05, 0.00625, FEW, TWO),
+    "MSAM": (0.1, 0.0015, (0.1, 0.24, 0.6), (0.0015, 0.003)),  # As many steps as base.
 }
-# The radii of the papers.
-USUAL = {"SAM": 0.05, "ASAM": 0.5, "relative": 0.1, "absolute": 0.015, "MSAM": 3.0}
-# What --tune offers. Digits: 24 tries a method, of which Fisher SAM has two forms, with
-# half as many radii each. CIFAR-10: six.
-RATES = {
-    "digits": {"base": np.geomspace(0.002, 0.5, 24), "": (0.0125, 0.025, 0.05, 0.1)},
-    "cifar10": {
-        "base": np.geomspace(0.0015, 0.016, 6),
-        "MSAM": (0.0015, 0.003),  # It takes as many steps as base.
-        "": (0.00625, 0.0125),
-    },
-}
-RADII = {
-    "digits": {
-        "SAM": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
-        "ASAM": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
-        "relative": (0.1, 0.2, 0.4),
-        "absolute": (0.0075, 0.015, 0.03),
-        "WSAM": (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1),
-        "MSAM": (0.3, 0.6, 1.2, 2.4, 4.8, 9.6),
-    },
-    "cifar10": {
-        "SAM": (0.02, 0.05, 0.125),
-        "ASAM": (0.03125, 0.125, 0.5),
-        "absolute": (0.00075, 0.002, 0.005),
-        "WSAM": (0.0025, 0.00625, 0.015),
-        "MSAM": (0.1, 0.24, 0.6),
-    },
-}
+FIXED = {"optimizer": "sgd", "weight_decay": 5e-4, "label_noise": 0.0}
 
 
-def grid(method: str, data: str) -> list[dict[str, float]]:
-    """Returns what --tune offers a method; other data than CIFAR-10 are as digits."""
-    data = data if data in RADII else "digits"
-    rates = RATES[data].get(method, RATES[data][""])
-    if method == "base":
-        return [{"rho": 0.0, "rate": float(rate)} for rate in rates]
-    radii = RADII[data].get(method.split(", ")[-1], RADII[data]["SAM"])
-    return methods.grid(method, rates, radii)
-
-
-def tune(run: harness.Run, settings) -> None:
-    """Takes of each grid the best on training images that nothing trains on."""
-    options, rows = run.options, []
+def search(method: str, points: list, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the accuracy at each point on images that nothing trains on."""
     seeds = [1000 + seed for seed in range(options.tuning_seeds)]
-    problem = cache(partial(make_problem, options, tune=True, seeds=seeds))
-    settings = {**settings, "seeds": len(seeds)}
+    problem = make_problem(options, seeds * len(points), tune=True)
+    each = [np.repeat(x, len(seeds)) for x in methods.columns(points, "rho", "rate")]
+    accuracy = last(train(method, problem, options, *each))
+    return {"points": points, "accuracy": accuracy.reshape(len(points), -1).mean(1)}
 
-    def tried(method, points):
-        return search(method, problem(), options, points)
 
-    for method in options.methods:
-        points = grid(method, options.data)
-        points = points[::9] if options.smoke else points
+def tune(run: harness.Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """Prints and returns the best point of each method."""
+    best, settings = {}, settings | {"seeds": run.options.tuning_seeds}
+    for method in run.options.methods:
+        _, _, radii, rates = run.options.offered[method]
+        points = [{"rho": float(a), "rate": float(b)} for a in radii for b in rates]
+        points = points[::9] if run.options.smoke else points
         key = {"part": "tuning", "method": method, "points": points, **settings}
-        found = run.cell(tried, method, points, **key)
-        best = methods.choose(found["points"], found["accuracy"])
-        options.rho[method], options.learning_rate[method] = best["rho"], best["rate"]
-        loss = found["loss"][found["points"].index({k: best[k] for k in points[0]})]
-        cells = f"{best['rate']:.3g}", f"{best['rho']:.3g}", f"{best['score']:.2%}"
-        rows.append([method, *cells, f"{loss:.3f}", ", ".join(best["edges"])])
-    headings = ["method", "rate", "rho", "accuracy", "loss", "edge"]
-    show.table("The best on training images that nothing trains on", headings, rows)
+        found = run.cell(search, method, points, run.options, **key)
+        best[method] = methods.choose(found["points"], found["accuracy"])
+    columns = {
+        "method": lambda method, _: method,
+        "rate, rho": lambda _, found: f"{found['rate']:.3g}, {found['rho']:.3g}",
+        "accuracy": lambda _, found: f"{found['score']:.2%}",
+        "edge": lambda _, found: ", ".join(found["edges"]),
+    }
+    show.report("The best on images that nothing trains on", best, columns)
+    return {m: {"rho": at["rho"], "rate": at["rate"]} for m, at in best.items()}
 
 
 def fisher_cost(name: str, repeats: int) -> dict[str, Any]:
@@ -133,32 +116,34 @@ def fisher_cost(name: str, repeats: int) -> dict[str, Any]:
     for row, number in (("ours", 5 * repeats), ("plain", repeats)):
         pair = {"gradient": runs["gradient"], row: runs[row]}
         facts[row] |= cost.ratios(pair, number)[row]
-    pairs = zip(
-        *(jax.tree.leaves(runs[row]()) for row in ("ours", "plain")), strict=True
+    apart = jax.tree.map(
+        lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)),
+        *(runs[row]() for row in ("ours", "plain")),
     )
-    apart = [jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for a, b in pairs]
-    return {**facts, "apart": max(apart)}
+    return {**facts, "apart": max(jax.tree.leaves(apart))}
 
 
-def print_tables(found: Mapping[str, Any], costs: Mapping[str, Any], options) -> None:
-    rows = []
-    base = found.get("base")
-    for method, facts in found.items():
-        names = "accuracy", "test_loss", "train_loss"
-        accuracy, test, training = (np.array(facts[n])[:, -1] for n in names)
-        over = "-"
-        if base and method != "base":
-            over = show.over(accuracy, np.array(base["accuracy"])[:, -1])
-        rho = options.rho.get(method)
-        cells = [f"{options.learning_rate[method]:.3g}", f"{rho:.3g}" if rho else "-"]
-        cells += [show.percent(accuracy), over, show.cell(test, ".2f")]
-        rows.append([method, *cells, f"{training.mean():.3f}"])
-    headings = ["method", "learn.\nrate", "rho", "test\naccuracy, %"]
-    headings += ["points\nover base", "test\nloss", "train\nloss"]
-    title = f"{options.data}, {options.model}, {options.optimizer}: equal gradients"
+def last(facts: dict[str, Any], name: str = "accuracy") -> np.ndarray:
+    """Returns what each network has at the end."""
+    return np.array(facts[name], float)[:, -1]
+
+
+def report(options, points, found, costs) -> None:
+    """Prints both tables."""
+    base = last(found[options.methods[0]])
+    columns = {
+        "method": lambda method, _: method,
+        "learn.\nrate": lambda method, _: f"{points[method]['rate']:.3g}",
+        "rho": lambda method, _: f"{points[method]['rho']:.3g}",
+        "test\naccuracy, %": lambda _, facts: show.percent(last(facts)),
+        f"points over\n{options.methods[0]}": lambda _, f: show.over(last(f), base),
+        "test\nloss": lambda _, facts: show.cell(last(facts, "test_loss"), ".2f"),
+        "train\nloss": lambda _, facts: f"{last(facts, 'train_loss').mean():.3f}",
+    }
+    title = f"{options.data}, {options.model}, sgd: equal gradients"
     gradients = max(facts["gradients"][-1] for facts in found.values())
     caption = f"{gradients} gradients; mean ± standard error, {options.seeds} seeds."
-    show.table(title, headings, rows, caption, first=21)
+    show.report(title, found, columns, caption, first=21)
     columns = {
         "empirical Fisher diagonal": lambda name, _: cost.TITLES.get(name, name),
         "time:\nvmap(grad)²": lambda _, f: f"{f['plain']['ratio']:.2f}",
@@ -173,42 +158,18 @@ def print_tables(found: Mapping[str, Any], costs: Mapping[str, Any], options) ->
     show.report("What a Fisher diagonal costs", costs, columns, caption, first=30)
 
 
-def draw(found, costs, options, path) -> None:
-    """Draws accuracy and test loss of each method, and what a Fisher diagonal costs."""
-    last = {m: 100 * np.array(f["accuracy"])[:, -1] for m, f in found.items()}
-    best = max(last, key=lambda method: last[method].mean())
-    headline = f"{best} is the most accurate at equal gradients"
-    if "base" in found and best != "base":
-        ahead = show.cell(last[best] - last["base"], ".1f")
-        headline += f":\n{ahead} points ahead of the base optimizer"
-    fig, axes = show.figure(1, 3, headline, figsize=(12, 4.6))
-    left, middle, right = axes[0]
-    for at, (method, values) in enumerate(last.items()):
-        show.dots(left, at, values, method)
-    many = len(last) > 6
-    short = [m.replace("Fisher SAM", "F-SAM") for m in last]
-    short = [m if many else m.replace(", ", "\n") for m in short]
-    left.set_xticks(range(len(last)), short, rotation=90 if many else 0)
-    left.set_title(f"Test accuracy, %, at the end ({options.data})")
-    for method, facts in found.items():
-        values = np.array(facts["test_loss"], float)
-        style = show.look(method) | {"marker": None}
-        middle.plot(facts["gradients"], values.mean(0), label=method, **style)
-    show.later(middle, [facts["test_loss"] for facts in found.values()])
-    middle.set(xlabel="gradients spent", title="Test loss, mean of the seeds")
-    if many:
-        show.legend(fig, middle, 5, fontsize=8)
-    else:
-        middle.legend(fontsize=7)
-    for row, offset, color in (("plain", -0.2, show.GREY), ("ours", 0.2, show.GREEN)):
-        values = [facts[row]["ratio"] for facts in costs.values()]
-        bars = right.bar(np.arange(len(costs)) + offset, values, 0.36, color=color)
-        right.bar_label(bars, fmt="%.3g", fontsize=8)
-    right.set_yscale("log")
-    right.axhline(1, color="black", lw=0.8)
-    right.set_xticks(range(len(costs)), [name.upper() for name in costs])
-    title = "Fisher diagonal, time over one gradient:\nvmap(grad)² grey, ours green"
-    right.set_title(title)
+def draw(options, found, path) -> None:
+    """Draws the accuracy of each seed."""
+    ends = {method: 100 * last(facts) for method, facts in found.items()}
+    first, best = options.methods[0], max(ends, key=lambda method: ends[method].mean())
+    ahead = show.cell(ends[best] - ends[first], ".1f")
+    headline = f"Equal gradients: {best} is {ahead} points ahead of {first}"
+    fig, ((axis,),) = show.figure(1, 1, headline, figsize=(3 + len(ends), 4.4))
+    for at, (method, values) in enumerate(ends.items()):
+        show.dots(axis, at, values, method)
+    names = [method.replace(" SAM", "-SAM").replace(" ", "\n") for method in ends]
+    axis.set_xticks(range(len(ends)), names)
+    axis.set_title(f"Test accuracy of each seed, % ({options.data})")
     show.save(fig, path)
 
 
@@ -216,40 +177,32 @@ def setting(text: str) -> tuple[str, float]:
     """Reads METHOD=VALUE for argparse."""
     method, _, value = text.rpartition("=")
     if method not in methods.METHODS:
-        raise argparse.ArgumentTypeError(
-            f"must be METHOD=VALUE with METHOD in {list(methods.METHODS)}, got {text}"
-        )
+        raise argparse.ArgumentTypeError(f"must be METHOD=VALUE, got {text}")
     return method, command_line.positive(value)
 
 
-class Settings(argparse.Action):
-    """Adds METHOD=VALUE to the defaults."""
-
-    def __call__(self, parser, namespace, values: Any, option_string=None):
-        before = getattr(namespace, self.dest) or {}
-        setattr(namespace, self.dest, {**before, **dict(values)})
+SIZES = "train_size", "test_size", "batch_size", "epochs", "seeds", "tuning_seeds"
 
 
 def defaults(found: argparse.Namespace) -> dict[str, Any]:
-    """Returns the defaults that depend on data, optimizer and mode."""
-    rates = dict.fromkeys(methods.METHODS, OPTIMIZERS[found.optimizer])
-    rhos = {m: USUAL.get(m.split(", ")[-1], 0.05) for m in rates if m != "base"}
-    chosen = {
+    """Returns the defaults that depend on the data, and what --tune offers there."""
+    offered, sizes = DIGITS, (300, None, 30, 40, 5, 2)
+    names = DIGITS if found.tune else MAIN
+    if found.data == "cifar10":
+        offered, sizes = DIGITS | CIFAR10, (4000, 4000, 50, 10, 3, 1)
+        names = CIFAR10
+    return {
+        **dict(zip(SIZES, sizes, strict=True)),
+        "offered": offered,
+        "methods": list(names),
+        "rho": {method: rho for method, (rho, *_) in offered.items()},
+        "learning_rate": {method: rate for method, (_, rate, *_) in offered.items()},
         "data_dir": Path("data") / found.data,
-        "methods": list(MAIN),
-        "out": Path("results") / f"{found.data}-{found.model}-{found.optimizer}",
+        "out": Path("results") / f"{found.data}-{found.model}",
     }
-    if found.tune:
-        chosen["methods"] = list(methods.METHODS)
-    if found.data == "digits":
-        chosen |= DIGITS
-        if found.optimizer == "sgd":
-            rhos |= {m: rho for m, (rho, _) in DIGITS_CHOICE.items() if rho}
-            rates |= {m: rate for m, (_, rate) in DIGITS_CHOICE.items()}
-    return chosen | {"learning_rate": rates, "rho": rhos}
 
 
-PAIRS = {"type": setting, "nargs": "+", "action": Settings, "metavar": "METHOD=VALUE"}
+PAIRS = {"type": setting, "nargs": "+", "metavar": "METHOD=VALUE"}
 
 
 @harness.experiment(
@@ -257,47 +210,34 @@ PAIRS = {"type": setting, "nargs": "+", "action": Settings, "metavar": "METHOD=V
     smoke={"epochs": 1, "seeds": 2, "train_size": 120, "test_size": 200},
     data={"default": "digits", "choices": datasets.NAMES},
     data_dir={"type": Path, "help": "folder of the files"},
-    train_size={"type": command_line.whole, "help": "fewer than all images"},
-    test_size={"type": command_line.whole, "help": "fewer than all images"},
-    label_noise={"default": 0.0, "help": "share of wrong labels"},
-    augment={"default": True, "action": argparse.BooleanOptionalAction},
+    augment={"default": False, "help": "shift, and mirror what may be"},
     model={"default": "cnn", "choices": models.MODELS},
     methods={"choices": methods.METHODS, "nargs": "+"},
-    optimizer={"default": "sgd", "choices": OPTIMIZERS},
     learning_rate=PAIRS,
     rho=PAIRS,
-    weight_decay=5e-4,
-    batch_size=100,
-    epochs={"default": 40, "help": "base runs twice as many"},
-    seeds=5,
     tune={"default": False, "help": "choose learning rate and rho first"},
-    tuning_seeds=2,
+    **{name: {"type": command_line.whole} for name in SIZES},
 )
 def main(run: harness.Run) -> None:
-    options = run.options
-    names = "data train_size test_size label_noise augment model optimizer weight_decay"
-    settings = run.take(f"{names} batch_size epochs seeds")
+    options, found = run.options, {}
+    # Data that cannot be had end the run before anything trains.
+    problem = make_problem(options, range(options.seeds))
+    names = "data train_size test_size augment model batch_size epochs seeds"
+    settings = FIXED | run.take(names)
+    rho = {m: row[0] for m, row in options.offered.items()} | dict(options.rho)
+    rate = {m: row[1] for m, row in options.offered.items()}
+    rate |= dict(options.learning_rate)
+    points = {m: {"rho": rho[m], "rate": rate[m]} for m in options.methods}
     if options.tune:
-        tune(run, settings)
-    points = {
-        m: {"rho": options.rho.get(m, 0.0), "rate": options.learning_rate[m]}
-        for m in options.methods
-    }
-    keys = {m: {"method": m, **point, **settings} for m, point in points.items()}
-    problem, found = cache(partial(make_problem, options)), {}
-
-    def trained(method, point):
-        return train(method, problem(), options, **point)
-
-    if not all(run.holds(**key) for key in keys.values()):
-        problem()  # Data that cannot be had end the run before anything trains.
+        points = tune(run, settings)
     for method, point in points.items():
-        found[method] = run.cell(trained, method, point, **keys[method])
+        args = train, method, problem, options, *point.values()
+        found[method] = run.cell(*args, method=method, **point, **settings)
     names, repeats = (("tiny",), 2) if options.smoke else (("mlp", "cnn"), 5)
     about = {"part": "cost", "repeats": repeats}
     costs = run.each("model", names, fisher_cost, repeats, **about)
-    print_tables(found, costs, options)
-    draw(found, costs, options, run.picture())
+    report(options, points, found, costs)
+    draw(options, found, run.picture())
 
 
 if __name__ == "__main__":

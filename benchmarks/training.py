@@ -1,4 +1,4 @@
-"""Training of image classifiers on the device, all seeds at once, by any method."""
+"""Training of image classifiers on the device, all networks at once, by any method."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,13 +13,12 @@ import methods
 import models
 import numpy as np
 import optax
-import perceptron
 
 import fsam_optax as fsam
 
 
 class Problem(NamedTuple):
-    """What all methods share. A leading axis of seeds has labels, keys and params."""
+    """What all methods share. A leading axis of networks has keys and parameters."""
 
     loss: Any
     data: datasets.Dataset
@@ -32,9 +31,9 @@ class Problem(NamedTuple):
 
 
 def make_problem(
-    options: argparse.Namespace, *, tune: bool = False, seeds: Sequence[int] = ()
+    options: argparse.Namespace, seeds: Sequence[int], *, tune: bool = False
 ) -> Problem:
-    """Reads the data, makes labels wrong, and initialises a network for each seed.
+    """Reads the data, and initialises a network for each seed.
 
     For tuning, training images that nothing trains on stand in for the test images.
     """
@@ -46,8 +45,6 @@ def make_problem(
             f"--batch-size {options.batch_size} is more than {size} images"
         )
     images, labels = data.train_images[order], data.train_labels[order]
-    seeds = seeds or range(options.seeds)
-    noisy = [perceptron.noisy_labels(labels, options.label_noise, s) for s in seeds]
     test = data.test_images, data.test_labels
     if tune:
         test = images[size : size + 5000], labels[size : size + 5000]
@@ -64,7 +61,7 @@ def make_problem(
         data=data,
         moments=datasets.moments(images[:size]),
         images=jnp.asarray(images[:size]),
-        labels=jnp.asarray(np.stack(noisy)[:, :size], jnp.int32),
+        labels=jnp.asarray(labels[:size], jnp.int32),
         test=jax.tree.map(lambda part: jnp.asarray(part[: options.test_size]), test),
         keys=jnp.stack(keys),
         # One seed a call: under vmap this takes several times as long to compile.
@@ -95,109 +92,68 @@ def augment(data: datasets.Dataset, key: jax.Array, images: jax.Array) -> jax.Ar
     return images
 
 
-def epochs_of(method: str, options: argparse.Namespace) -> int:
-    """Returns the number of epochs that makes all methods spend the same gradients."""
-    return options.epochs * 2 // methods.METHODS[method].passes
+def score(problem: Problem, params: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns loss and accuracy on the test images."""
+
+    def example(image_and_label):
+        image, label = image_and_label
+        h = problem.loss.apply_fn(params, standardize(problem, image[None]))[0]
+        return -fsam.categorical.log_prob(h, label), jnp.argmax(h) == label
+
+    size = min(250, len(problem.test[1]))
+    loss, right = jax.lax.map(example, problem.test, batch_size=size)
+    return jnp.mean(loss), jnp.mean(right)
 
 
-def make_training(method: str, problem: Problem, options: argparse.Namespace):
-    """Returns the functions `init`, `epoch` and `score` of one seed.
+def train(
+    method: str, problem: Problem, options: argparse.Namespace, rho: Any, rate: Any
+) -> dict[str, Any]:
+    """Trains all networks; returns curves of shape (networks, epochs).
 
-    `init(params, rho, rate)` returns what `epoch(carry, key, rho, rate, labels)` takes;
-    `score(carry, rho, rate)` is loss and accuracy on the test images.
+    Radius and learning rate are one for all, or one for each. All methods spend the
+    same gradients, so that one of a single gradient a step runs twice the epochs.
     """
-    size, batch_size = problem.labels.shape[1], options.batch_size
-    total_steps = epochs_of(method, options) * (size // batch_size)
+    passes = methods.METHODS[method].passes
+    epochs, size = options.epochs * 2 // passes, options.batch_size
+    steps = len(problem.labels) // size
+    schedule = optax.cosine_decay_schedule(1.0, epochs * steps)
 
     def stepper(rho, rate):
-        schedule = optax.cosine_decay_schedule(1.0, total_steps)
-
-        def decayed(count):
-            return rate * schedule(count)
-
-        if options.optimizer == "adamw":
-            base = optax.adamw(decayed, weight_decay=options.weight_decay)
-        else:
-            decay = optax.add_decayed_weights(options.weight_decay)
-            base = optax.chain(decay, optax.sgd(decayed, momentum=0.9))
-        return methods.stepper(method, problem.loss, base, rho)
+        decay = optax.add_decayed_weights(5e-4)
+        sgd = optax.sgd(lambda count: rate * schedule(count), momentum=0.9)
+        return methods.stepper(method, problem.loss, optax.chain(decay, sgd), rho)
 
     def init(params, rho, rate):
         return params, stepper(rho, rate).init(params)
 
-    def epoch(carry, key, rho, rate, labels):
-        order_key, augment_key = jax.random.split(key)
-        steps = size // batch_size
-        rows = jax.random.permutation(order_key, size)[: steps * batch_size]
-
+    def epoch(carry, key, rho, rate):
         def step(carry, inputs):
             rows, key = inputs
             images = problem.images[rows]
             if options.augment:
                 images = augment(problem.data, key, images)
-            batch = standardize(problem, images), labels[rows]
+            batch = standardize(problem, images), problem.labels[rows]
             loss, *carry = stepper(rho, rate).step(*carry, batch)
             return tuple(carry), loss
 
-        keys = jax.random.split(augment_key, steps)
-        carry, losses = jax.lax.scan(step, carry, (rows.reshape(steps, -1), keys))
-        return carry, jnp.mean(losses)
+        order_key, augment_key = jax.random.split(key)
+        rows = jax.random.permutation(order_key, len(problem.labels))[: steps * size]
+        inputs = rows.reshape(steps, size), jax.random.split(augment_key, steps)
+        carry, losses = jax.lax.scan(step, carry, inputs)
+        weights = stepper(rho, rate).weights(*carry)
+        return carry, (jnp.mean(losses), *score(problem, weights))
 
-    def score(carry, rho, rate):
-        params = stepper(rho, rate).weights(*carry)
-
-        def example(image_and_label):
-            image, label = image_and_label
-            h = problem.loss.apply_fn(params, standardize(problem, image[None]))[0]
-            return -fsam.categorical.log_prob(h, label), jnp.argmax(h) == label
-
-        size = min(1000, len(problem.test[1]))
-        loss, right = jax.lax.map(example, problem.test, batch_size=size)
-        return jnp.mean(loss), jnp.mean(right)
-
-    return init, epoch, score
-
-
-def train(method, problem, options, rho, rate) -> dict[str, Any]:
-    """Trains all seeds at once; returns curves of shape (seeds, epochs)."""
-    init, epoch, score = make_training(method, problem, options)
-    fixed = None, None
-    init = jax.jit(jax.vmap(init, (0, *fixed)))
-    epoch = jax.jit(jax.vmap(epoch, (0, 0, *fixed, 0)))
-    score = jax.jit(jax.vmap(score, (0, *fixed)))
-    carry, history = init(problem.params, rho, rate), []
-    epochs = epochs_of(method, options)
+    init, epoch = jax.jit(jax.vmap(init)), jax.jit(jax.vmap(epoch))
+    point = [jnp.broadcast_to(x, problem.keys.shape) for x in (rho, rate)]
+    carry, history = init(problem.params, *point), []
     for number in range(epochs):
         keys = jax.vmap(partial(jax.random.fold_in, data=number))(problem.keys)
-        carry, loss = epoch(carry, keys, rho, rate, problem.labels)
-        history.append(jax.device_get((loss, *score(carry, rho, rate))))
+        carry, found = epoch(carry, keys, *point)
+        history.append(jax.device_get(found))
         if (number + 1) % max(1, epochs // 4) == 0:
             accuracy = np.mean(history[-1][2])
             harness.say(f"  epoch {number + 1}/{epochs}, accuracy {accuracy:.1%}")
-    names = ("train_loss", "test_loss", "accuracy")
-    curves = (np.stack(values, -1) for values in zip(*history, strict=True))
-    steps = problem.labels.shape[1] // options.batch_size
-    gradients = methods.METHODS[method].passes * steps * np.arange(1, epochs + 1)
-    return {"gradients": gradients, **dict(zip(names, curves, strict=True))}
-
-
-def search(method, problem, options, points) -> dict[str, Any]:
-    """Trains at every point of a grid, and returns accuracy and loss of each."""
-    init, epoch, score = make_training(method, problem, options)
-
-    def final(params, key, labels, rho, rate):
-        def advance(carry, number):
-            key_of = jax.random.fold_in(key, number)
-            return epoch(carry, key_of, rho, rate, labels)[0], None
-
-        numbers = jnp.arange(epochs_of(method, options))
-        carry, _ = jax.lax.scan(advance, init(params, rho, rate), numbers)
-        return score(carry, rho, rate)
-
-    every = jax.vmap(final, (0, 0, 0, None, None))
-    inputs = problem.params, problem.keys, problem.labels
-    # Eight points at once: a larger program is no faster.
-    loss, accuracy = jax.jit(
-        lambda *points: jax.lax.map(lambda p: every(*inputs, *p), points, batch_size=8)
-    )(*methods.columns(points, "rho", "rate"))
-    return {"points": points, "accuracy": accuracy.mean(1), "loss": loss.mean(1)}
+    loss, test_loss, accuracy = (np.stack(v, -1) for v in zip(*history, strict=True))
+    gradients = passes * steps * np.arange(1, epochs + 1)
+    curves = {"train_loss": loss, "test_loss": test_loss, "accuracy": accuracy}
+    return {"gradients": gradients, **curves}
