@@ -16,23 +16,15 @@ def squared(batch: int) -> str:
     return f"{SQUARED}, {batch}"
 
 
-def diagonal(
-    name: str, loss: Any, params: Any, data: tuple[jax.Array, jax.Array], *args: Any
-) -> Any:
-    """Returns a diagonal by its name, a mean over the examples.
+def diagonal(name: str, loss: Any, params: Any, data: Any, *args: Any) -> Any:
+    """Returns a diagonal, a mean over the examples; `args` follow them in the loss.
 
-    Args:
-        name: `EXACT`, `EMPIRICAL`, or one that `squared` makes. The last is what much
-            code calls Fisher: the mean over batches of the square of their gradient.
-        loss: A `NegativeLogLikelihood`.
-        params: Where.
-        data: Inputs and labels; what does not fill a batch is left out.
-        *args: What the loss is called with beside them.
+    `squared` names what much code calls Fisher: the mean over batches of the square of
+    their gradient, where what does not fill a batch is left out.
     """
-    if name == EXACT:
-        return fsam.diagonal(fsam.fisher_exact(loss), params, data, loss_args=args)
-    if name == EMPIRICAL:
-        return fsam.diagonal(fsam.fisher_empirical(loss), params, data, loss_args=args)
+    if name in (EXACT, EMPIRICAL):
+        make = fsam.fisher_exact if name == EXACT else fsam.fisher_empirical
+        return fsam.diagonal(make(loss), params, data, loss_args=args)
     size = min(int(name.rsplit(", ")[1]), len(data[1]))
     count = len(data[1]) // size
 
