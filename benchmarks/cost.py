@@ -1,49 +1,19 @@
-"""What the cost benchmarks share: models, interleaved timing, tables, results.
+"""What the cost benchmarks share: problems, interleaved timing, the table.
 
 A figure is the median over rounds of a ratio to the first row in the same round, so
 that what else the machine does meanwhile falls on both.
 """
 
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import show
-from models import Block, MLP, ResNet
-
-
-class CNN(nn.Module):
-    """Three convolutions and a dense layer."""
-
-    @nn.compact
-    def __call__(self, x):
-        """Maps images (batch, height, width, channels) to logits (batch, 10)."""
-        for width in (32, 64, 64):
-            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
-        return nn.Dense(10)(x.reshape((len(x), -1)))
-
-
-class Transformer(nn.Module):
-    """Two pre-norm encoder blocks over tokens, and a linear layer on their mean."""
-
-    width: int = 128
-    heads: int = 4
-    vocabulary: int = 1000
-
-    @nn.compact
-    def __call__(self, tokens):
-        """Maps tokens (batch, length) to logits (batch, 10)."""
-        x = nn.Embed(self.vocabulary, self.width)(tokens)
-        x += self.param("positions", nn.initializers.normal(0.02), x.shape[1:])[None]
-        for _ in range(2):
-            x = Block(self.heads)(x)
-        return nn.Dense(10)(jnp.mean(nn.LayerNorm()(x), axis=1))
+from models import CNN, GPT2, MLP, nn, ResNet, Transformer
 
 
 class Problem(NamedTuple):
@@ -71,11 +41,28 @@ def problem(model: nn.Module, shape: tuple[int, ...], batch: int, classes: int =
     return Problem(apply, params, (x, y))
 
 
+def gpt2(batch: int, length: int, dtype: Any = jnp.float32, **options: Any) -> Problem:
+    """Returns the next tokens of random text for GPT-2, computed in a type."""
+    model, keys = GPT2(**options), jax.random.split(jax.random.key(0))
+    text = jax.random.randint(keys[0], (batch, length + 1), 0, model.vocabulary)
+    params = jax.jit(model.init)(keys[1], text[:1, :-1])["params"]
+
+    def apply(params, x):
+        params = jax.tree.map(lambda w: w.astype(dtype), params)
+        return jnp.asarray(model.apply({"params": params}, x), jnp.float32)
+
+    return Problem(apply, params, (text[:, :-1], text[:, 1:]))
+
+
+def cnn(batch: int) -> Problem:
+    return problem(CNN(32, (2, 2, 2), nn.Conv), (32, 32, 3), batch)
+
+
 PROBLEMS = {
     "mlp": lambda: problem(MLP(), (784,), 128),
     "mlp-512": lambda: problem(MLP(), (784,), 512),
-    "cnn": lambda: problem(CNN(), (32, 32, 3), 128),
-    "resnet": lambda: problem(ResNet(16, conv=nn.Conv), (32, 32, 3), 32),
+    "cnn": partial(cnn, 128),
+    "resnet": lambda: problem(ResNet(16, nn.Conv), (32, 32, 3), 32),
     "transf.": lambda: problem(Transformer(), (64,), 32),
 }
 TITLES = {
@@ -107,12 +94,11 @@ def ratios(
     runs: Mapping[str, Callable[[], Any]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
-    least: float = 0.05,
 ) -> dict[str, dict[str, Any]]:
-    """Times the runs in turn; returns medians and quartiles relative to the first.
+    """Times the runs in turn; returns milliseconds, and ratios to the first.
 
-    One figure is the mean of as many calls as take `least` seconds: a short one alone
-    says more about what else the machine does.
+    One figure is the mean of as many calls as take 50 ms: a short one alone says more
+    about what else the machine does.
     """
 
     def seconds(run, calls=1):
@@ -123,7 +109,7 @@ def ratios(
 
     for run in runs.values():
         seconds(run)  # a warm-up
-    calls = {n: max(1, round(least / max(seconds(r), 1e-6))) for n, r in runs.items()}
+    calls = {n: max(1, round(0.05 / max(seconds(r), 1e-6))) for n, r in runs.items()}
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -134,6 +120,7 @@ def ratios(
         found = [t / y for t, y in zip(record, yardstick, strict=True)]
         quartiles = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
         facts[name] = {
+            "ms": 1e3 * statistics.median(record),
             "ratio": statistics.median(found),
             "quartiles": [quartiles[0], quartiles[2]],
         }
@@ -163,72 +150,21 @@ def programs(fns: Mapping[str, Callable], *args: Any) -> tuple[dict, dict]:
     return runs, facts
 
 
-HANDING_ON = (
-    *("parameter", "tuple", "get-tuple-element", "bitcast"),
-    *("conditional", "while", "call"),
-)
+def print_table(title: str, results: Mapping[str, Any]) -> None:
+    """Prints time, temporaries and compilation of each row, over the first row."""
 
+    def entry(facts, row):
+        base, found = next(iter(facts.values())), facts.get(row)
+        if not found:
+            return "-"
+        spent = [f["trace_s"] + f["compile_s"] for f in (found, base)]
+        memory = found["temporary_mb"] / (base["temporary_mb"] or 1)
+        return f"{found['ratio']:.2f}, {memory:.1f}, {spent[0] / spent[1]:.1f}"
 
-def passes(program: Any, shape: tuple[int, ...]) -> int:
-    """Counts how often the program reads or writes float32 arrays of a shape.
-
-    In its main line and, once, in the loops there: those of the norms end after one
-    round. What happens in branches does not count.
-    """
-    computations = {}
-    for text in program.as_text().split("\n\n"):
-        name = re.match(r"(?:ENTRY )?(%\S+) ", text)
-        if name:
-            computations["ENTRY" if text.startswith("ENTRY") else name[1]] = text
-    entry = computations["ENTRY"]
-    bodies = re.findall(r" while\(.*?body=(%[\w.-]+)", entry)
-    wanted = f"f32[{','.join(map(str, shape))}]"
-    moved, found = 0, {}
-    for line in "\n".join([entry, *(computations[x] for x in bodies)]).splitlines():
-        made = re.match(r"\s+(?:ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", line)
-        if not made:
-            continue
-        name, kind, operation, rest = made.groups()
-        found[name] = kind.count(wanted)
-        if operation in HANDING_ON:
-            continue
-        operands = re.findall(r"%[\w.-]+", rest.split(")")[0])
-        moved += found[name] + sum(found.get(x, 0) for x in operands)
-    return moved
-
-
-def print_tables(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints a table of rows against problems for each thing that was measured."""
-    rows = list(dict.fromkeys(row for facts in results.values() for row in facts))
-    known = {key for of in results.values() for facts in of.values() for key in facts}
-
-    def against(title, entry, caption=""):
-        """`entry` writes the facts of a row, beside those of the first row."""
-
-        def cell(facts, row):
-            return (
-                entry(facts[row], next(iter(facts.values()))) if row in facts else "-"
-            )
-
-        texts = [
-            [row, *(cell(facts, row) for facts in results.values())] for row in rows
-        ]
-        show.table(title, ["", *results], texts, caption, first=32)
-
-    def memory(facts, base):
-        return f"{facts['temporary_mb'] / (base['temporary_mb'] or 1):.1f}"
-
-    def compilation(facts, base):
-        spent = [f["trace_s"] + f["compile_s"] for f in (facts, base)]
-        return f"{spent[0] / spent[1]:.1f}"
-
-    caption = "\n".join(f"{name}: {TITLES[name]}" for name in results if name in TITLES)
-    against(f"{title}: time", lambda f, _: f"{f['ratio']:.2f}", caption)
-    against(f"{title}: temporaries", memory)
-    against(f"{title}: tracing and compilation", compilation)
-    if "operations" in known:
-        counted = "Counted operations, in gradients"
-        against(counted, lambda f, _: f"{f.get('operations', 1):.2f}")
-    if "passes" in known:
-        moved = "Reads and writes of arrays like the largest parameter"
-        against(moved, lambda f, _: f"{f['passes']}")
+    rows = [
+        [row, *(entry(facts, row) for facts in results.values())]
+        for row in dict.fromkeys(row for facts in results.values() for row in facts)
+    ]
+    caption = "Time, temporaries, tracing and compilation, over the first row."
+    listed = [f"{name}: {TITLES[name]}" for name in results if name in TITLES]
+    show.table(title, ["", *results], rows, "\n".join([caption, *listed]), first=32)

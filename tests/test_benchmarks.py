@@ -109,7 +109,7 @@ SCRIPTS = sorted(
 
 
 # Each in an environment of its own.
-PEERS = {"torch_peers": "torch", "diagonal_peers": "torch", "kfac_peers": "kfac_jax"}
+PEERS = {"diagonal_peers": "torch", "kfac_peers": "kfac_jax"}
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
@@ -338,31 +338,20 @@ def test_without_its_text_nothing_trains(script, tmp_path):
 # Costs, and what has no test of its own.
 
 
-def test_passes_over_an_array_are_counted(script):
-    def fn(x, y):
-        return x + y, jnp.sum(x * x)
-
-    x = jnp.ones((5, 7))
-    program = jax.jit(fn).lower(x, x).compile()
-    # Two reads and a write; one read.
-    assert script("cost").passes(program, (5, 7)) == 4
-    assert script("cost").passes(program, (7, 5)) == 0
-
-
 def test_the_steps_by_hand_are_those_of_the_library(script):
     """What is timed beside each other does the same."""
     steps, cost = script("steps"), script("cost")
     model = cost.SMOKE["tiny"]()
-    every = steps.make_steps(model, steps.OPTIMIZERS["sgd"])
+    every = steps.make_steps(model)
     names = [name for name in every if f"{name} by hand" in every]
-    assert {"SAM", "ASAM", "Fisher SAM, squared"} <= set(names)
+    assert set(names) == {"SAM", "ASAM", "MSAM"}
     for name in names:
         ends = []
         for init, step in (every[name], every[f"{name} by hand"]):
             params, state = model.params, init(model.params)
             step = jax.jit(step)
             for _ in range(3):
-                params, state = step(params, state, model.batch)
+                _, params, state = step(params, state, model.batch)
             ends.append(params)
         for ours, by_hand in zip(*map(jax.tree.leaves, ends), strict=True):
             np.testing.assert_allclose(
