@@ -210,6 +210,11 @@ weight("triangular_systems", [OUTER], 1.7, w=normal(6, 4, D))(
         jnp.stack([LOWER[:4, :4] * (i + 1) for i in range(6)]), p["w"], lower=True
     ).reshape(D, D)
 )
+weight("behind_a_barrier", [OUTER, "reduction"], w=FIXED, s=SCALE)(
+    lambda p: jnp.multiply(*lax.optimization_barrier((p["w"], p["s"])))
+)
+weight("multiplied_at_places", [OUTER], w=FIXED)(lambda p: p["w"].at[3].multiply(2.0))
+weight("zero_at_places", [OUTER], w=FIXED)(lambda p: p["w"].at[3, 4:].set(0.0))
 weight("soft_threshold", [OUTER], w=FIXED)(
     lambda p: jnp.sign(p["w"]) * jax.nn.relu(jnp.abs(p["w"]) - 0.1)
 )
@@ -338,6 +343,30 @@ def small_table(p, i):
 @pattern({"e": normal(5000, 6)}, tokens(5000, B, T), ["embedding"], 1.8)
 def large_table(p, i):
     return jnp.sum(jnp.tanh(p["e"][i] * jnp.arange(6)) ** 2)
+
+
+@pattern({"e": normal(400, 6)}, tokens(400, B, T), ["embedding"], 1.8)
+def row_of_padding(p, i):
+    return jnp.sum(jnp.tanh(p["e"].at[0].set(0.0)[i]) ** 2)
+
+
+@pattern({"w": normal(D, D)}, SEQUENCES, ["shared dense"])
+def sorted_features(p, x):
+    return jnp.sum(jnp.tanh(jnp.sort(x @ p["w"], 0)[::2]) ** 2)
+
+
+@pattern({"w": normal(D, D), "v": normal(D, D)}, SEQUENCES, ["shared dense", PAIRS])
+def loop_within_a_checkpointed_loop(p, xs):
+    def inner(h, x):
+        h = jnp.tanh((x + h) @ p["w"])
+        return h, h
+
+    @jax.checkpoint
+    def outer(h, xs):
+        h, ys = lax.scan(inner, h, xs)
+        return jnp.tanh(h @ p["v"]), ys
+
+    return jnp.sum(lax.scan(outer, jnp.zeros(D), xs.reshape(2, -1, D))[1] ** 2)
 
 
 @pattern({"w": normal(D, 2 * D)}, X, ["shared dense"], 1.5)

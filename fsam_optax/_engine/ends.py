@@ -14,7 +14,7 @@ import jax
 from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import Dataflow, evaluate, loop_counts, read, size
-from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of, SUMS
+from fsam_optax._engine.primitives import CONTRACTIONS, is_move, name_of, SUMS
 from fsam_optax._engine.sources import is_linear
 
 
@@ -86,7 +86,7 @@ def _added(flow):
     found = set()
     for eqn in flow.jaxpr.eqns:
         for v in eqn.invars if name_of(eqn) in SUMS else ():
-            while name_of(flow.made_by(v)) in LINEAR_MOVES:
+            while is_move(flow.made_by(v)):
                 v = flow.made_by(v).invars[0]
             found |= set() if isinstance(v, Literal) else {v}
     return found

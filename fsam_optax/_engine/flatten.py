@@ -332,7 +332,7 @@ def _accumulated(flow, before, after):
         return None
     found = []
     for v in terms:
-        if v is before:
+        if v is before or flow.is_zero(v):
             continue
         eqn, moved = without_moves(flow, v)
         if eqn is None or not _contracts(flow, eqn):

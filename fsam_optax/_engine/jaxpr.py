@@ -89,6 +89,11 @@ def is_real(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.floating)
 
 
+def holds_numbers(v: Any) -> bool:
+    """Tells whether a variable is no index and no mask."""
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
+
+
 class Dataflow:
     """A flat jaxpr with what depends on what.
 
@@ -297,11 +302,11 @@ def largest_before(flow: Dataflow) -> dict[Any, int]:
 def arising(flow: Dataflow, v: Any) -> int:
     """Returns the size of a variable if it arises here, from smaller ones, or else 1.
 
-    What a loop stacks counts by the step, unless it is a product as the gradient of a
-    weight is.
+    Places and masks do not count: gradients are made of numbers. What a loop stacks
+    counts by the step, unless it is a product as the gradient of a weight is.
     """
     eqn = flow.made_by(v)
-    if eqn is None or not flow.varies(v):
+    if eqn is None or not flow.varies(v) or not holds_numbers(v):
         return 1
     if name_of(eqn) == LOOP and id(eqn) in flow.loop_sizes:
         return flow.loop_sizes[id(eqn)][eqn.outvars.index(v)]

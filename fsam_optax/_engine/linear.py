@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import is_real
+from fsam_optax._engine.primitives import BARRIER
 from fsam_optax._engine.products import (
     Expander,
     Factor,
@@ -373,6 +374,7 @@ LINEAR: dict[str, Callable[[Expander, Any], list[Term]]] = {
     "complex": _complex,
     "conj": _conjugated,
     "convert_element_type": _converted,
+    BARRIER: _same,
     "copy": _same,
     "copy_p": _same,
     "reduce_sum": _reduce_sum,

@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fsam_optax._engine.jaxpr import bind, Dataflow
-from fsam_optax._engine.primitives import CONTRACTIONS, LINEAR_MOVES, name_of
+from fsam_optax._engine.primitives import BARRIER, CONTRACTIONS, is_move, name_of
 
 
 def as_it_is(flow: Dataflow, eqn: Any, values: list[Any]) -> list[Any]:
@@ -220,10 +220,35 @@ def constrained_but(eqn: Any, x: jax.Array, free: set[int]) -> jax.Array:
     return lax.with_sharding_constraint(x, sharding)
 
 
+def _barriers(flow, eqn, values):
+    """Holds each operand by itself: gradients of weights pass one after the other."""
+    del flow, eqn
+    return [lax.optimization_barrier(x) for x in values]
+
+
+def _set_to_zero(flow, eqn, values):
+    """Evaluates the derivative of what is set at places as a choice."""
+    x, index, rows = eqn.invars
+    if not flow.varies(x) or flow.varies(index) or not flow.is_zero(rows):
+        return as_it_is(flow, eqn, values)
+    kept = bind(eqn, [jnp.ones_like(values[0]), *values[1:]])[0]
+    return [lax.select(kept != 0, values[0], jnp.zeros_like(values[0]))]
+
+
+def _multiplied_at(flow, eqn, values):
+    """Evaluates the derivative of what is multiplied at places as a product."""
+    if not flow.varies(eqn.invars[0]) or any(map(flow.varies, eqn.invars[1:])):
+        return as_it_is(flow, eqn, values)
+    return [values[0] * bind(eqn, [jnp.ones_like(values[0]), *values[1:]])[0]]
+
+
 # How a primitive is written to be recognised later: name -> function of the program,
 # the equation and the values of its operands.
 NORMAL: dict[str, Callable] = {
+    BARRIER: _barriers,
     "dot_general": _product,
+    "scatter": _set_to_zero,
+    "scatter-mul": _multiplied_at,
     "sharding_constraint": _constrained,
     "dynamic_update_slice": _row,
     "scatter-add": _rows_of_tables,
@@ -237,7 +262,7 @@ NORMAL: dict[str, Callable] = {
 def without_moves(flow: Dataflow, v: Any) -> tuple[Any, list[Any]]:
     """Returns the equation below the moves on top of `v`, and what they produce."""
     moved, eqn = [], flow.made_by(v)
-    while eqn and (name_of(eqn) in LINEAR_MOVES or _pads_with_zeros(eqn)):
+    while eqn and (is_move(eqn) or _pads_with_zeros(eqn)):
         moved.append(v)
         (v, *_) = eqn.invars
         eqn = flow.made_by(v)

@@ -36,6 +36,7 @@ CONTRACTIONS = {
 # Linear in an operand, with something of another shape as output.
 ENTERED_BY = ("dot_general", "conv_general_dilated", "gather")
 # Linear operations on one operand that move entries about, or scale each by itself.
+# Barriers may have several operands, see `is_move`.
 LINEAR_MOVES = (
     "broadcast_in_dim",
     "convert_element_type",
@@ -43,6 +44,7 @@ LINEAR_MOVES = (
     "copy_p",
     "expand_dims",
     "neg",
+    BARRIER,
     "reshape",
     "rev",
     "sharding_constraint",
@@ -51,6 +53,11 @@ LINEAR_MOVES = (
     "squeeze",
     "transpose",
 )
+
+
+def is_move(eqn: Any) -> bool:
+    """Tells whether an equation is one of `LINEAR_MOVES`, of one operand."""
+    return name_of(eqn) in LINEAR_MOVES and len(eqn.invars) == 1
 
 
 def name_of(eqn: Any) -> str:

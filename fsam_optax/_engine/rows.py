@@ -91,7 +91,7 @@ def embedding(site: Site) -> Source | None:
     lookups = [lookup for _, lookup in found]
     operands = [x for lookup in lookups for x in (lookup.index, lookup.rows)]
     small = all(
-        (isinstance(x.index, Literal) or site.is_small(x.index, len(indexed)))
+        (isinstance(x.index, Literal) or site.is_small(x.index))
         and site.is_small(x.rows)
         for x in lookups
     )

@@ -9,6 +9,7 @@ from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import Dataflow, loop_flow, size
 from fsam_optax._engine.primitives import (
+    BARRIER,
     CONTRACTIONS,
     LINEAR_MOVES,
     LOOP,
@@ -112,12 +113,9 @@ class Site:
         """Returns the shape and dtype of the sum."""
         return self.terms[0].aval
 
-    def is_small(self, v: Any, times: int = 1) -> bool:
-        """Tells whether no array larger than the activations leads to a variable.
-
-        Or so many times as large: an index of several columns.
-        """
-        return self.before.get(v, 1) <= self.what.limit * times
+    def is_small(self, v: Any) -> bool:
+        """Tells whether no array larger than the activations leads to a variable."""
+        return self.before.get(v, 1) <= self.what.limit
 
     def region(self) -> list[Any]:
         """Returns the equations by which the sum is a linear map of what varies."""
@@ -263,6 +261,7 @@ LINEAR_MAPS: dict[str, Callable[[list[bool]], bool]] = (
         ("div", "gather", "pad", "dynamic_slice", "reduce_sum", "cumsum", "fft"), _first
     )
     | {
+        BARRIER: lambda varies: len(varies) == 1,
         "select_n": lambda varies: not varies[0],
         "scatter-add": _last,
         "triangular_solve": _last,
