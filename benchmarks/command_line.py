@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
@@ -13,38 +13,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one."""
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default is False or default in (None, argparse.SUPPRESS):  # 0 is shown.
-            return (action.help or "").lstrip("=")
-        if isinstance(default, Mapping):
-            default = [f"{k}={v:g}" for k, v in default.items()]
-        if isinstance(default, list | tuple):
-            default = " ".join(map(str, default))
-        return f"{action.help}; default {default}".replace("%", "%%").lstrip("=; ")
-
-
-def read(
-    script: str,
-    doc: str | None,
-    arguments: Sequence[str],
-    options: Mapping[str, Any],
-    defaults: Callable[[argparse.Namespace], Mapping[str, Any]],
-    smoke: Mapping[str, Any],
-) -> argparse.Namespace:
+def read(script, doc, arguments, options, defaults, smoke) -> argparse.Namespace:
     """Returns the options; see `harness.start`."""
-    parser = Parser(script, description=doc, formatter_class=Help, add_help=False)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(script, description=doc, formatter_class=form, add_help=False)
     for name, given in options.items():
         settings = given if isinstance(given, dict) else {"default": given}
-        # Without a help text no default is shown.
-        settings = {"help": "=", **kind(settings.get("default")), **settings}
+        settings = {"help": "", **kind(settings.get("default")), **settings}
         choices = "; ".join(map(str, settings.get("choices", ())))
         if len(choices) > 40:  # As one word, they would not be broken into lines.
-            settings["help"] = f"{settings['help']}, of {choices}".lstrip("=, ")
+            settings["help"] += f", of {choices}"
             settings["metavar"] = name.upper()
+        settings["help"] = f"{settings['help']}; default %(default)s".lstrip(",; ")
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     parser.add_argument("--smoke", action="store_true", help="seconds, to see it run")
     early, _ = parser.parse_known_args(arguments)

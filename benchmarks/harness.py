@@ -24,7 +24,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,24 +66,13 @@ class Run(NamedTuple):
         self.used.append(key)
         return self.cells[key]["result"]
 
-    def each(
-        self,
-        name: str,
-        values: Iterable[Any],
-        compute: Callable,
-        *args: Any,
-        **key: Any,
-    ) -> dict[Any, Any]:
+    def each(self, name: str, values: Any, compute: Callable, *args: Any, **key: Any):
         """Returns a cell for each value, which is the first argument and a setting."""
-        return {
-            value: self.cell(compute, value, *args, **{name: value}, **key)
-            for value in values
-        }
+        return {v: self.cell(compute, v, *args, **{name: v}, **key) for v in values}
 
     def keyed(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """Returns settings as they are kept, and their key."""
-        smoke = {"smoke": True} if self.options.smoke else {}
-        found = plain({**settings, **smoke})
+        found = plain(settings) | ({"smoke": True} if self.options.smoke else {})
         return found, key_of(found)
 
     def take(self, names: str) -> dict[str, Any]:
@@ -187,14 +177,7 @@ def experiment(**keywords: Any) -> Callable[[Callable[[Run], None]], Any]:
     return lambda function: partial(start, function, **keywords)
 
 
-def start(
-    function: Callable[[Run], None],
-    arguments: Sequence[str] | None = None,
-    *,
-    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda found: {},
-    smoke: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> int:
+def start(function, arguments=None, *, defaults=lambda _: {}, smoke=(), **options: Any):
     """Reads the command line, runs the experiment and returns the exit code.
 
     Args:
@@ -211,7 +194,7 @@ def start(
     name = pathlib.Path(module.__file__ or "").stem
     options["out"] = {"default": HERE, "help": "folder of all that is made"}
     asked = f"{name}.py", module.__doc__, arguments
-    found = command_line.read(*asked, options, defaults, smoke or {})
+    found = command_line.read(*asked, options, defaults, dict(smoke))
     found.command = shlex.join(["python", f"benchmarks/{name}.py", *arguments])
     if found.smoke and found.out and found.out.resolve().is_relative_to(HERE):
         raise SystemExit("--out: what smoke mode writes does not belong to the results")
@@ -230,9 +213,9 @@ def start(
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from None
     made = [run.cells[key]["made"] for key in dict.fromkeys(run.used)]
-    made = [f"{m['device']}; {describe(m['versions'])}" for m in made]
-    for what in dict.fromkeys(made):
-        say(f"{made.count(what)} of {len(made)} cells: {what}")
+    made = Counter(f"{m['device']}; {describe(m['versions'])}" for m in made)
+    for what, count in made.items():
+        say(f"{count} of {made.total()} cells: {what}")
     say(f"{file}")
     return 0
 

@@ -14,102 +14,86 @@ import fsam_optax as fsam
 
 
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
-DAMPING = 1e-3  # of the absolute form
 
 
 class Method(NamedTuple):
-    """A method, and the radii that a search offers it.
+    """A method, and the radii that a search offers it."""
 
-    Attributes:
-        radii: From the least on; none where there is no perturbation.
-        ball: Maps a radius to a perturbation.
-        settings: Of `value_and_grad`.
-        passes: Gradients a step.
-    """
-
-    radii: tuple[float, ...] = RADII
+    radii: tuple[float, ...] = RADII  # none where there is no perturbation
     ball: Callable[[Any], Any] = fsam.euclidean_ball
-    settings: Mapping[str, Any] = {}
-    passes: int = 2
+    settings: Mapping[str, Any] = {}  # of `value_and_grad`
+    passes: int = 2  # gradients a step
 
 
 def fisher(estimator, form, rho):
     """Returns the ball of Fisher SAM in one of its two forms."""
     if form == "relative":  # T^2 = 1 / (1 + F / mean F)
         return fsam.fisher_ellipsoid(rho, estimator)
-    return fsam.fisher_ellipsoid(rho, estimator, damping=DAMPING, relative=False)
+    return fsam.fisher_ellipsoid(rho, estimator, damping=1e-3, relative=False)
 
 
 def friendly(rho):
     return optax.chain(fsam.friendly(1.0, 0.9), fsam.euclidean_ball(rho))
 
 
-# ASAM's radius is relative to the weights, and a few times that of SAM; the absolute
-# one is of the square root of a divergence.
-ABSOLUTE = (0.0015, 0.005, 0.015, 0.05, 0.15)
+def times(factor):
+    return tuple(factor * rho for rho in RADII)
+
+
+# The radius of the absolute form is of the square root of a divergence.
+FORMS = {"relative": RADII, "absolute": (0.0015, 0.005, 0.015, 0.05, 0.15)}
+ESTIMATORS = {
+    "squared": (fsam.squared_gradient(), {}),
+    "empirical": (fsam.given(), {"empirical_fisher": True}),
+}
 METHODS = {
     "base": Method((), passes=1),
     "SAM": Method(),
-    "ASAM": Method(tuple(3 * rho for rho in RADII), fsam.adaptive_ellipsoid),
+    # Its radius is relative to the weights.
+    "ASAM": Method(times(3), fsam.adaptive_ellipsoid),
     **{
         f"Fisher SAM, {name}, {form}": Method(
-            radii, partial(fisher, estimator(), form), settings
+            radii, partial(fisher, estimator, form), settings
         )
-        for name, estimator, settings in (
-            ("squared", fsam.squared_gradient, {}),
-            ("empirical", fsam.given, {"empirical_fisher": True}),
-        )
-        for form, radii in (("relative", RADII), ("absolute", ABSOLUTE))
+        for name, (estimator, settings) in ESTIMATORS.items()
+        for form, radii in FORMS.items()
     },
     "GSAM": Method(settings={"descent": fsam.surrogate_gap(0.1)}),
     # It goes nine times as far as from one gradient to the other.
-    "WSAM": Method(
-        tuple(rho / 8 for rho in RADII), settings={"descent": fsam.extrapolate(9.0)}
-    ),
+    "WSAM": Method(times(1 / 8), settings={"descent": fsam.extrapolate(9.0)}),
     "Friendly SAM": Method(ball=friendly),
-    "MSAM": Method(tuple(6 * rho for rho in RADII), passes=1),
+    "MSAM": Method(times(6), passes=1),
 }
 
 
 class Stepper(NamedTuple):
-    """How a method trains.
+    """How a method trains."""
 
-    Attributes:
-        init: Maps parameters to a state.
-        step: Maps parameters, state and arguments of the loss to loss, parameters and
-            state.
-        weights: Maps parameters and state to the weights to evaluate.
-    """
-
-    init: Callable
-    step: Callable
-    weights: Callable
+    init: Callable  # maps parameters to a state
+    step: Callable  # maps parameters, state, *args of the loss to loss and both anew
+    weights: Callable  # maps parameters and state to the weights to evaluate
 
 
 def stepper(name: str, loss: Any, optimizer: Any, rho: Any) -> Stepper:
     """Returns the training step of a method around a base optimizer.
 
-    Args:
-        name: One of `METHODS`.
-        loss: `loss(params, batch, ...)`, a `negative_log_likelihood` where the method
-            takes the exact empirical Fisher from the pass of the gradient.
-        optimizer: The base optimizer.
-        rho: The radius.
+    The loss is `loss(params, batch, ...)`, a `negative_log_likelihood` where the method
+    takes the exact empirical Fisher from the pass of the gradient.
     """
-    if METHODS[name].passes == 1:
-        plain = jax.value_and_grad(loss)
+    method = METHODS[name]
+    if method.passes == 2:
+        settings = {"metrics": False, **method.settings}
+        oracle = fsam.value_and_grad(loss, method.ball(rho), **settings)
+        return around(oracle, optimizer)
+    plain = jax.value_and_grad(loss)
 
-        def oracle(params, state, *args):
-            return *plain(params, *args), state
+    def oracle(params, state, *args):
+        return *plain(params, *args), state
 
-        if name == "base":
-            return around(oracle, optimizer, lambda params: ())
-        optimizer = fsam.msam(optimizer, rho, 0.9)
-        return around(oracle, optimizer, lambda params: ())._replace(
-            weights=lambda params, state: fsam.eval_params(state[1], params)
-        )
-    settings, ball = dict(METHODS[name].settings), METHODS[name].ball(rho)
-    return around(fsam.value_and_grad(loss, ball, metrics=False, **settings), optimizer)
+    if name == "base":
+        return around(oracle, optimizer, lambda params: ())
+    found = around(oracle, fsam.msam(optimizer, rho, 0.9), lambda params: ())
+    return found._replace(weights=lambda w, state: fsam.eval_params(state[1], w))
 
 
 def around(oracle: Any, optimizer: Any, oracle_init: Any = None) -> Stepper:
@@ -127,9 +111,7 @@ def around(oracle: Any, optimizer: Any, oracle_init: Any = None) -> Stepper:
     return Stepper(init, step, lambda params, state: params)
 
 
-def grid(
-    name: str, rates: Sequence[float], radii: Sequence[float] | None = None
-) -> list[dict[str, float]]:
+def grid(name, rates, radii=None) -> list[dict[str, float]]:
     """Returns the points of a search, as many for each method.
 
     The base optimizer, which has no radius, is offered as many learning rates.

@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -91,52 +91,42 @@ def edge(at: int, grid: Any) -> str:
 Columns = dict[str, Callable[[Any, Any], Any]]
 
 
-def report(
-    title: str,
-    found: Mapping[Any, Any],
-    columns: Columns,
-    caption: str = "",
-    **settings: Any,
-) -> None:
+def report(title, found, columns: Columns, caption="", **settings: Any) -> None:
     """Prints a row for each name and its facts, of which each column makes an entry."""
     rows = [[f(name, facts) for f in columns.values()] for name, facts in found.items()]
     table(title, list(columns), rows, caption, **settings)
 
 
-def table(
-    title: str,
-    headings: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    caption: str = "",
-    *,
-    first: int = WIDTH // 2,
-) -> None:
+def table(title, headings, rows, caption="", *, first: int = WIDTH // 2) -> None:
     """Prints a table of at most 80 columns; what does not fit follows in another.
 
     The first column names the rows and is repeated.
     """
-    texts = [[str(entry) for entry in row] for row in rows]
-    columns = list(zip(headings, *texts, strict=True))
-    widths = [1 + max(len(x) for e in c for x in e.split("\n")) for c in columns]
-    first = min(widths[0], first)
-    groups: list[list[int]] = [[]]
-    for index in range(1, len(columns)):
-        used = first + sum(widths[i] for i in groups[-1])
-        if groups[-1] and used + widths[index] > WIDTH - 1:
+    names, *columns = zip(headings, *([*map(str, row)] for row in rows), strict=True)
+    first = min(width(names), first)
+    groups, used = [[]], first
+    for column in columns:
+        used += width(column)
+        if groups[-1] and used > WIDTH - 1:
             groups.append([])
-        groups[-1].append(index)
+            used = first + width(column)
+        groups[-1].append(column)
     console = Console(width=WIDTH, highlight=False, markup=False)
     console.print(f"\n{title}", style="bold")
     for group in groups:
         shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-        shown.add_column(headings[0], max_width=first, overflow="fold")
-        for index in group:
-            shown.add_column(headings[index], justify="right", no_wrap=True)
-        for text in texts:
-            shown.add_row(text[0], *(text[i] for i in group))
+        shown.add_column(names[0], max_width=first, overflow="fold")
+        for heading, *_ in group:
+            shown.add_column(heading, justify="right", no_wrap=True)
+        for texts in zip(names[1:], *(column[1:] for column in group), strict=True):
+            shown.add_row(*texts)
         console.print(shown)
     if caption:
         console.print(caption)
+
+
+def width(column):
+    return 1 + max(len(line) for text in column for line in text.split("\n"))
 
 
 # Pictures.
@@ -150,9 +140,8 @@ def figure(rows: int, columns: int, headline: str, **settings: Any) -> tuple[Any
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
-    found, axes = plt.subplots(
-        rows, columns, squeeze=False, layout="constrained", **settings
-    )
+    settings |= {"squeeze": False, "layout": "constrained"}
+    found, axes = plt.subplots(rows, columns, **settings)
     found.suptitle(headline, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return found, axes
 
@@ -179,11 +168,10 @@ def curves(axis: Any, x: Any, by_method: Any, **style: Any) -> None:
         errors(axis, x, values, 100, label=method, **look(method), **style)
 
 
-def later(axis: Any, curves: Sequence[Any]) -> None:
+def later(axis: Any, curves: Any) -> None:
     """Sets limits to what follows the first quarter, which would flatten the rest."""
-    curves = [np.array(curve, float) for curve in curves]
-    late = np.concatenate([c[..., c.shape[-1] // 4 :].ravel() for c in curves])
-    low, high = np.nanmin(late), np.nanmax(late)
+    late = [np.array(c, float)[..., np.shape(c)[-1] // 4 :].ravel() for c in curves]
+    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
     margin = 0.05 * (high - low) or 0.1
     axis.set_ylim(low - margin, high + margin)
 
@@ -191,8 +179,8 @@ def later(axis: Any, curves: Sequence[Any]) -> None:
 def legend(picture: Any, axis: Any, columns: int, **settings: Any) -> None:
     """Puts the legend of a panel below all of them."""
     handles, labels = axis.get_legend_handles_labels()
-    place = {"loc": "outside lower center", "ncols": columns}
-    picture.legend(handles, labels, **place, **settings)
+    settings |= {"loc": "outside lower center", "ncols": columns}
+    picture.legend(handles, labels, **settings)
 
 
 def save(picture: Any, file: pathlib.Path) -> None:

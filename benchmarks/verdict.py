@@ -9,13 +9,18 @@ rest of the family has a table of its own, of the experiments that it was run in
 
 import harness
 import methods
-import numpy as np
 import show
 
 
 COLUMNS = ("SAM", "ASAM", "Fisher SAM, squared", "Fisher SAM, empirical", "MSAM")
-PUBLISHED = "ASAM at 0.5"
-FAMILY = ("GSAM", "WSAM", "Friendly SAM", PUBLISHED)
+FAMILY = ("GSAM", "WSAM", "Friendly SAM", "ASAM at 0.5")
+EXPERIMENTS = {
+    "generalization": (("data",), "{}"),
+    "which_fisher": (("noise",), "300 digits, MLP, {:.0%} of labels wrong"),
+    "robustness": (("data", "noise"), "1000 {}, MLP, {:.0%} wrong"),
+    "long_training": (("gradients",), "300 digits, 20% wrong, {} gradients"),
+}
+IMAGES = {"digits": "300 digits, CNN", "cifar10": "CIFAR-10, 4000 images, CNN"}
 
 
 def held_out(final, tunings):
@@ -29,8 +34,8 @@ def held_out(final, tunings):
     return 0
 
 
-def by_setting(name, *keys):
-    """Returns results by setting and method: those that have all of the keys."""
+def by_setting(name, keys):
+    """Returns accuracy and score by setting and method: of cells with all the keys."""
     cells = [*harness.read(harness.HERE / "results" / f"{name}.json").values()]
     tunings = [cell for cell in cells if cell["settings"].get("part") == "tuning"]
     found = {}
@@ -38,55 +43,41 @@ def by_setting(name, *keys):
         settings, result = cell["settings"], cell["result"]
         if "part" in settings or not all(key in settings for key in keys):
             continue
-        if name == "generalization":
-            result["score"] = held_out(settings, tunings)
         method = settings["method"].replace("squared gradient", "squared")
+        accuracy, score = result["accuracy"], result.get("score", 0)
         if name == "which_fisher" and method not in ("base", "SAM"):
             method = f"Fisher SAM, {method}"
-        if name == "generalization" and (method, settings["rho"]) == ("ASAM", 0.5):
-            method = PUBLISHED
+        if name == "generalization":
+            accuracy = [curve[-1] for curve in accuracy]
+            score = held_out(settings, tunings)
+            if (method, settings["rho"]) == ("ASAM", 0.5):
+                method = "ASAM at 0.5"
         key = tuple(settings[key] for key in keys)
-        found.setdefault(key, {})[method] = result
+        found.setdefault(key, {})[method] = score, accuracy
     return dict(sorted(found.items()))
 
 
-def rows():
-    """Yields the title of each experiment, its results by method, and the measure."""
-    for (data,), of in by_setting("generalization", "data").items():
-        last = {m: [curve[-1] for curve in r["accuracy"]] for m, r in of.items()}
-        images = {"digits": "300 digits, CNN", "cifar10": "CIFAR-10, 4000 images, CNN"}
-        yield images.get(data, data), last, of
-    for (noise,), of in by_setting("which_fisher", "noise").items():
-        title = f"300 digits, MLP, {noise:.0%} of labels wrong"
-        yield title, {m: r["accuracy"] for m, r in of.items()}, of
-    for (data, noise), of in by_setting("robustness", "data", "noise").items():
-        title = f"1000 {data}, MLP, {noise:.0%} wrong"
-        yield title, {m: r["accuracy"] for m, r in of.items()}, of
-    for (gradients,), of in by_setting("long_training", "gradients").items():
-        title = f"300 digits, 20% wrong, {gradients} gradients"
-        yield title, {m: r["accuracy"] for m, r in of.items()}, of
-
-
-def entry(column, values, of):
+def entry(column, of):
     """Writes the points of a method over the base optimizer."""
-    names = [n for n in values if n == column or n.startswith(f"{column}, ")]
+    names = [n for n in of if n == column or n.startswith(f"{column}, ")]
     if not names:
         return ""
-    best = max(names, key=lambda name: of[name].get("score", 0))
-    over = show.cell(np.subtract(values[best], values["base"]), "+.1f", 100)
+    best = max(names, key=lambda name: of[name][0])
+    over = show.over(of[best][1], of["base"][1])
     return over + " a" * best.endswith("absolute")
 
 
 def main() -> None:
     """Prints both tables in Markdown, without experiments that would be empty."""
-    every = list(rows())
     for columns in (COLUMNS, FAMILY):
         print(f"| data, network | {' | '.join(columns)} |")
         print(f"|{' --- |' * (len(columns) + 1)}")
-        for title, values, of in every:
-            cells = [entry(column, values, of) for column in columns]
-            if any(cells):
-                print(f"| {title} | {' | '.join(cells)} |")
+        for name, (keys, title) in EXPERIMENTS.items():
+            for key, of in by_setting(name, keys).items():
+                cells = [entry(column, of) for column in columns]
+                if any(cells):
+                    row = IMAGES.get(key[0]) if name == "generalization" else None
+                    print(f"| {row or title.format(*key)} | {' | '.join(cells)} |")
         print()
 
 
