@@ -40,6 +40,9 @@ LOOKS = {
     "magnitude by layer": (SKY, "-.", "D"),
     "random": (GREY, "-", "<"),
     "average": (BLACK, "-", "o"),
+    "loss": (BLACK, "-", "o"),
+    "identity": (ORANGE, "--", "D"),
+    "whole F": (PURPLE, ":", "v"),
 }
 STYLE: Any = {
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},

@@ -447,19 +447,11 @@ def test_laplace_takes_the_diagonal_of_the_ggn(script):
 
 def test_what_attribution_is_judged_by(script):
     from scipy.stats import spearmanr
-    from sklearn.metrics import roc_auc_score
 
-    module = script("attribution")
-    random = np.random.default_rng(0)
-    scores, wrong = random.normal(size=(2, 40)), random.random(40) < 0.3
-    found = module.detection(scores, wrong)
-    expected = [roc_auc_score(wrong, row) for row in scores]
-    np.testing.assert_allclose(found["area"], expected, rtol=1e-5)
-    first = [wrong[np.argsort(-row)[: wrong.sum()]].mean() for row in scores]
-    np.testing.assert_allclose(found["precision"], first, rtol=1e-5)
-    a, b = random.normal(size=(2, 6, 12))
+    a, b = np.random.default_rng(0).normal(size=(2, 6, 12))
     expected = np.mean([spearmanr(*rows).statistic for rows in zip(a, b, strict=True)])
-    np.testing.assert_allclose(module.correlation(a, b), expected, rtol=1e-5)
+    found = script("attribution").correlation(a, b)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_preconditioners_spend_the_same_gradients(script):
