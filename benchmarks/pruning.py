@@ -90,8 +90,8 @@ def most(accuracy):
 
 def report(title, found):
     """Prints how much can go, and what is left of the accuracy when most is gone."""
-    base, columns = found[MAGNITUDE], {"%": lambda method, _: method}
-    measures = {"can go": most}
+    columns: show.Columns = {"%": lambda method, _: method}
+    base, measures = found[MAGNITUDE], {"can go": most}
     measures |= {f"{s:.0%} gone": itemgetter(SHARES.index(s)) for s in (0.5, 0.8, 0.9)}
     for name, of in measures.items():
         columns[name] = lambda _, a, of=of: show.percent(of(a))
