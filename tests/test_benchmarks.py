@@ -403,46 +403,30 @@ def test_the_verdict_is_that_of_the_results(script, capsys):
 # Laplace, attribution and preconditioning.
 
 
-@pytest.mark.parametrize("kind", ["exact", "whole"])
-def test_laplace_is_exact_for_a_linear_model(script, kind, x64):
-    """The diagonal where inputs are orthogonal, the whole matrix anywhere."""
+def test_laplace_is_exact_for_a_linear_model_of_orthogonal_inputs(script, x64):
     from scipy.stats import multivariate_normal
 
     module, random = script("laplace"), np.random.default_rng(0)
     x, y, new = (random.normal(size=shape) for shape in ((30, 3), (30, 1), (4, 3)))
-    if kind == "exact":
-        x = np.linalg.qr(x - x.mean(0))[0] * [1, 2, 5]
-    tau, noise, likelihood = 0.7, 0.5, module.fsam.gaussian()
+    x = np.linalg.qr(x - x.mean(0))[0] * [1, 2, 5]
+    tau, noise = 0.7, 0.5
     design, designed = (np.column_stack([np.ones(len(a)), a]) for a in (x, new))
     precision = design.T @ design / noise**2 + tau * np.eye(4)
     w = np.linalg.solve(precision, design.T @ y / noise**2)
     params = [{"bias": jnp.asarray(w[0]), "kernel": jnp.asarray(w[1:])}]
-    if kind == "whole":
-        f, vectors = module.eigen(likelihood, params, (x, y))
-    else:
-        f, vectors = module.fisher(kind, likelihood, params, (x, y)), np.eye(4)
-    unit, train = {"F": 30 * f, "power": 2}, module.linearise(params, (x, y))
-    found = module.evidence_of_density(train, unit, (tau, noise))
+    loss = fsam.negative_log_likelihood(script("perceptron").apply, fsam.gaussian())
+    f = script("diagonals").diagonal("exact F", loss, params, (x, y))
+    f = 30 * module.ravel_pytree(f)[0]
+    train, points = module.linearise(params, x, y), np.array([[tau, noise]])
+    found = module.evidence(module.density, train, w[:, 0], f, 2, points)
     covariance = noise**2 * np.eye(30) + design @ design.T / tau
     expected = multivariate_normal(np.zeros(30), covariance).logpdf(y[:, 0])
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-    net = module.turned(module.linearise(params, (new, y[:4])), vectors)
-    found, _ = module.density("linearised", net, unit, (tau, noise), None, 0)
+    np.testing.assert_allclose(found, [expected], rtol=1e-9)
+    net = module.linearise(params, new, y[:4])
+    found, _ = module.density(net, f / noise**2 + tau, noise, None, 0)
     variance = np.diag(designed @ np.linalg.inv(precision) @ designed.T) + noise**2
     expected = module.norm.logpdf(y[:4], designed @ w, variance[:, None] ** 0.5)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-
-
-def test_laplace_takes_the_diagonal_of_the_ggn(script):
-    module, perceptron = script("laplace"), script("perceptron")
-    params = perceptron.initial(jax.random.key(0), (3, 4, 5))
-    random = np.random.default_rng(0)
-    x = random.normal(size=(100, 3)).astype(np.float32)
-    y = random.integers(0, 5, 100)
-    categorical = module.fsam.categorical
-    ggn = module.fsam.dense_ggn(perceptron.LOSS, params, (x, y))
-    found = module.fisher("exact", categorical, params, (x, y))
-    np.testing.assert_allclose(found, np.diag(ggn), rtol=1e-4, atol=1e-7)
 
 
 def test_what_attribution_is_judged_by(script):
