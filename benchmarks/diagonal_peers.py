@@ -2,10 +2,10 @@
 """Question: do other libraries find the same diagonals, and what do they cost there?
 
 The same weights and data in PyTorch and in JAX. The error is the largest difference
-from a float64 reference that forms the gradient of each example and output, within an
-array of parameters, relative to the largest entry there; of drawn labels, the distance
-of the mean of many draws, in standard errors. The time is processor time, relative to
-the library's own gradient of the batch in the same round. It wants its own environment:
+from a float64 reference that forms the gradient of each example and label, within an
+array of parameters, relative to the largest entry there. The time is processor time on
+one core, relative to the library's own gradient of the batch in the same round. It
+wants its own environment:
 
     pip install torch==2.13.0+cpu flax rich .
     pip install --no-deps backpack-for-pytorch unfoldNd nngeometry laplace-torch \\
@@ -13,160 +13,258 @@ the library's own gradient of the batch in the same round. It wants its own envi
         linear_operator torchmetrics lightning-utilities packaging
     taskset -c 0 python benchmarks/diagonal_peers.py
 
-laplace-torch runs with its default backend and with ASDL. curvlinops has linear
-operators, whose diagonal is read off their products with the identity.
+laplace-torch runs with its default backend, curvlinops, and with ASDL.
 """
 
 import copy
 import importlib
 import itertools
-import pathlib
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import cost
 import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
 import show
-from peer_models import CASES, MODELS, Problem, torch
+import torch
+from torch import nn
 
 import fsam_optax as fsam
 
 
-EXACT, EMPIRICAL, DRAWN = KINDS = ("exact", "empirical", "drawn")
-OURS, SQUARED = "fsam_optax", "squared batch gradient"
+sys.path.append(sys.path.pop(0))  # A recipe in this folder is called laplace, too.
+
+EXACT, EMPIRICAL = KINDS = ("exact", "empirical")
+OURS, SQUARED = "fsam_optax", "squared gradient"
 RIGHT = 1e-5
-MEANS = ("dense", "convolutions")  # Where the mean of many draws is compared.
 LARGEST = 2e9  # Bytes of Jacobians that a peer may form.
+
+
+# Models in PyTorch, and what they compute in JAX.
+
+
+class Mean(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+class Twice(nn.Module):
+    """The same layer, one time after the other."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def in_jax(module, params, x, path=""):
+    """Computes what a module does, from parameters by name."""
+    weight, bias = (params.get(path + name) for name in ("weight", "bias"))
+    match module:
+        case nn.Sequential():
+            for name, child in module.named_children():
+                x = in_jax(child, params, x, f"{path}{name}.")
+            return x
+        case Twice():
+            x = in_jax(module.layer, params, x, f"{path}layer.")
+            return in_jax(module.layer, params, x, f"{path}layer.")
+        case nn.Linear():
+            return x @ weight.T + bias
+        case nn.Conv2d():
+            args = module.stride, [(p, p) for p in module.padding]
+            return jax.lax.conv_general_dilated(x, weight, *args) + bias[:, None, None]
+        case nn.Embedding():
+            return weight[x]
+        case nn.ReLU():
+            return jax.nn.relu(x)
+        case Mean():
+            return x.mean(1)
+        case _:  # Flatten
+            return x.reshape(len(x), -1)
+
+
+def mlp(*widths: int) -> list[nn.Module]:
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    return [x for layer in layers for x in (layer, nn.ReLU())][:-1]
+
+
+def cnn(channels: tuple[int, ...], features: int, classes: int) -> list[nn.Module]:
+    layers = []
+    for a, b in itertools.pairwise(channels):
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()]
+    return [*layers, nn.Flatten(), nn.Linear(features, classes)]
+
+
+# Layers, the shape of an example, and more; what each library claims, and what goes
+# wrong where nobody says so.
+CASES: dict[str, tuple[Callable, tuple[int, ...], dict[str, Any]]] = {
+    "dense": (partial(mlp, 6, 5, 3), (6,), {}),
+    "convolutions": (partial(cnn, (2, 3, 4), 16, 3), (2, 6, 6), {}),
+    "embedding": (
+        *(lambda: [nn.Embedding(9, 6), Mean(), nn.Linear(6, 3)], (5,), {"tokens": 9}),
+    ),
+    "sequence": (
+        *(lambda: [nn.Linear(6, 6), nn.ReLU(), Mean(), nn.Linear(6, 3)], (5, 6), {}),
+    ),
+    "layer used twice": (lambda: [Twice(6), nn.Linear(6, 3)], (6,), {}),
+    "confident": (partial(mlp, 6, 6, 3), (6,), {"factor": 100.0}),
+    "certain": (partial(mlp, 6, 6, 3), (6,), {"factor": 300.0}),
+    "mlp": (partial(mlp, 784, 512, 512, 10), (784,), {"batch": 128, "classes": 10}),
+    "cnn": (
+        *(partial(cnn, (3, 32, 64, 64), 1024, 10), (3, 32, 32)),
+        {"batch": 32, "classes": 10},
+    ),
+}
+TIMED = "mlp", "cnn"
+
+
+class Problem(NamedTuple):
+    """A model and a batch."""
+
+    model: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def gradient(self):
+        loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        return torch.autograd.grad(loss, list(self.model.parameters()))
+
+    def loader(self):
+        data = torch.utils.data.TensorDataset(self.x, self.y)
+        return torch.utils.data.DataLoader(data, batch_size=len(self.x))
+
+    def nll(self):
+        return fsam.negative_log_likelihood(
+            partial(in_jax, self.model), fsam.categorical
+        )
+
+    def in_jax(self, dtype: Any = jnp.float32):
+        """Returns parameters and batch; real numbers in a type."""
+
+        def array(t):
+            return jnp.asarray(t.detach(), dtype if t.is_floating_point() else None)
+
+        params = {name: array(p) for name, p in self.model.named_parameters()}
+        return params, (array(self.x), array(self.y))
+
+    def parts(self, found) -> dict[str, np.ndarray]:
+        """Returns a vector, or a tree, as arrays by name."""
+        if not isinstance(found, dict):
+            named = dict(self.model.named_parameters())
+            pieces = torch.split(found.detach(), [p.numel() for p in named.values()])
+            found = dict(zip(named, pieces, strict=True))
+        return {name: np.asarray(found[name]).ravel() for name in found}
+
+    def reference(self) -> dict[str, dict[str, np.ndarray]]:
+        """Returns the diagonals in float64, from scores of each example and label."""
+
+        def one(example):
+            def log_p(params):
+                return jax.nn.log_softmax(in_jax(self.model, params, example[0][None]))
+
+            p = jnp.exp(log_p(params)[0])
+            scores = jax.tree.map(lambda s: s[0], jax.jacrev(log_p)(params))
+            score = jax.tree.map(lambda s: s[example[1]], scores)
+            exact = jax.tree.map(lambda s: jnp.tensordot(p, s**2, 1), scores)
+            return exact, jax.tree.map(jnp.square, score), score
+
+        with jax.enable_x64(True):
+            params, batch = self.in_jax(jnp.float64)
+            found = jax.jit(partial(jax.lax.map, one))(batch)
+            exact, empirical, score = jax.tree.map(lambda a: a.mean(0), found)
+            found = exact, empirical, jax.tree.map(jnp.square, score)
+            found = map(self.parts, found)
+            return dict(zip((*KINDS, SQUARED), found, strict=True))
+
+
+def make_problem(
+    layers: Callable[[], list[nn.Module]],
+    shape: tuple[int, ...],
+    batch: int = 8,
+    classes: int = 3,
+    tokens: int = 0,
+    factor: float = 1.0,
+) -> Problem:
+    """Returns a problem of random data, its last layer multiplied by a factor."""
+    torch.manual_seed(0)
+    model, shape = nn.Sequential(*layers()), (batch, *shape)
+    with torch.no_grad():
+        for p in list(model.parameters())[-2:]:
+            p.mul_(factor)
+    x = torch.randint(tokens, shape) if tokens else torch.randn(*shape)
+    return Problem(model, x, torch.randint(classes, (batch,)))
+
 
 # One function a library: it returns `run()`, which computes the mean over examples, as
 # a vector in the order of the parameters.
 
 
 def ours(problem: Problem, kind: str) -> Callable:
-    nll, (params, batch) = problem.nll(), problem.in_jax()
-    if kind == DRAWN:
-
-        @jax.jit
-        def drawn(params, batch, key):
-            return fsam.diagonal(fsam.fisher_i1(nll, key=key), params, batch)
-
-        keys = map(jax.random.key, itertools.count())
-        return lambda: drawn(params, batch, next(keys))
     make = fsam.fisher_exact if kind == EXACT else fsam.fisher_empirical
-    return partial(jax.jit(partial(fsam.diagonal, make(nll))), params, batch)
+    fn = partial(fsam.diagonal, make(problem.nll()))
+    return partial(jax.jit(fn), *problem.in_jax())
 
 
 def backpack(problem: Problem, kind: str) -> Callable:
     from backpack import backpack, extend, extensions
 
-    names = {EXACT: "DiagGGNExact", EMPIRICAL: "SumGradSquared", DRAWN: "DiagGGNMC"}
+    names = {EXACT: "DiagGGNExact", EMPIRICAL: "SumGradSquared"}
     extension = getattr(extensions, names[kind])()
-    loss = extend(problem.loss(reduction="sum"))
-    # A squared error is two negative log-likelihoods of unit variance.
-    scale = (0.25 if kind == EMPIRICAL else 0.5) if problem.real else 1.0
-
-    def make(converted):
-        model = extend(copy.deepcopy(problem.model), use_converter=converted).eval()
-        params = list(model.parameters())
-
-        def run():
-            model.zero_grad()
-            with backpack(extension):
-                loss(model(problem.x), problem.y).backward()
-            found = [getattr(p, extension.savefield, None) for p in params]
-            found = torch.cat([f.flatten() for f in found if f is not None])
-            return scale * found / len(problem.x)
-
-        problem.parts(run())
-        return run
-
-    try:
-        return make(converted=False)
-    except Exception as error:
-        try:  # With the operations of the graph as modules that it knows.
-            return make(converted=True)
-        except Exception:
-            raise error from None
-
-
-def nngeometry(problem: Problem, kind: str) -> Callable:
-    from nngeometry.metrics import FIM, FIM_MonteCarlo
-    from nngeometry.object import PMatDiag
-
-    model, loss = copy.deepcopy(problem.model), problem.loss(reduction="none")
-    options: dict[str, Any] = {
-        "variant": "regression" if problem.real else "classif_logits"
-    }
-    if kind == EMPIRICAL:
-        # It has no name for it; the square of the loss's own derivative it is.
-        def losses(x, y):
-            return (0.5 if problem.real else 1.0) * loss(model(x), y).reshape(-1, 1)
-
-        options = {"variant": "regression", "function": losses}
-    make = FIM_MonteCarlo if kind == DRAWN else FIM
-    return lambda: make(model, problem.loader(), PMatDiag, **options).get_diag()
-
-
-@cache
-def laplace_torch() -> tuple[Any, Any]:
-    """Imports laplace-torch; a recipe in this folder has its name."""
-    before, own = list(sys.path), sys.modules.pop("laplace", None)
-    sys.path[:] = [p for p in before if pathlib.Path(p).resolve() != harness.HERE]
-    try:
-        names = "laplace", "laplace.curvature"
-        package, curvature = map(importlib.import_module, names)
-    finally:
-        sys.path[:] = before
-        if own is not None:
-            sys.modules["laplace"] = own
-    return package, curvature
-
-
-def laplace(backend: str, problem: Problem, kind: str) -> Callable:
-    package, curvature = laplace_torch()
-    model = copy.deepcopy(problem.model)
-    size = sum(p.numel() for p in model.parameters()) * len(problem.x) * 4
-    size *= 1 if kind == EMPIRICAL else model(problem.x[:1]).shape[-1]
-    if backend == "Curvlinops" and size > LARGEST:
-        raise MemoryError(f"{size / 1e9:.1f} GB of Jacobians")
-    posterior = package.Laplace(
-        model,
-        "regression" if problem.real else "classification",
-        subset_of_weights="all",
-        hessian_structure="diag",
-        backend=getattr(curvature, backend + ("EF" if kind == EMPIRICAL else "GGN")),
-        backend_kwargs={} if kind == EMPIRICAL else {"stochastic": kind == DRAWN},
-    )
+    loss = extend(nn.CrossEntropyLoss(reduction="sum"))
+    # Operations of the graph as modules that it knows, where there are any.
+    own = any(isinstance(layer, Mean | Twice) for layer in problem.model)
+    model = extend(copy.deepcopy(problem.model), use_converter=own).eval()
 
     def run():
-        posterior.fit(problem.loader())
-        return posterior.H / len(problem.x)
+        model.zero_grad()
+        with backpack(extension):
+            loss(model(problem.x), problem.y).backward()
+        found = [getattr(p, extension.savefield) for p in model.parameters()]
+        return torch.cat([f.flatten() for f in found]) / len(problem.x)
 
     return run
 
 
-def curvlinops(problem: Problem, kind: str) -> Callable:
-    import curvlinops
+def nngeometry(problem: Problem, kind: str) -> Callable:
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatDiag
 
     model = copy.deepcopy(problem.model)
-    params = list(model.parameters())
-    size = sum(p.numel() for p in params)
-    if size > 1000 or kind == DRAWN:
-        raise MemoryError(f"{size} products, one for each parameter")
-    names = {EXACT: "GGN", EMPIRICAL: "EF"}
-    make = getattr(curvlinops, f"{names[kind]}LinearOperator")
-    scale = (0.25 if kind == EMPIRICAL else 0.5) if problem.real else 1.0
+    options: dict[str, Any] = {"variant": "classif_logits"}
+    if kind == EMPIRICAL:
+        # It has no name for it; the square of the loss's own derivative it is.
+        def losses(x, y):
+            return nn.functional.cross_entropy(model(x), y, reduction="none")[:, None]
+
+        options = {"variant": "regression", "function": losses}
+    return lambda: FIM(model, problem.loader(), PMatDiag, **options).get_diag()
+
+
+def laplace(backend: str, problem: Problem, kind: str) -> Callable:
+    package = importlib.import_module("laplace")
+    curvature = importlib.import_module("laplace.curvature")
+    model = copy.deepcopy(problem.model)
+    size = 4 * sum(p.numel() for p in model.parameters()) * model(problem.x).numel()
+    if backend == "Curvlinops" and kind == EXACT and size > LARGEST:
+        raise MemoryError(f"{size / 1e9:.1f} GB of Jacobians")
+    name = backend + ("EF" if kind == EMPIRICAL else "GGN")
+    options = {"hessian_structure": "diag", "subset_of_weights": "all"}
+    backend = getattr(curvature, name)
+    posterior = package.Laplace(model, "classification", backend=backend, **options)
 
     def run():
-        data = [(problem.x, problem.y)]
-        operator = make(model, problem.loss(), params, data, check_deterministic=False)
-        return scale * torch.diagonal(operator @ torch.eye(size))
+        posterior.fit(problem.loader())
+        return posterior.H / len(problem.x)
 
     return run
 
@@ -176,52 +274,27 @@ LIBRARIES = {
     "BackPACK": backpack,
     "nngeometry": nngeometry,
     "laplace-torch": partial(laplace, "Curvlinops"),
-    "laplace-torch, ASDL": partial(laplace, "Asdl"),
-    "curvlinops": curvlinops,
+    "ASDL": partial(laplace, "Asdl"),
 }
 
 
-def compared(found: dict, true: dict) -> dict:
-    """Returns the error of a diagonal, and by which number it is too large."""
-    # Some arrays have no gradient at all, such as the bias of an attention's keys.
-    least = 1e-6 * max(a.max() for a in true.values())
-
-    def error(factor):
-        differences = {n: abs(found[n] - factor * a).max() for n, a in true.items()}
-        return max(d / max(true[n].max(), least) for n, d in differences.items())
-
-    facts = {"error": float(error(1.0))}
-    factor = sum(f.sum() for f in found.values()) / sum(a.sum() for a in true.values())
-    if error(factor) < RIGHT < facts["error"]:
-        facts["factor"] = float(factor)
-    return facts
+def error_of(found: dict, true: dict) -> float:
+    return max(float(abs(found[name] - a).max() / a.max()) for name, a in true.items())
 
 
-def distance(draws: list[dict], true: dict) -> dict:
-    """Returns how far the mean of draws is from the truth, in standard errors."""
-    stacked = {n: np.stack([draw[n] for draw in draws]) for n in true}
-    off = sum(((a.mean(0) - true[n]) ** 2).sum() for n, a in stacked.items())
-    error = sum((a.var(0, ddof=1) / len(draws)).sum() for a in stacked.values())
-    return {"standard_errors": float((off / error) ** 0.5)}
-
-
-def measure(make: Callable, draws: int, repeats: int) -> dict:
+def measure(name: str, repeats: int) -> dict:
     """Returns for each library and kind its error, or why it fails, and its time."""
-    problem = make()
-    true = dict(zip((*KINDS[:2], SQUARED), problem.reference(), strict=True))
-    params, batch = problem.in_jax()
-    own = partial(jax.jit(jax.grad(problem.nll())), params, batch)
-    results: dict = {SQUARED: {EMPIRICAL: compared(true[SQUARED], true[EMPIRICAL])}}
+    layers, shape, more = CASES[name]
+    problem = make_problem(layers, shape, **more)
+    true = problem.reference()
+    own = partial(jax.jit(jax.grad(problem.nll())), *problem.in_jax())
+    apart = error_of(true[SQUARED], true[EMPIRICAL])
+    results: dict = {SQUARED: {EMPIRICAL: {"error": apart}}}
     for library, kind in itertools.product(LIBRARIES, KINDS):
         facts = results.setdefault(library, {})[kind] = {}
         try:
             run = LIBRARIES[library](problem, kind)
-            found = problem.parts(run())
-            if kind != DRAWN:
-                facts |= compared(found, true[kind])
-            elif draws:
-                many = [problem.parts(run()) for _ in range(draws)]
-                facts |= distance(many, true[EXACT])
+            facts["error"] = error_of(problem.parts(run()), true[kind])
         except Exception as error:  # What a peer cannot do is part of the answer.
             if library == OURS:
                 raise
@@ -236,50 +309,33 @@ def measure(make: Callable, draws: int, repeats: int) -> dict:
 
 def written(facts: dict) -> str:
     """Writes the facts of a cell in a few characters."""
-    words = []
     if "fails" in facts:
-        words = ["-" if facts["fails"].startswith("MemoryError") else "fails"]
-    if "standard_errors" in facts:
-        words = [f"{facts['standard_errors']:.1f} se"]
-    if "error" in facts:
-        error, factor = facts["error"], facts.get("factor")
-        off = "NaN" if error is None else f"off {error:.0%}"
-        right = error is not None and error < RIGHT
-        words = [f"{error:.0e}" if right else f"{factor:.2f} F" if factor else off]
-    if "ratio" in facts:
-        words.append(f"{facts['ratio']:.1f}")
-    return " ".join(words)
+        return "-" if facts["fails"].startswith("MemoryError") else "fails"
+    error = facts["error"]
+    off = "NaN" if error is None else f"off {error:.0%}"
+    right = f"{error:.0e}" if error is not None and error < RIGHT else off
+    return f"{right} {facts['ratio']:.1f}" if "ratio" in facts else right
 
 
 @harness.experiment(
-    smoke={"cases": ["dense"], "models": ["dense"], "draws": 5, "repeats": 2},
-    cases={"nargs": "*", "choices": CASES, "default": [*CASES]},
-    models={"nargs": "*", "choices": [*MODELS, *CASES], "default": [*MODELS]},
-    draws=50,
+    smoke={"cases": ["dense"], "repeats": 2},
+    cases={"nargs": "+", "choices": CASES, "default": [*CASES]},
     repeats=3,
-    threads=1,
 )
 def main(run: harness.Run) -> None:
-    options = run.options
-    torch.set_num_threads(options.threads)
+    names, repeats = run.options.cases, run.options.repeats
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    cases = {}
-    for name in options.cases:
-        draws = options.draws if name in MEANS else 0
-        args = measure, CASES[name], draws, 0
-        cases[name] = run.cell(*args, case=name, draws=draws)
-    costs, about = {}, run.take("repeats threads")
-    for name in options.models:
-        args = measure, (MODELS | CASES)[name], 0, options.repeats
-        costs[name] = run.cell(*args, model=name, **about)
-    for title, results in (("Error", cases), ("Error, and time", costs)):
-        for kind in KINDS:
-            rows = [
-                [name, *(written(r[library][kind]) for library in LIBRARIES)]
-                for name, r in results.items()
-            ]
-            if any(any(row[1:]) for row in rows):
-                show.table(f"{title}: {kind}", ["", *LIBRARIES], rows, first=20)
+    results = run.each("case", [n for n in names if n not in TIMED], measure, 0)
+    timed = [name for name in names if name in TIMED]
+    results |= run.each("case", timed, measure, repeats, repeats=repeats)
+    for kind, columns in zip(KINDS, (LIBRARIES, (*LIBRARIES, SQUARED)), strict=True):
+        rows = [
+            [name, *(written(facts[column][kind]) for column in columns)]
+            for name, facts in results.items()
+        ]
+        title = f"The {kind} diagonal: error, and time in gradients"
+        show.table(title, ["", *columns], rows, first=20)
 
 
 if __name__ == "__main__":
