@@ -1,10 +1,8 @@
 """What the experiments with a small ReLU network share: the model and its training."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import jax
@@ -16,9 +14,7 @@ import optax
 import fsam_optax as fsam
 
 
-def apply(
-    params: Sequence[Any], x: jax.Array, activation: Callable = jax.nn.relu
-) -> jax.Array:
+def apply(params, x, activation=jax.nn.relu):
     """Maps images (batch, pixels) to logits (batch, classes)."""
     for layer in params[:-1]:
         x = activation(x @ layer["kernel"] + layer["bias"][None])
@@ -33,14 +29,12 @@ POOL = {"default": 1, "help": "pixels a side that become one"}
 LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
 
 
-def he_normal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def he_normal(key, shape):
     """Returns weights for ReLUs."""
     return jax.random.normal(key, shape) * (2 / shape[0]) ** 0.5
 
 
-def initial(
-    key: jax.Array, sizes: Sequence[int], init: Callable = he_normal
-) -> list[dict[str, jax.Array]]:
+def initial(key, sizes, init=he_normal):
     """Returns parameters of layers between arrays of the given sizes."""
     shapes = list(itertools.pairwise(sizes))
     keys = jax.random.split(key, len(shapes))
@@ -50,26 +44,16 @@ def initial(
     ]
 
 
-def train(
-    params: Any,
-    make: Callable[[Any], methods.Stepper],
-    data: tuple[jax.Array, jax.Array],
-    rate: Any,
-    steps: int,
-    batch: int,
-    key: jax.Array,
-) -> Any:
+def train(params, make, data, rate, steps, batch, key):
     """Returns the parameters after SGD with momentum, weight decay and cosine decay.
 
-    `make` maps the base optimizer to a training step; `rate` is the learning rate at
-    the start. Images of a batch are drawn with replacement.
+    `make` maps the base optimizer to a `methods.Stepper`; `rate` is the learning rate
+    at the start. Images of a batch are drawn with replacement.
     """
     images, labels = data
-    optimizer = optax.chain(
-        optax.add_decayed_weights(5e-4),
-        optax.sgd(lambda t: rate * 0.5 * (1 + jnp.cos(jnp.pi * t / steps)), 0.9),
-    )
-    stepper = make(optimizer)
+    schedule = optax.cosine_decay_schedule(1.0, steps)
+    base = optax.sgd(lambda count: rate * schedule(count), 0.9)
+    stepper = make(optax.chain(optax.add_decayed_weights(5e-4), base))
 
     def step(carry, key):
         rows = jax.random.randint(key, (batch,), 0, len(labels))
@@ -81,7 +65,7 @@ def train(
     return stepper.weights(*carry)
 
 
-def minimise(objective: Callable, params: Any, optimizer: Any, inputs: Any) -> Any:
+def minimise(objective, params, optimizer, inputs):
     """Returns the parameters after a step for each of the inputs.
 
     The objective is a function of parameters and one of the inputs.
@@ -89,7 +73,7 @@ def minimise(objective: Callable, params: Any, optimizer: Any, inputs: Any) -> A
     return follow(objective, optimizer, (params, optimizer.init(params)), inputs)[0]
 
 
-def follow(objective: Callable, optimizer: Any, carry: Any, inputs: Any) -> Any:
+def follow(objective, optimizer, carry, inputs):
     """Returns parameters and state of the optimizer; its batch is one of the inputs."""
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -103,7 +87,7 @@ def follow(objective: Callable, optimizer: Any, carry: Any, inputs: Any) -> Any:
     return jax.lax.scan(step, carry, inputs)[0]
 
 
-def fit(loss: Callable, params: Any, batch: Any, steps: int, decay: float) -> Any:
+def fit(loss, params, batch, steps, decay):
     """Returns parameters after Adam with cosine decay from 0.01 on the whole batch."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
     optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)
@@ -111,9 +95,7 @@ def fit(loss: Callable, params: Any, batch: Any, steps: int, decay: float) -> An
     return minimise(lambda w, _: loss(w, batch), params, optimizer, every)
 
 
-def by_adam(
-    params: Any, data: Any, steps: int, rate: float, key: jax.Array, mask: Any = None
-) -> Any:
+def by_adam(params, data, steps, rate, key, mask=None):
     """Returns parameters after Adam with cosine decay, on 50 images a step.
 
     What the mask drops stays 0.
@@ -137,88 +119,55 @@ def train_by(method, gradients, seed, images, labels, rho, rate):
     return train(params, make, (images, labels), rate, steps, 50, batch_key)
 
 
-def score(
-    params: Any, images: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def score(params, images, labels):
     """Returns loss and accuracy."""
     right = jnp.argmax(apply(params, images), -1) == labels
     return LOSS(params, (images, labels)), jnp.mean(right)
 
 
-def split(data: datasets.Dataset, pool: int = 1) -> list[tuple[jax.Array, Any]]:
+def split(data, pool=1):
     """Returns training and test set: images as rows of pixels in 0..1, and labels."""
     test = data.test_images, jnp.asarray(data.test_labels)
     pairs = (data.train_images, data.train_labels), test
     return [(jnp.asarray(datasets.flat(x, pool)), y) for x, y in pairs]
 
 
-def noisy_labels(labels: np.ndarray, noise: float, seed: int) -> np.ndarray:
+def noisy_labels(labels, noise, seed):
     """Returns labels of which a share is wrong, of any of the nine other classes."""
     random = np.random.default_rng(seed)
     wrong = random.random(len(labels)) < noise
     return np.where(wrong, (labels + random.integers(1, 10, len(labels))) % 10, labels)
 
 
-def compare(
-    train: Callable,
-    points: Sequence[Mapping[str, float]],
-    data: tuple[Any, np.ndarray],
-    test: tuple[Any, Any],
-    *,
-    noise: float,
-    seeds: int,
-    tuning_seeds: int,
-    held: tuple[Any, np.ndarray] | None = None,
-) -> dict[str, Any]:
-    """Chooses a point of the grid, trains anew at it, and returns what is to be known.
+def compare(train, points, data, test, *, noise, seeds, tuning_seeds, held=None):
+    """Chooses a point of a grid, trains anew at it, and returns it with accuracies.
 
-    Chosen is the greatest accuracy on held-out images whose labels are as wrong. Not
-    the least loss: with most labels wrong, that is of a network which answers the same
-    to everything.
-
-    Args:
-        train: `train(seed, images, labels, rho, rate)` returns parameters.
-        points: The grid.
-        data: Training images and labels.
-        test: Test images and labels.
-        noise: Share of wrong labels, in training and in what is held out.
-        seeds: How many to train at the end.
-        tuning_seeds: How many at each point of the grid; others than at the end.
-        held: The images held out; default a fifth of the training images.
+    `train(seed, images, labels, rho, rate)` returns parameters. Chosen is the greatest
+    accuracy on `held`, or on a fifth of the training images, whose labels are as wrong,
+    of other seeds than at the end. Not the least loss: with most labels wrong, that is
+    of a network which answers the same to everything.
     """
     images, labels = data
-    rhos, rates = methods.columns(points, "rho", "rate")
 
     def held_out(seed, labels, others, rho, rate):
         if held is not None:
-            params = train(seed, images, labels, rho, rate)
-            return score(params, held[0], others)[1]
+            return score(train(seed, images, labels, rho, rate), held[0], others)[1]
         order = jax.random.permutation(jax.random.key(seed), len(labels))
         kept, used = order[: len(labels) // 5], order[len(labels) // 5 :]
         params = train(seed, images[used], labels[used], rho, rate)
         return score(params, images[kept], labels[kept])[1]
 
     def noisy(labels, seeds):
-        return jnp.stack([noisy_labels(labels, noise, seed) for seed in seeds])
+        return jnp.stack([noisy_labels(labels, noise, int(seed)) for seed in seeds])
 
-    over_grid = jax.vmap(held_out, in_axes=(None, None, None, 0, 0))
     some = 1000 + np.arange(tuning_seeds)
     others = noisy(labels if held is None else held[1], some)
+    over_grid = jax.vmap(held_out, in_axes=(None, None, None, 0, 0))
     search = jax.jit(jax.vmap(over_grid, in_axes=(0, 0, 0, None, None)))
-    found = search(jnp.asarray(some), noisy(labels, some), others, rhos, rates)
+    grid = methods.columns(points, "rho", "rate")
+    found = search(jnp.asarray(some), noisy(labels, some), others, *grid)
     best = methods.choose(points, np.mean(found, axis=0))
-    params, every = trained(train, best, data, noise, seeds)
-    loss, accuracy = jax.vmap(lambda w: score(w, *test))(params)
-    answers = jnp.argmax(jax.vmap(apply, in_axes=(0, None))(params, images), -1)
-    wrong = every != jnp.asarray(labels)[None]
-    learnt = jnp.sum(wrong & (answers == every), 1) / jnp.maximum(jnp.sum(wrong, 1), 1)
-    return best | {"accuracy": accuracy, "loss": loss, "wrong labels learnt": learnt}
-
-
-def trained(train, point, data, noise, seeds):
-    """Returns the parameters of all seeds at a point, and their labels."""
-    images, labels = data
-    every = jnp.stack([noisy_labels(labels, noise, seed) for seed in range(seeds)])
     final = jax.jit(jax.vmap(train, in_axes=(0, None, 0, None, None)))
-    params = final(jnp.arange(seeds), images, every, point["rho"], point["rate"])
-    return params, every
+    seeds = jnp.arange(seeds)
+    params = final(seeds, images, noisy(labels, seeds), best["rho"], best["rate"])
+    return best | {"accuracy": jax.vmap(lambda w: score(w, *test)[1])(params)}

@@ -45,13 +45,6 @@ def random_images(shape):
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def source_of(datasets, images, test_size):
-    mean, std = images.mean((0, 1, 2)) / 255, images.std((0, 1, 2)) / 255
-    return datasets.Source(
-        "tiny", len(images), test_size, images.shape[1:], mean, std, "nowhere {folder}"
-    )
-
-
 def write_idx_files(folder, images, labels, test_images, test_labels):
     folder.mkdir(parents=True)
     (folder / "train-images-idx3-ubyte").write_bytes(idx(images))
@@ -72,52 +65,19 @@ def idx_files(tmp_path):
 
 def test_idx_files_are_read(datasets, idx_files):
     folder, images, labels, test_images = idx_files
-    dataset = datasets.load_idx(folder, source_of(datasets, images, 10))
-    np.testing.assert_array_equal(dataset.train_images, images)
-    np.testing.assert_array_equal(dataset.train_labels, labels)
-    np.testing.assert_array_equal(dataset.test_images, test_images)
-    np.testing.assert_array_equal(dataset.test_labels, labels[:10])
+    found, found_labels = datasets.idx(folder, "mnist")
+    np.testing.assert_array_equal(found, np.concatenate([images, test_images]))
+    np.testing.assert_array_equal(found_labels, [*labels, *labels[:10]])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_size": 31}, r"shape of the train images is \(30, 28, 28, 1\)"),
-        ({"test_size": 9}, "shape of the test images"),
-        ({"mean": (0.25,)}, "mean of the train images"),
-        ({"std": (0.25,)}, "deviation of the train images"),
-    ],
-)
-def test_other_data_are_refused(datasets, idx_files, change, message):
-    folder, images, _, _ = idx_files
-    source = source_of(datasets, images, 10)._replace(**change)
-    with pytest.raises(ValueError, match=message):
-        datasets.load_idx(folder, source)
-
-
-@pytest.mark.parametrize("wrong", [0, 10])
-def test_other_labels_are_refused(datasets, idx_files, wrong):
-    folder, images, labels, _ = idx_files
-    labels = np.where(labels == 9, wrong, labels).astype(np.uint8)
-    (folder / "a" / "b" / "train-labels-idx1-ubyte").write_bytes(idx(labels))
-    with pytest.raises(ValueError, match="set of train labels"):
-        datasets.load_idx(folder, source_of(datasets, images, 10))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"PK\x03\x04", "not an IDX file"),
-        (b"", "not an IDX file"),
-        (b"\x00\x00\x08\x03\x00", "cut off inside its header"),
-        (idx(np.zeros((3, 4), np.uint8))[:-1], "announces 12 bytes .* holds 11"),
-    ],
-)
-def test_broken_idx_files_are_refused(datasets, tmp_path, content, message):
-    path = tmp_path / "broken"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        datasets.read_idx(path)
+@pytest.mark.parametrize("change", ["none", "cut off", "absurd"])
+def test_other_data_are_refused(datasets, idx_files, change):
+    folder = idx_files[0]
+    path = folder / "a" / "b" / "train-images-idx3-ubyte"
+    content = {"none": path.read_bytes(), "cut off": path.read_bytes()[:-1]}
+    path.write_bytes(content.get(change, b"PK"))
+    with pytest.raises(ValueError, match=r"other data than|cannot reshape"):
+        datasets.load("mnist", folder)
 
 
 @pytest.mark.parametrize(
@@ -139,24 +99,24 @@ def test_ambiguous_files_are_refused(datasets, idx_files):
     write_idx_files(
         folder / "c", images[..., 0], labels, test_images[..., 0], labels[:10]
     )
-    with pytest.raises(FileNotFoundError, match="more than one"):
-        datasets.load_idx(folder, source_of(datasets, images, 10))
+    with pytest.raises(FileNotFoundError, match="2 files train-images"):
+        datasets.load("mnist", folder)
 
 
-def test_cifar_pictures_are_read(datasets, tmp_path):
+def test_cifar_pictures_are_read_and_packed(datasets, tmp_path):
     from PIL import Image
 
-    images, test_images = random_images((50, 32, 32, 3)), random_images((10, 32, 32, 3))
-    parts = [(f"data_batch_{i + 1}", images[10 * i : 10 * i + 10]) for i in range(5)]
-    for name, part in [*parts, ("test_batch", test_images)]:
+    images = random_images((60, 32, 32, 3))
+    names = *(f"data_batch_{i + 1}" for i in range(5)), "test_batch"
+    for name, part in zip(names, np.split(images, 6), strict=True):
         Image.fromarray(part.reshape(10, 1024, 3)).save(tmp_path / f"{name}.png")
-    labels = [i % 10 for i in range(50)]
-    (tmp_path / "train_lables.json").write_text(json.dumps(labels))
-    (tmp_path / "test_lables.json").write_text(json.dumps(labels[:10]))
-    dataset = datasets.load_cifar10(tmp_path, source_of(datasets, images, 10))
-    np.testing.assert_array_equal(dataset.train_images, images)
-    np.testing.assert_array_equal(dataset.test_images, test_images)
-    np.testing.assert_array_equal(dataset.train_labels, labels)
+    labels = [i % 10 for i in range(60)]
+    (tmp_path / "train_lables.json").write_text(json.dumps(labels[:50]))
+    (tmp_path / "test_lables.json").write_text(json.dumps(labels[50:]))
+    datasets.pack(tmp_path, tmp_path / "packed")
+    found = datasets.pictures(tmp_path / "packed", "cifar10")
+    np.testing.assert_array_equal(found[0], images)
+    np.testing.assert_array_equal(found[1], labels)
 
 
 def test_moments_are_those_of_numpy(datasets):
