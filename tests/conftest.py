@@ -222,6 +222,17 @@ def old_objects_stay(request):
 
 
 @pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """Loops over examples that take several at a time, as they do not on a CPU."""
+    from fsam_optax._engine.sums import Steps
+
+    rows = Steps.rows
+    monkeypatch.setattr(
+        Steps, "rows", lambda *args: {"default": rows(*args)["default"]}
+    )
+
+
+@pytest.fixture
 def x64():
     """Computes in float64 during one test."""
     with oracles.x64():

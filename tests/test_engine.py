@@ -501,6 +501,7 @@ def test_equals_gradients_formed_in_full(name):
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("chunk_bytes", [None, 1, 600])
 def test_equals_gradients_formed_in_full_where_it_falls_back(name, chunk_bytes):
     loss_fn, params, batch = FALLBACKS[name]
@@ -573,6 +574,7 @@ def test_loops_sum_up_the_rest_and_all_weights(budget):
         np.testing.assert_allclose(sums, expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("chunk_bytes", [1, 500, 1000, 10**6])
 def test_chunks_that_do_not_divide_the_batch(chunk_bytes):
     params, x = {"w": normal(0, 4, 5)}, normal(1, 7, 3, 4)

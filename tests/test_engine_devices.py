@@ -307,6 +307,7 @@ def test_weights_that_are_gathered_where_they_are_used(count, examples):
 
 
 @pytest.mark.short("AxisType.Auto")
+@pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_batch_that_the_mesh_does_not_divide(kind):
     """Twelve examples over four devices of eight, in steps of any size."""

@@ -202,13 +202,32 @@ def test_squares_of_activations_are_made_when_they_are_used():
     assert temporaries(alone, params, batch) < 0.6 * gradient
 
 
+def test_the_columns_at_a_time_are_chosen_for_the_platform():
+    """All on an accelerator; on a CPU one, if loops take the examples one by one."""
+    params = {"c": like(3, 3, 3, 16), "w": like(16, 10)}
+    x = like(16, 16, 16, 3)
+
+    def pooled(params, x):
+        return jnp.mean(segment(params, x), (1, 2))
+
+    nll = negative_log_likelihood(pooled, categorical)
+    gradient = temporaries(jax.grad(nll), params, (x, like(16, dtype=jnp.int32)))
+
+    def exact(params, x):
+        return diagonal(fisher_exact(nll), params, (x, None))
+
+    assert temporaries(exact, params, x) < 1.5 * gradient
+    text = jax.jit(exact).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
+
+
 PARAMS = {"c": normal(4, 3) / 2, "w": normal(3, 5) / 2}
 POSITIONS = normal(6, 5, 4)
 WEIGHTS = np.asarray(RNG.uniform(size=(6, 5)) * (RNG.uniform(size=(6, 5)) > 0.3))
 
 
 @pytest.mark.short("False-14000", "True-1")
-@pytest.mark.parametrize("chunk_bytes", [1, 14_000, 30_000, None])
+@pytest.mark.parametrize("chunk_bytes", [1, 14_000, 30_000, 1 << 20, None])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, weighted):
     """Twenty columns of each example, by 1, 3 and 7; against all Jacobians at once."""
@@ -260,8 +279,11 @@ def test_a_budget_is_a_number_of_bytes(wrong):
 def test_the_loop_over_examples_is_chosen_for_the_platform():
     """Single examples on CPUs, whatever the machine that lowers the program."""
 
-    def squares(w, x):
-        return power_sums(lambda w, x: jnp.tanh(x @ w), w, x, lambda h, _: h[None])
+    def squares(w, x, **options):
+        def model(w, x):
+            return jnp.tanh(x @ w)
+
+        return power_sums(model, w, x, lambda h, _: h[None], **options)
 
     args = normal(16, 16) / 8, normal(8, 32, 16)
     traced = jax.jit(squares).trace(*args)
@@ -269,7 +291,8 @@ def test_the_loop_over_examples_is_chosen_for_the_platform():
         platform: traced.lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "cuda", "tpu")
     }
-    assert "stablehlo.while" in text["cpu"]
+    generous = jax.jit(functools.partial(squares, chunk_bytes=1 << 30)).lower(*args)
+    assert "stablehlo.while" in text["cpu"] and text["cpu"] == generous.as_text()
     assert "stablehlo.while" not in text["cuda"] + text["tpu"]
     exported = jax.export.export(jax.jit(squares), platforms=("cuda", "cpu"))(*args)
     for x, y in zip(exported.call(*args), squares(*args), strict=True):

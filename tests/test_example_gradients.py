@@ -161,6 +161,7 @@ def test_random_programs(seed):
 
 @pytest.mark.short("parts_of_one_parameter-500", "rounded_on_the_way-1")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples")
+@pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("chunk_bytes", [1, 500])
 @pytest.mark.parametrize("name", ["parts_of_one_parameter", "rounded_on_the_way"])
 def test_a_few_examples_at_a_time(name, chunk_bytes):

@@ -1,5 +1,6 @@
 """Many cotangents of one example, as many at a time as a budget of memory allows."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from fsam_optax._engine.jaxpr import (
     size,
 )
 from fsam_optax._engine.sums import added_up, apart, DEFAULT_CHUNK_BYTES, widened
+
+
+CACHE = 16 << 20
 
 
 class Columns(NamedTuple):
@@ -105,25 +109,44 @@ def _inside(eqn):
 
 
 def at_a_time(
-    count: int, each: int, beside: int, most: int, examples: int, budget: int | None
-) -> int:
-    """Returns how many cotangents to pull back at a time.
+    count: int,
+    each: int,
+    beside: int,
+    most: int,
+    whole: int,
+    examples: int,
+    budget: int | None,
+) -> dict[str, int]:
+    """Returns how many cotangents to pull back at a time, by platform.
 
     Args:
         count: How many there are.
         each: Bytes that one of them holds for an example.
         beside: Bytes that an example holds besides.
         most: Bytes that a step of a loop over examples holds for each.
+        whole: Bytes of the sums that are formed for all examples at once.
         examples: How many examples a device has.
         budget: Bytes that the cotangents may hold. None lets the whole hold twice what
-            one gradient does, or 64 MiB if that is more.
+            one gradient does, or 64 MiB if that is more; on a CPU no more than is fast.
     """
-    if budget is None:
-        gradient = examples * (each + beside)
-        budget = max(gradient, DEFAULT_CHUNK_BYTES - gradient)
+    each *= examples
+    allowed = budget
+    if allowed is None:
+        gradient = each + examples * beside
+        allowed = max(gradient, DEFAULT_CHUNK_BYTES - gradient)
+
+    def in_equal_rounds(number):
+        number = max(1, min(count, number))
+        return -(-count // -(-count // number)) if count else 1
+
     # Compiled programs hold copies, transposed or padded: twice what is counted.
-    number = max(1, min(count, budget // max(2 * examples * each, most, 1)))
-    return -(-count // -(-count // number)) if count else 1
+    number = in_equal_rounds(allowed // max(2 * each, most, 1))
+    if budget is not None:
+        return {"default": number}
+    # In a CPU's caches, and so many that it is not the sums that a round takes longest
+    # to add up. Loops add them up for each cotangent anyway.
+    few = in_equal_rounds(min(8 * whole, CACHE) // max(each, 1))
+    return {"default": number} | ({"cpu": few} if few < number else {})
 
 
 def fits(sums: int, examples: int, each: int) -> bool:
@@ -144,7 +167,7 @@ def over_cotangents(
     pull: Callable,
     cotangents: Cotangents,
     weight: jax.Array,
-    number: int,
+    numbers: dict[str, int],
     share: int | None = None,
 ) -> Any:
     """Returns the sum over cotangents of what `pull` returns for each of them.
@@ -154,16 +177,24 @@ def over_cotangents(
             mapped over and summed: examples, and cotangents if several.
         cotangents: The cotangents.
         weight: Weight of the example.
-        number: How many at a time.
-        share: How many examples each device has, if it sums up all cotangents before
+        numbers: How many at a time, by platform.
+        share: How many examples each device has, if it sums up the rounds before
             devices are added up.
     """
-    if share is not None:
-        return _by_share(
-            lambda weight: over_cotangents(pull, cotangents, weight, number),
-            weight,
-            share,
-        )
+
+    def summed(number, weight):
+        rounds = functools.partial(_in_rounds, pull, cotangents, number)
+        if share is None or number >= cotangents.number:
+            return rounds(weight)
+        return _by_share(rounds, weight, share)
+
+    branches = {k: functools.partial(summed, n) for k, n in numbers.items()}
+    if len(branches) == 1:
+        return branches["default"](weight)
+    return lax.platform_dependent(weight, **branches)
+
+
+def _in_rounds(pull, cotangents, number, weight):
     count, take = cotangents
 
     def some(start):

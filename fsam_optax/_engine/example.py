@@ -31,7 +31,7 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine.plan import make_plan, most_held, run
+from fsam_optax._engine.plan import bytes_at_once, make_plan, most_held, run
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.scales import scaled_after
 from fsam_optax._engine.squares import looped
@@ -187,13 +187,15 @@ def _rewritten(program, what, report):
     plan = make_plan(flow, consts, wanted, outputs, what)
 
     columns = jaxpr.invars[len(known) :]
-    number, share = made.number, None
-    if number > 1:
+    numbers, share = {"default": made.number}, None
+    if made.number > 1:
         each, beside = held_by_column(flow, columns, plan.needed)
-        most = most_held(plan)
-        number = at_a_time(number, each, beside, most, what.examples, what.chunk_bytes)
+        most, whole = most_held(plan), bytes_at_once(plan)
+        numbers = at_a_time(
+            made.number, each, beside, most, whole, what.examples, what.chunk_bytes
+        )
         sums = len(what.powers) * _bytes_of(v.aval for v in wanted)
-        if number < made.number and fits(sums, what.examples, each + beside):
+        if fits(sums, what.examples, each + beside):
             share = what.examples
 
     def pull(axes, weight, c):
@@ -201,7 +203,7 @@ def _rewritten(program, what, report):
         counts = [[_all_once(weight)]] * len(wanted) if what.by_example else None
         return run(plan, given, weight, dataclasses.replace(what, axes=axes), counts)
 
-    sums = over_cotangents(pull, made, weight, number, share)
+    sums = over_cotangents(pull, made, weight, numbers, share)
     if report is not None:
         report[:] = [plan.rules(k) for k in range(len(wanted))]
     return sums, h
@@ -216,9 +218,8 @@ def _as_it_is(program, what, report):
     gradients = closed.out_avals[n_outputs:]
     held = _bytes_of(gradients)
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
-    number = at_a_time(made.number, each, 0, held, what.examples, what.chunk_bytes)
-    loops = number < made.number
-    share = what.examples if loops and fits(held, what.examples, each) else None
+    numbers = at_a_time(made.number, each, 0, held, 0, what.examples, what.chunk_bytes)
+    share = what.examples if fits(held, what.examples, each) else None
     steps = Steps(held, what.chunk_bytes, what.examples)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what, steps)
     if report is not None:
@@ -232,7 +233,7 @@ def _as_it_is(program, what, report):
             return [[y] for y in operation(weight, *counts, *known, *c)]
         return reduced(rule, axes)(weight, *known, *c)
 
-    return over_cotangents(pull, made, weight, number, share), h
+    return over_cotangents(pull, made, weight, numbers, share), h
 
 
 def _bytes_of(avals):

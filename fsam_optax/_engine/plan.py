@@ -28,6 +28,7 @@ from fsam_optax._engine.jaxpr import (
     largest,
     largest_before,
     read,
+    size,
 )
 from fsam_optax._engine.layers import is_stacked, Loop, plan_loop, run_loop
 from fsam_optax._engine.moves import Moved, moved
@@ -41,7 +42,7 @@ from fsam_optax._engine.sources import (
     Source,
     Summation,
 )
-from fsam_optax._engine.sums import reduced
+from fsam_optax._engine.sums import reduced, widened
 
 
 @dataclass(frozen=True)
@@ -248,3 +249,17 @@ def most_held(plan: Plan) -> int:
     here = [source.held for source, _ in plan.sources.values()]
     inside = [most_held(inner) for part in plan.inner for inner in part.plans]
     return max([*here, *inside], default=0)
+
+
+def bytes_at_once(plan: Plan) -> int:
+    """Returns the bytes of the sums that no loop over examples adds up."""
+    bases = {base.key: base for x in plan.wanted for base in x.sources()}
+    found = sum(
+        size(bases[key].terms[0]) * widened(bases[key].terms[0].aval.dtype).itemsize
+        for key, (source, _) in plan.sources.items()
+        if source.held == 0
+    )
+    for part in plan.inner:
+        length = part.eqn.params.get("length", 1)
+        found += length * sum(map(bytes_at_once, part.plans))
+    return found

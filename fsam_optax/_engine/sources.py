@@ -26,7 +26,7 @@ class Summation:
     Attributes:
         powers: The powers.
         chunk_bytes: Bytes that a step of a loop over examples or cotangents may hold on
-            a device; None for what suits the backend.
+            a device; None for what suits the platform.
         examples: How many examples each device has.
         axes: How many axes the library maps over.
         limit: Size of the largest array that the model itself takes for an example. A

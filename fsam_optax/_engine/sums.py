@@ -121,12 +121,12 @@ class Steps(NamedTuple):
 
     Attributes:
         held: Bytes that one example and cotangent holds.
-        budget: Bytes that a step may hold on each device; None for what suits the
-            backend.
+        budget: Bytes that a step may hold on each device; None for 64 MiB.
         share: How many examples each device has. A step takes as many of them on each,
             so that none has to leave its device.
-        apart: Whether XLA:CPU should take one example and cotangent at a time: it runs
-            batches of matrix products an order slower than one product.
+        apart: Whether XLA:CPU should take one example and cotangent at a time, whatever
+            the budget: it runs batches of matrix products an order slower than one
+            product.
     """
 
     held: int
@@ -140,7 +140,7 @@ class Steps(NamedTuple):
         most = max(1, budget // (self.held * cotangents or 1))
         # As few steps as the budget allows, as equal as can be.
         number = -(-length // -(-length // most)) if length else 1
-        apart = self.apart and self.budget is None and length * cotangents > 1
+        apart = self.apart and length * cotangents > 1
         return {"default": number} | ({"cpu": 0} if apart else {})
 
 

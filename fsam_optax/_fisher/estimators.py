@@ -167,7 +167,8 @@ def fisher_exact(
             per-example gradients which have to be formed, may hold on a device; at
             least one cotangent is pulled back at a time. None for as many as keep the
             whole within twice the memory of the gradient, or within about 64 MiB if
-            that is more. See `power_sums`.
+            that is more; on a CPU for no more than make it faster, often one. See
+            `power_sums`.
 
     Returns:
         A stateless estimator. Its diagonal has the structure of params, is float32 or
