@@ -39,19 +39,16 @@ MATRICES = {"NGD": fsam.dense_fisher, "EFGD": fsam.dense_empirical_fisher}
 STEP_SIZES = np.logspace(-20, 10, 241)
 DAMPINGS = np.logspace(-10, 10, 41)
 CASES = ("correct", "wrong A", "wrong B")
-NONE = np.nan
 # Kind, and log10 of the settings that the paper prints: the step size of GD, step size
 # and damping of NGD and of EFGD.
 SOURCES = {
-    "breast-cancer-diagnostic": (
-        *("logistic", (-5.125, NONE), (0.125, -10), (-1.25, -10)),
-    ),
-    "boston": ("linear", (-5.25, NONE), (0.125, -10), (-1.25, -8)),
-    "a1a": ("logistic", (0.25, NONE), (0.25, -10), (-0.375, -8)),
-    "wine": ("linear", (-5.625, NONE), (0, -8.5), (-1.375, -6)),
-    "energy": ("linear", (-5.5, NONE), (0, -7.5), (0.875, -3)),
-    "power-plant": ("linear", (-5.75, NONE), (-0.625, -8), (3.375, -1)),
-    "yacht": ("linear", (-1.5, NONE), (-0.75, -7.5), (1.625, -6.5)),
+    "breast-cancer-diagnostic": ("logistic", (-5.125,), (0.125, -10), (-1.25, -10)),
+    "boston": ("linear", (-5.25,), (0.125, -10), (-1.25, -8)),
+    "a1a": ("logistic", (0.25,), (0.25, -10), (-0.375, -8)),
+    "wine": ("linear", (-5.625,), (0, -8.5), (-1.375, -6)),
+    "energy": ("linear", (-5.5,), (0, -7.5), (0.875, -3)),
+    "power-plant": ("linear", (-5.75,), (-0.625, -8), (3.375, -1)),
+    "yacht": ("linear", (-1.5,), (-0.75, -7.5), (1.625, -6.5)),
 }
 
 
@@ -109,8 +106,7 @@ def misspecified(kind, case, size, seeds):
         return [jnp.linalg.norm(m - fisher) / jnp.linalg.norm(fisher) for m in others]
 
     every = [errors(wrong_data(kind, case, size, seed)) for seed in range(seeds)]
-    names = "empirical", "hessian"
-    return {"error": dict(zip(names, np.transpose(every), strict=True))}
+    return dict(zip(("empirical", "hessian"), np.transpose(every), strict=True))
 
 
 # 2. Optimisation on real data.
@@ -158,7 +154,7 @@ def direction(kind, batch, method, damping, w) -> Any:
     return precondition.update(gradient, precondition.init(w), w, batch=batch)[0]
 
 
-def path(kind, batch, method, iterations, damping, step_size):
+def path(kind, batch, method, iterations, step_size, damping=0.0):
     """Returns the points of a run from 0, before every step and after the last."""
 
     def step(w, _):
@@ -175,12 +171,11 @@ def optimise(method, name, folder, step_sizes, dampings, iterations):
     at the same points. Runs that came to a hundred times the first loss do not count.
     """
     problem = SOURCES[name][0], load(name, folder)
+    run = partial(path, *problem, method, iterations)
 
     @jax.jit
     def losses(setting):
-        return jax.lax.map(
-            partial(loss, *problem), path(*problem, method, iterations, *setting)
-        )
+        return jax.lax.map(partial(loss, *problem), run(*setting))
 
     def final(setting):
         every = losses(setting)
@@ -190,22 +185,24 @@ def optimise(method, name, folder, step_sizes, dampings, iterations):
         a, b = (direction(*problem, m, 0.0, w) for m in ("NGD", "EFGD"))
         return jnp.sum(a * b) / jnp.sqrt(jnp.sum(a * a) * jnp.sum(b * b))
 
-    settings = itertools.product([NONE] if method == "GD" else dampings, step_sizes)
-    settings = jnp.array([*settings])
-    table = jax.jit(lambda every: jax.lax.map(final, every))(settings)
+    axes = (step_sizes,) if method == "GD" else (step_sizes, dampings)
+    settings = jnp.array([*itertools.product(*axes)])
+    table = jax.jit(partial(jax.lax.map, final))(settings)
     best = settings[jnp.argmin(table)]
-    printed = 10 ** np.array(SOURCES[name][1 + METHODS.index(method)], float)
     found = {
-        "log10_step_size": jnp.log10(best[1]),
-        "log10_damping": jnp.log10(best[0]),
-        "settings_within_1_percent": jnp.sum(table <= 1.01 * jnp.min(table)),
+        "setting": jnp.log10(best),
+        "good": jnp.sum(table <= 1.01 * jnp.min(table)),
         "losses": losses(best),
-        "loss_at_the_settings_of_the_paper": final(printed[::-1]),
+        "loss at printed": final(10 ** jnp.array(printed(name, method), float)),
     }
     if method == "EFGD":
-        points = path(*problem, method, iterations, *best)
-        found["cosines"] = jax.jit(jax.vmap(cosine))(points)
+        found["cosines"] = jax.jit(jax.vmap(cosine))(run(*best))
     return found
+
+
+def printed(name, method):
+    """Returns log10 of the setting in the paper."""
+    return SOURCES[name][1 + METHODS.index(method)]
 
 
 def report(errors, runs):
@@ -221,20 +218,17 @@ def report(errors, runs):
     title = "Distance of a matrix from the Fisher at the minimum"
     show.report(title, errors, columns, caption)
 
-    def pair(*values):
-        return ", ".join("-" if v is None or v != v else f"{v:g}" for v in values)
-
-    def printed(at):
-        return SOURCES[at[0]][1 + METHODS.index(at[1])]
+    def pair(values):
+        return ", ".join(f"{v:g}" for v in values)
 
     columns = {
         "data": lambda at, f: at[0] if at[1] == "GD" else "",
         "method": lambda at, f: at[1],
-        "step, damp.": lambda at, f: pair(f["log10_step_size"], f["log10_damping"]),
+        "step, damp.": lambda at, f: pair(f["setting"]),
         "final\nloss": lambda at, f: f"{f['losses'][-1]:.4g}",
-        "paper's\nstep, damp.": lambda at, f: pair(*printed(at)),
-        "loss\nthere": lambda at, f: f"{f['loss_at_the_settings_of_the_paper']:.4g}",
-        "good": lambda at, f: f["settings_within_1_percent"],
+        "paper's\nstep, damp.": lambda at, f: pair(printed(*at)),
+        "loss\nthere": lambda at, f: f"{f['loss at printed']:.4g}",
+        "good": lambda at, f: f["good"],
     }
     caption = "Step size and damping as log10. Good: settings of the grid whose final "
     caption += "loss is within 1 % of the best, of 241 for GD and 9881 for the others."
@@ -276,8 +270,8 @@ def main(run: harness.Run) -> None:
     for kind, case, size in itertools.product(("logistic", "linear"), CASES, sizes):
         key = {"case": case, "size": size, "seeds": options.seeds}
         args = misspecified, kind, *key.values()
-        found = run.cell(*args, part="misspecified", model=kind, **key)
-        errors[f"{kind}, {case}", size] = found["error"]
+        key |= {"part": "misspecified", "model": kind}
+        errors[f"{kind}, {case}", size] = run.cell(*args, **key)
     every = (20, 10) if options.smoke else (1, 1)
     grid = STEP_SIZES[:: every[0]], DAMPINGS[:: every[1]], options.iterations
     about = {"part": "optimisation", "dampings": len(grid[1]), **run.take("iterations")}

@@ -1,17 +1,14 @@
 """What all experiments share: arguments, and cells that are kept.
 
-An experiment asks a question, names its cells, and makes tables and pictures of them:
-
     @harness.experiment(smoke={"steps": 3}, steps=800)
     def main(run):
         steps = run.options.steps
         found = run.each("method", METHODS, train, steps, steps=steps)
         show.table("Accuracy", ["method", "%"], ...)
 
-A cell is the unit of resume: its settings are its key, and what made it (command,
-versions, device, seconds) is kept beside its result. It is written as it ends, all or
-nothing: a run may be killed at any time, run twice at once or fill the disk, and what
-was finished stays; a result of other settings is never taken for one of these.
+A cell is the unit of resume: its settings are its key, and what made it is kept beside
+its result. It is written as it ends, all or nothing: a run may be killed at any time,
+run twice at once or fill the disk, and what was finished stays.
 """
 
 import argparse
@@ -114,17 +111,12 @@ def read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
         cells = json.loads(file.read_text())["cells"]
         return {key_of(cell["settings"]): cell for cell in cells}
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"{file} does not hold cells of an experiment ({type(error).__name__}: "
-            f"{error}); move it away or name another folder in --out"
-        ) from None
+        what = f"{file} does not hold cells of an experiment ({error!r})"
+        raise SystemExit(f"{what}; move it away or name another --out") from None
 
 
 def keep(file: pathlib.Path, cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Adds a cell to a file, all or nothing; returns all that it holds then.
-
-    Where another process has kept a cell of these settings meanwhile, that one stays.
-    """
+    """Adds a cell to a file, if it has none of these settings; returns all of them."""
     temporary = file.with_name(f".{file.name}.unfinished")
     try:
         with locked(file.parent):
@@ -141,10 +133,8 @@ def keep(file: pathlib.Path, cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise SystemExit(
-            f"{file}: {error.strerror}. Not kept: {describe(cell['settings'])}. "
-            "All earlier cells are."
-        ) from None
+        what = f"{file}: {error.strerror}. Not kept: {describe(cell['settings'])}"
+        raise SystemExit(f"{what}. All earlier cells are.") from None
     return cells
 
 
@@ -186,10 +176,9 @@ def start(function, arguments=None, *, defaults=lambda _: {}, smoke=(), **option
         defaults: Maps options to defaults that depend on them.
         smoke: Defaults of smoke mode: seconds, to see that it runs.
         **options: Each a default, which tells its type (whole numbers are positive, a
-            list takes several), or a dict of what `add_argument` takes beside or in
-            its place.
+            list takes several), or a dict of what `add_argument` takes.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     module = sys.modules[function.__module__]
     name = pathlib.Path(module.__file__ or "").stem
     options["out"] = {"default": HERE, "help": "folder of all that is made"}

@@ -40,24 +40,24 @@ def times(factor):
     return tuple(factor * rho for rho in RADII)
 
 
-# The radius of the absolute form is of the square root of a divergence.
-FORMS = {"relative": RADII, "absolute": (0.0015, 0.005, 0.015, 0.05, 0.15)}
-ESTIMATORS = {
-    "squared": (fsam.squared_gradient(), {}),
-    "empirical": (fsam.given(), {"empirical_fisher": True}),
-}
+# Its radius is of the square root of a divergence.
+ABSOLUTE = (0.0015, 0.005, 0.015, 0.05, 0.15)
+SQUARED = partial(fisher, fsam.squared_gradient())
+EMPIRICAL = partial(fisher, fsam.given())
+SHARED = {"empirical_fisher": True}  # from the pass of the gradient
 METHODS = {
     "base": Method((), passes=1),
     "SAM": Method(),
     # Its radius is relative to the weights.
     "ASAM": Method(times(3), fsam.adaptive_ellipsoid),
-    **{
-        f"Fisher SAM, {name}, {form}": Method(
-            radii, partial(fisher, estimator, form), settings
-        )
-        for name, (estimator, settings) in ESTIMATORS.items()
-        for form, radii in FORMS.items()
-    },
+    "Fisher SAM, squared, relative": Method(ball=partial(SQUARED, "relative")),
+    "Fisher SAM, squared, absolute": Method(ABSOLUTE, partial(SQUARED, "absolute")),
+    "Fisher SAM, empirical, relative": Method(
+        RADII, partial(EMPIRICAL, "relative"), SHARED
+    ),
+    "Fisher SAM, empirical, absolute": Method(
+        ABSOLUTE, partial(EMPIRICAL, "absolute"), SHARED
+    ),
     "GSAM": Method(settings={"descent": fsam.surrogate_gap(0.1)}),
     # It goes nine times as far as from one gradient to the other.
     "WSAM": Method(times(1 / 8), settings={"descent": fsam.extrapolate(9.0)}),
@@ -71,7 +71,7 @@ class Stepper(NamedTuple):
 
     init: Callable  # maps parameters to a state
     step: Callable  # maps parameters, state, *args of the loss to loss and both anew
-    weights: Callable  # maps parameters and state to the weights to evaluate
+    weights: Callable = lambda params, state: params  # those to evaluate
 
 
 def stepper(name: str, loss: Any, optimizer: Any, rho: Any) -> Stepper:
@@ -108,7 +108,7 @@ def around(oracle: Any, optimizer: Any, oracle_init: Any = None) -> Stepper:
         updates, base_state = optimizer.update(grads, state[1], params)
         return value, optax.apply_updates(params, updates), (oracle_state, base_state)
 
-    return Stepper(init, step, lambda params, state: params)
+    return Stepper(init, step)
 
 
 def grid(name, rates, radii=None) -> list[dict[str, float]]:

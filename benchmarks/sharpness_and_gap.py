@@ -30,7 +30,6 @@ SETTINGS = ("batch size", "learning rate", "weight decay", "dropout")
 GRID = [*itertools.product((0.006, 0.02, 0.06), (0.0, 5e-4, 2e-3), (0.0, 0.2, 0.4))]
 RULES, GAPS = ("same loss", "same steps"), ("loss", "error")
 FIGURES = ("train loss", "test loss", "train error", "test error")
-PAIRS = ("all", "equal learning rate", "seeds only")
 ADAPTIVE = partial(fsam.adaptive_ellipsoid, eta=0.0, normalize=True)
 FISHER = partial(fsam.fisher_ellipsoid, estimator=fsam.given())
 # At these radii the median rise of 27 networks of another seed is 0.1, undamped apart,
@@ -67,9 +66,8 @@ def train(batch_size, data, target, rounds, setting, key):
         x = images[rows]
         for i, layer in enumerate(params[:-1]):
             x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
-            kept = jax.random.bernoulli(
-                jax.random.fold_in(key, i), 1 - dropout, x.shape
-            )
+            drop_key = jax.random.fold_in(key, i)
+            kept = jax.random.bernoulli(drop_key, 1 - dropout, x.shape)
             x = jnp.where(kept, x / (1 - dropout), 0)
         return LOSS(params[-1:], (x, labels[rows]))
 
@@ -86,24 +84,15 @@ def train(batch_size, data, target, rounds, setting, key):
 
 
 @jax.jit
-def rises(networks, data):
-    """Returns the rise of the loss of networks: (networks, BALLS)."""
-
-    def of_one(params):
-        fisher = fsam.diagonal(fsam.fisher_exact(LOSS), params, data)
-        rise = partial(fsam.sharpness, LOSS, params, data, fisher=fisher)
-        return jnp.stack([rise(ball(rho), 10) for ball, rho in BALLS.values()])
-
-    return jax.vmap(of_one)(networks)
-
-
-@jax.jit
 def figures(networks, data):
-    """Returns losses and accuracies of networks."""
+    """Returns losses, accuracies and the rises in all balls, a row a network."""
 
     def of_one(params):
         (train, right), (test, true) = (perceptron.score(params, *d) for d in data)
-        return jnp.stack([train, test, right, true])
+        fisher = fsam.diagonal(fsam.fisher_exact(LOSS), params, data[0])
+        rise = partial(fsam.sharpness, LOSS, params, data[0], fisher=fisher)
+        rises = [rise(ball(rho), 10) for ball, rho in BALLS.values()]
+        return jnp.stack([train, test, right, true, *rises])
 
     return jax.vmap(of_one)(networks)
 
@@ -113,9 +102,10 @@ def measured(trained, data, batch_size, seed):
     stopped, reached, last = trained(batch_size, seed)
     rows = [[(batch_size, *setting, seed) for setting in GRID], reached[:, None]]
     for params in (stopped, last):
-        losses, right = np.split(np.asarray(figures(params, data)), 2, axis=1)
-        rows += [losses, 1 - right, rises(params, data[0])]
-    return [" ".join(f"{v:.4g}" for v in row) for row in np.concatenate(rows, axis=1)]
+        found = np.array(figures(params, data))
+        found[:, 2:4] = 1 - found[:, 2:4]
+        rows.append(found)
+    return np.concatenate(rows, axis=1)
 
 
 def kendall(x, y, pairs, weights):
@@ -140,9 +130,8 @@ def correlation(table, random, resamples, rule, gap):
     gaps = of[f"{rule}: test {gap}"] - of[f"{rule}: train {gap}"]
     chosen = np.stack([of[name] for name in SETTINGS])
     equal = chosen[:, :, None] == chosen[:, None]
-    masks = dict(
-        zip(PAIRS, (np.ones_like(equal[0]), equal[1], equal.all(0)), strict=True)
-    )
+    masks = {"all": np.ones_like(equal[0]), "equal learning rate": equal[1]}
+    masks["seeds only"] = equal.all(0)
     # Networks of one setting are drawn together: they are not independent.
     _, group = np.unique(chosen, axis=1, return_inverse=True)
     size = group.max() + 1
@@ -174,14 +163,12 @@ def correlations(table, resamples):
 def report(found):
     """Prints tau of each predictor."""
     columns: show.Columns = {"predictor": lambda name, _: name}
-    for kind in PAIRS:
+    for kind in ("all", "equal learning rate", "seeds only"):
         columns[kind] = lambda _, of, k=kind: "{:.2f} [{:.2f}, {:.2f}]".format(*of[k])
     for rule, gap in itertools.product(RULES, GAPS):
         of = found[rule][gap]
         caption = "Adaptive less plain, p = 2: [{:.2f}, {:.2f}]".format(*of["less"])
-        title = (
-            f"{rule}, gap in {gap}: tau of {of['networks']} networks, by kind of pair"
-        )
+        title = f"{rule}, gap in {gap}: tau over pairs of {of['networks']} networks"
         show.report(title, of["tau"], columns, caption)
 
 
@@ -189,7 +176,7 @@ def draw(found, path):
     """Draws tau of each predictor."""
     headline = "Adaptive sharpness orders the gap better than plain, and neither well"
     fig, axes = show.figure(1, 2, headline, figsize=(10, 4.6), sharey=True)
-    for ax, kind in zip(axes[0], PAIRS[:2], strict=True):
+    for ax, kind in zip(axes[0], ("all", "equal learning rate"), strict=True):
         looks = zip(RULES, (-0.14, 0.14), (show.BLUE, show.VERMILLION), strict=True)
         for rule, shift, color in looks:
             of = found[rule]["loss"]["tau"]
@@ -224,14 +211,12 @@ def main(run: harness.Run) -> None:
         one = partial(train, batch_size, data[0], options.target, options.rounds)
         return jax.vmap(one)(jnp.array(GRID), jax.random.split(key, len(GRID)))
 
-    about = run.take("rounds target")
-    rows = []
+    about, rows = run.take("rounds target"), []
     for size, seed in itertools.product(options.batch_sizes, range(options.seeds)):
         key = {"batch_size": size, "seed": seed, **about}
         rows += run.cell(measured, trained, data, size, seed, **key)
-    table = np.array([row.split() for row in rows], float)
     about |= {"part": "tau", **run.take("resamples seeds")}
-    found = run.cell(correlations, table, options.resamples, **about)
+    found = run.cell(correlations, np.array(rows, float), options.resamples, **about)
     report(found)
     draw(found, run.picture())
 

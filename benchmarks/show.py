@@ -34,11 +34,8 @@ LOOKS = {
     "empirical F": (BLUE, "--", "s"),
     "squared gradient": (VERMILLION, ":", "v"),
     "squared gradient, 8": (ORANGE, ":", "P"),
-    "squared gradient, 128": (PURPLE, ":", "X"),
-    "squared gradient, 1000": (PURPLE, ":", "X"),
+    "squared gradient, 1": (PURPLE, ":", "X"),  # 128 or 1000 images
     "magnitude": (BLACK, "-", "o"),
-    "magnitude by layer": (SKY, "-.", "D"),
-    "random": (GREY, "-", "<"),
     "average": (BLACK, "-", "o"),
     "loss": (BLACK, "-", "o"),
     "identity": (ORANGE, "--", "D"),
@@ -52,11 +49,11 @@ STYLE: Any = {
 }
 
 
-def look(method: str, *, line: bool = True) -> dict[str, Any]:
+def look(method: str) -> dict[str, Any]:
     """Returns colour, line style and marker: of the longest name that begins so."""
     names = [name for name in LOOKS if method.startswith(name)]
-    color, style, marker = LOOKS[max(names, key=len, default="MSAM")]
-    return {"color": color, "marker": marker} | ({"linestyle": style} if line else {})
+    looks = LOOKS[max(names, key=len, default="MSAM")]
+    return dict(zip(("color", "linestyle", "marker"), looks, strict=True))
 
 
 # Tables.
@@ -149,12 +146,12 @@ def figure(rows: int, columns: int, headline: str, **settings: Any) -> tuple[Any
     return found, axes
 
 
-def dots(axis: Any, x: float, values: Any, method: str, **settings: Any) -> None:
+def dots(axis: Any, x: float, values: Any, method: str) -> None:
     """Draws one dot a seed, and a bar at their mean."""
     values = np.array(values, float)
     places = x + np.linspace(-0.15, 0.15, len(values)) * (len(values) > 1)
-    style = look(method, line=False) | settings
-    axis.plot(places, values, ls="", ms=4, alpha=0.6, **style)
+    style = look(method) | {"linestyle": ""}
+    axis.plot(places, values, ms=4, alpha=0.6, **style)
     axis.hlines(values.mean(), x - 0.3, x + 0.3, color=style["color"], lw=2)
 
 
