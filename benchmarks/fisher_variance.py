@@ -9,14 +9,11 @@ vectors. Variances are those of one drawn label per input, averaged over inputs 
 the parameters of a layer; an estimate from N inputs with S labels each has 1/(N S) of
 them. They are computed in closed form: the paper drew 5000 labels.
 
-    python benchmarks/fisher_variance.py                        # the digits
-    python benchmarks/fisher_variance.py --data-dir data/mnist  # MNIST too
+    python benchmarks/fisher_variance.py
 """
 
 import itertools
-from collections import namedtuple
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import datasets
 import harness
@@ -38,12 +35,9 @@ TASKS = {"classification": fsam.categorical, "regression": fsam.gaussian()}
 BATCH_SIZE, LEARNING_RATE = 50, 0.005
 # Units a hidden layer, training images, epochs and test images at which variances are
 # computed, and networks of each kind.
-Plan = namedtuple("Plan", "width examples checkpoints inputs seeds")
-PLANS = {
-    "digits": Plan(32, 1000, (0, 1, 2, 4, 8, 16, 32, 64), 32, 3),
-    "mnist": Plan(16, 10_000, (0, 1, 4, 16), 32, 2),
-}
-SMOKE = Plan(3, 100, (0, 1), 4, 1)
+PLAN = {"width": 32, "examples": 1000, "inputs": 32, "seeds": 3}
+PLAN |= {"checkpoints": (0, 1, 2, 4, 8, 16, 32, 64)}
+SMOKE = {"width": 3, "examples": 100, "checkpoints": (0, 1), "inputs": 4, "seeds": 1}
 
 
 def variances(loss, params, inputs):
@@ -56,17 +50,18 @@ def variances(loss, params, inputs):
         "i1_upper": variance.fisher_variance_i1_bounds(*args).upper,
         "i2_upper": variance.fisher_variance_i2_bounds(*args).upper,
     }
-    return {
-        name: jnp.stack([jnp.mean(ravel_pytree(layer)[0]) for layer in tree])
-        for name, tree in trees.items()
-    }
+
+    def by_layer(tree):
+        return jnp.stack([jnp.mean(ravel_pytree(layer)[0]) for layer in tree])
+
+    return {name: by_layer(tree) for name, tree in trees.items()}
 
 
 def train(seed, data, plan, task, activation):
     """Trains a network; returns accuracy and `variances` at each checkpoint."""
     apply_fn = partial(perceptron.apply, activation=ACTIVATIONS[activation])
-    (x, y), (test_x, test_y) = perceptron.split(data())
-    x, y = x[: plan.examples], jnp.asarray(y[: plan.examples])
+    (x, y), (test_x, test_y) = data
+    x, y = x[: plan["examples"]], jnp.asarray(y[: plan["examples"]])
     targets = jax.nn.one_hot(y, 10) if task == "regression" else y
     loss_fn = fsam.negative_log_likelihood(apply_fn, TASKS[task])
     optimizer = optax.adam(LEARNING_RATE)
@@ -79,15 +74,15 @@ def train(seed, data, plan, task, activation):
 
     @jax.jit
     def measure(params):
-        guesses = jnp.argmax(apply_fn(params, test_x[:1000]), axis=-1)
-        found = variances(loss_fn, params, test_x[: plan.inputs])
-        return {"accuracy": jnp.mean(guesses == test_y[:1000]), **found}
+        accuracy = jnp.mean(jnp.argmax(apply_fn(params, test_x), axis=-1) == test_y)
+        found = variances(loss_fn, params, test_x[: plan["inputs"]])
+        return {"accuracy": accuracy, **found}
 
-    sizes = x.shape[1], *(plan.width,) * (LAYERS - 1), 10
+    sizes = x.shape[1], *(plan["width"],) * (LAYERS - 1), 10
     params = perceptron.initial(init_key, sizes, jax.nn.initializers.glorot_normal())
     carry, records = (params, optimizer.init(params)), []
-    for number in range(plan.checkpoints[-1] + 1):
-        if number in plan.checkpoints:
+    for number in range(plan["checkpoints"][-1] + 1):
+        if number in plan["checkpoints"]:
             records.append(jax.device_get(measure(carry[0])))
         carry = epoch(carry, jax.random.fold_in(order_key, number))
     return {name: [record[name] for record in records] for name in records[0]}
@@ -102,19 +97,18 @@ def ratio(above, below):
 
 
 COLUMNS: show.Columns = {
-    "data, task, activation, accuracy, layer": lambda name, _: name,
+    "network, accuracy: layer": lambda name, _: name,
     "V1": lambda _, v: ratio(v["i1"], np.ones_like(v["i1"])),
     "V2": lambda _, v: ratio(v["i2"], np.ones_like(v["i2"])),
     "V1\nbound": lambda _, v: ratio(v["i1_upper"], v["i1"]),
     "V2\nbound": lambda _, v: ratio(v["i2_upper"], v["i2"]),
     "rel.\nI1": lambda _, v: ratio(v["i1"] ** 0.5, v["fisher"]),
     "rel.\nI2": lambda _, v: ratio(v["i2"] ** 0.5, v["fisher"]),
-    "I2 pre-\nferred": lambda _, v: f"{np.mean(v['i2'][:, 1:] < v['i1'][:, 1:]):.0%}",
+    "V2\nless": lambda _, v: f"{np.mean(v['i2'][:, 1:] < v['i1'][:, 1:]):.0%}",
 }
-CAPTION = (
-    "Geometric means over seeds of layer means. Bound: upper bound over exact value. "
-    "Relative: standard deviation over the Fisher. Preferred: share of the "
-    "checkpoints after the first at which I2 varies less."
+CAPTION = "Means over layers, geometric over seeds. Bound: over the exact value. Rel.: "
+CAPTION += (
+    "standard deviation over F. Less: V2 < V1 at this share of later checkpoints."
 )
 
 
@@ -145,33 +139,24 @@ def draw(layers, checkpoints, file):
     show.save(figure, file)
 
 
-@harness.experiment(
-    data_dir={"type": Path, "help": "folder of MNIST, which is left out otherwise"},
-)
+@harness.experiment()
 def main(run: harness.Run) -> None:
-    options, rows = run.options, {}
-    plans = {"digits": SMOKE} if options.smoke else PLANS
+    plan, smoke = (SMOKE, 3) if run.options.smoke else (PLAN, 1)
+    data, layers = perceptron.split(datasets.load("digits")), {}
     # In smoke mode, each task and each activation once.
-    pairs = [*itertools.product(TASKS, ACTIVATIONS)][:: 3 if options.smoke else 1]
-    for name in list(plans)[: 1 if options.data_dir is None else 2]:
-        plan, by_layer = plans[name], {}
-        data = cache(partial(datasets.load, name, options.data_dir or Path()))
-        for task, activation in pairs:
-            key = {"task": task, "activation": activation, "data": name}
-            args = range(plan.seeds), train, data, plan, task, activation
-            found = run.each("seed", *args, **key, plan=plan._asdict()).values()
-            accuracy = np.mean([facts["accuracy"][-1] for facts in found])
-            for at in range(LAYERS):
-                title = f"{name}, {task}, {activation}, {accuracy:.0%}, {at + 1}"
-                by_layer[title] = {
-                    of: np.array([facts[of] for facts in found], float)[..., at]
-                    for of in ("fisher", "i1", "i2", "i1_upper", "i2_upper")
-                }
-        if name == "digits":
-            draw(by_layer, plan.checkpoints, run.picture())
-        rows |= by_layer
+    for task, activation in [*itertools.product(TASKS, ACTIVATIONS)][::smoke]:
+        key = {"data": "digits", "plan": plan, "task": task, "activation": activation}
+        args = range(plan["seeds"]), train, data, plan, task, activation
+        found = run.each("seed", *args, **key).values()
+        accuracy = np.mean([facts["accuracy"][-1] for facts in found])
+        for at in range(LAYERS):
+            layers[f"{task}, {activation} {accuracy:.0%}: {at + 1}"] = {
+                of: np.array([facts[of] for facts in found], float)[..., at]
+                for of in ("fisher", "i1", "i2", "i1_upper", "i2_upper")
+            }
     title = "Variances of one drawn label, at the end of training"
-    show.report(title, rows, COLUMNS, CAPTION, first=42)
+    show.report(title, layers, COLUMNS, CAPTION)
+    draw(layers, plan["checkpoints"], run.picture())
 
 
 if __name__ == "__main__":
