@@ -23,18 +23,19 @@ MATRICES = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
 
 
 class Text(NamedTuple):
-    """Sequences, several to a row: `(inputs, labels)` with inputs `(tokens, part)`.
+    """Sequences, several to a row, all fields of shape (rows, length).
 
-    All fields have shape (rows, length); the labels of padding are ABSENT.
+    Of a token, which sequence of its row it is of, from 1 on; 0 is padding, whose
+    labels are ABSENT.
     """
 
     tokens: np.ndarray
-    part: np.ndarray  # which sequence of the row, from 1 on; 0 is padding
+    part: np.ndarray
     labels: np.ndarray
 
     @property
     def batch(self) -> Any:
-        """What the loss takes."""
+        """What the loss takes: `(inputs, labels)` with inputs `(tokens, part)`."""
         return (self.tokens, self.part), self.labels
 
 
@@ -67,13 +68,10 @@ def words(text: str) -> list[str]:
 def joined(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     """Returns a word with a pair of its pieces made one."""
     made: list[str] = []
-    last = False  # Whether the piece before was made by this pair.
-    for piece in word:
-        last = not last and bool(made) and (made[-1], piece) == pair
-        if last:
-            made[-1] += piece
-        else:
-            made.append(piece)
+    while word:
+        size = 2 if word[:2] == pair else 1
+        made.append("".join(word[:size]))
+        word = word[size:]
     return tuple(made)
 
 
@@ -87,10 +85,7 @@ def encode(texts: Sequence[str], known: list[str]) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[list[int]], length: int, most: int | None = None) -> Text:
-    """Lays one sequence after the other into rows, at most so many to a row.
-
-    What a row cannot hold is cut off.
-    """
+    """Lays sequences into rows, at most so many to a row, and cuts what is too long."""
     rows: list[list[list[int]]] = [[]]
     for sequence in sequences:
         used = sum(len(s) + 1 for s in rows[-1])
@@ -112,12 +107,8 @@ def pack(sequences: Sequence[list[int]], length: int, most: int | None = None) -
 # Model.
 
 
-def initial(
-    key: jax.Array, vocabulary: int, length: int, width: int, depth: int
-) -> Any:
-    """Returns a network: no biases, norms without parameters, its output layer its
-    embedding.
-    """
+def initial(key: jax.Array, vocabulary: int, length: int, width: int, depth: int):
+    """Returns a network without biases, its output layer not its embedding."""
     keys = iter(jax.random.split(key, 3 + 4 * depth))
 
     def normal(*shape):
@@ -153,7 +144,6 @@ def changes(adapter: Any) -> Any:
 
 
 def norm(x):
-    """Returns features divided by their root mean square."""
     return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
 
 
@@ -184,15 +174,14 @@ def dense(x, w, pair):
 
 
 def of_matrices(matrices, inputs, net):
-    """The network without an adapter, as a function of what an adapter changes."""
     return apply(None, inputs, net | {"matrices": matrices})
 
 
 def of_net(net, inputs):
-    """The whole network, without an adapter."""
     return apply(None, inputs, net)
 
 
+# Functions of an adapter, of the matrices that it changes, and of the whole network.
 LOSS, OF_MATRICES, NET = (
     fsam.negative_log_likelihood(fn, fsam.categorical)
     for fn in (apply, of_matrices, of_net)
