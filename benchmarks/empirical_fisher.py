@@ -42,8 +42,8 @@ CASES = ("correct", "wrong A", "wrong B")
 # Kind, and log10 of the settings that the paper prints: the step size of GD, step size
 # and damping of NGD and of EFGD.
 SOURCES = {
-    "breast-cancer-diagnostic": ("logistic", (-5.125,), (0.125, -10), (-1.25, -10)),
-    "boston": ("linear", (-5.25,), (0.125, -10), (-1.25, -8)),
+    "breast_cancer": ("logistic", (-5.125,), (0.125, -10), (-1.25, -10)),
+    "bostonHousing": ("linear", (-5.25,), (0.125, -10), (-1.25, -8)),
     "a1a": ("logistic", (0.25,), (0.25, -10), (-0.375, -8)),
     "wine": ("linear", (-5.625,), (0, -8.5), (-1.375, -6)),
     "energy": ("linear", (-5.5,), (0, -7.5), (0.875, -3)),
@@ -120,13 +120,10 @@ def read(name, folder):
         file = str(folder / "a1a.svmlight")
         x, y, *_ = sklearn.datasets.load_svmlight_file(file, n_features=123)
         return x.toarray(), (y + 1) / 2
-    if name == "wine":
-        return sklearn.datasets.load_wine(return_X_y=True)
-    if name == "breast-cancer-diagnostic":
-        return sklearn.datasets.load_breast_cancer(return_X_y=True)
-    file = folder / "uci" / {"boston": "bostonHousing"}.get(name, name)
-    target = int(file.with_suffix(".target").read_text())
-    table = np.loadtxt(file.with_suffix(".txt"))
+    if name in ("wine", "breast_cancer"):
+        return getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
+    target = int((folder / "uci" / f"{name}.target").read_text())
+    table = np.loadtxt(folder / "uci" / f"{name}.txt")
     return np.delete(table, target, axis=1), table[:, target]
 
 
@@ -234,7 +231,7 @@ def report(errors, runs):
     caption += "loss is within 1 % of the best, of 241 for GD and 9881 for the others."
     title = "Settings chosen by the final loss, and the paper's"
     found = {(name, m): facts for name, of in runs.items() for m, facts in of.items()}
-    show.report(title, found, columns, caption, first=20)
+    show.report(title, found, columns, caption)
 
 
 def draw(runs, file):

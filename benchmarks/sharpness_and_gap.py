@@ -140,18 +140,17 @@ def correlation(table, random, resamples, rule, gap):
     predictors = {ball: of[f"{rule}: {ball}"] for ball in BALLS}
     predictors |= {name: of[name] for name in SETTINGS}
     predictors["training loss"] = of[f"{rule}: train loss"]
-    tau = {
-        name: {kind: kendall(x, gaps, m, weights) for kind, m in masks.items()}
-        for name, x in predictors.items()
-    }
-    # On the same draws, since both are taken of the same networks.
-    less = tau["adaptive, p = 2"]["all"] - tau["plain, p = 2"]["all"]
+
+    def tau(name, kind):
+        return kendall(predictors[name], gaps, masks[kind], weights)
 
     def interval(values):
         return np.round([values[0], *np.quantile(values[1:], (0.025, 0.975))], 3)
 
-    tau = jax.tree.map(interval, tau)
-    return {"networks": len(gaps), "less": interval(less)[1:], "tau": tau}
+    # On the same draws, since both are taken of the same networks.
+    less = tau("adaptive, p = 2", "all") - tau("plain, p = 2", "all")
+    found = {n: {kind: interval(tau(n, kind)) for kind in masks} for n in predictors}
+    return {"networks": len(gaps), "less": interval(less)[1:], "tau": found}
 
 
 def correlations(table, resamples):
@@ -193,7 +192,7 @@ def draw(found, path):
 
 
 @harness.experiment(
-    smoke={"seeds": 1, "rounds": 10, "resamples": 20, "batch_sizes": [45]},
+    smoke={"seeds": 1, "rounds": 9, "target": 9.0, "resamples": 9, "batch_sizes": [45]},
     batch_sizes=[15, 45, 135],
     rounds={"default": 150, "help": "of 10 steps"},
     target={"default": 0.03, "help": "the same loss"},
