@@ -14,6 +14,7 @@ them. They are computed in closed form: the paper drew 5000 labels.
 
 import itertools
 from functools import partial
+from typing import Any
 
 import datasets
 import harness
@@ -35,7 +36,7 @@ TASKS = {"classification": fsam.categorical, "regression": fsam.gaussian()}
 BATCH_SIZE, LEARNING_RATE = 50, 0.005
 # Units a hidden layer, training images, epochs and test images at which variances are
 # computed, and networks of each kind.
-PLAN = {"width": 32, "examples": 1000, "inputs": 32, "seeds": 3}
+PLAN: dict[str, Any] = {"width": 32, "examples": 1000, "inputs": 32, "seeds": 3}
 PLAN |= {"checkpoints": (0, 1, 2, 4, 8, 16, 32, 64)}
 SMOKE = {"width": 3, "examples": 100, "checkpoints": (0, 1), "inputs": 4, "seeds": 1}
 
@@ -106,10 +107,8 @@ COLUMNS: show.Columns = {
     "rel.\nI2": lambda _, v: ratio(v["i2"] ** 0.5, v["fisher"]),
     "V2\nless": lambda _, v: f"{np.mean(v['i2'][:, 1:] < v['i1'][:, 1:]):.0%}",
 }
-CAPTION = "Means over layers, geometric over seeds. Bound: over the exact value. Rel.: "
-CAPTION += (
-    "standard deviation over F. Less: V2 < V1 at this share of later checkpoints."
-)
+CAPTION = """Means over layers, geometric over seeds. Bound: over the exact value.
+Rel.: standard deviation over F. Less: V2 < V1 at this share of later checkpoints."""
 
 
 def draw(layers, checkpoints, file):

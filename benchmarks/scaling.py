@@ -1,14 +1,12 @@
 """Question: how does a step scale with the number of devices, on paper?
 
-Training steps are compiled for 2 to 256 devices and read, not run: the bytes that
-leave the collectives of one device in a step, what the device holds, and the operations
-of its products. The batch grows with the devices; the transformer is data parallel, the
-GPT of 1.3 billion parameters is fully sharded. Compiled for virtual CPU devices, whose
-XLA knows no reduce-scatter: a sharded gradient shows as an all-reduce, by hand as in
-the library.
+Training steps of a fully sharded GPT of 1.3 billion parameters are compiled for 2 to
+256 devices and read, not run: the bytes that leave the collectives of one device in a
+step, what the device holds, and the operations of its products. The batch grows with
+the devices. Compiled for virtual CPU devices, whose XLA knows no reduce-scatter: a
+sharded gradient shows as an all-reduce, by hand as in the library.
 
     python benchmarks/scaling.py
-    python benchmarks/scaling.py --models gpt --devices 8
 """
 
 import math
@@ -26,13 +24,8 @@ import fsam_optax as fsam
 
 RHO, RATE = 0.05, 0.1
 STEPS = ("gradient", "two gradients", "SAM", "Fisher SAM, one pass")
-# Layers, width, words, tokens; examples a device.
-MODELS = {
-    "transformer": (4, 256, 1024, 64, 4),
-    "gpt": (24, 2048, 50304, 1024, 1),
-    "smoke": (2, 16, 64, 4, 2),
-}
-SHARDED = ("gpt",)
+# Layers, width, words, tokens.
+MODELS = {"gpt": (24, 2048, 50304, 1024), "smoke": (2, 16, 64, 4)}
 
 
 def gpt(depth, width, words, whole):
@@ -89,28 +82,24 @@ def oracles(nll):
     return [*by_hand, (sam, sam.init), (fisher, fisher.init)]
 
 
-def measure(name, devices):
-    """Returns the facts of a model on so many devices."""
-    depth, width, words, length, rows = MODELS[name]
+def measure(devices, name):
+    """Returns the facts of a model on so many devices, an example on each."""
+    depth, width, words, length = MODELS[name]
     made = {"axis_types": (AxisType.Auto,), "devices": jax.devices("cpu")[:devices]}
     mesh = jax.make_mesh((devices,), ("data",), **made)
 
     def whole(weight):
         return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
 
-    def like(shape, dtype, *spec):
-        sharding = NamedSharding(mesh, P(*spec))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def weight(shape):
-        spec = (*(None,) * (len(shape) - 1), "data") if name in SHARDED else ()
-        return like(shape, jnp.float32, *spec)
+    def like(shape, dtype=jnp.float32, axis=-1):
+        spec = P(*(None,) * (len(shape) - 1), "data") if axis else P("data")
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     apply, shapes = gpt(depth, width, words, whole)
-    params = jax.tree.map(weight, shapes, is_leaf=lambda x: isinstance(x, tuple))
-    batch = (like((devices * rows, length), jnp.int32, "data"),) * 2
-    facts = {}
+    params = jax.tree.map(like, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    batch = (like((devices, length), jnp.int32, axis=0),) * 2
     every = oracles(fsam.negative_log_likelihood(apply, fsam.categorical))
+    facts = {}
     for row, (oracle, init) in zip(STEPS, every, strict=True):
 
         def update(params, state, batch, oracle=oracle):
@@ -126,25 +115,19 @@ def measure(name, devices):
 
 
 COLUMNS: show.Columns = {
-    "model, devices: step": lambda name, _: name,
-    "gathered,\nMB": lambda _, of: f"{of.get('all-gather', 0) / 1e6:.1f}",
-    "reduced,\nMB": lambda _, of: f"{of.get('all-reduce', 0) / 1e6:.1f}",
+    "devices: step": lambda name, _: name,
+    "gathered,\nMB": lambda _, of: f"{of['all-gather'] / 1e6:.1f}",
+    "reduced,\nMB": lambda _, of: f"{of['all-reduce'] / 1e6:.1f}",
     "held,\nMB": lambda _, of: f"{of['temporaries'] / 1e6:.0f}",
     "GFLOP": lambda _, of: f"{of['products'] / 1e9:.1f}",
 }
 
 
-@harness.experiment(
-    smoke={"models": ["smoke"], "devices": [2]},
-    models={"default": ["transformer"], "choices": MODELS},
-    devices=[2, 8, 64, 256],
-)
+@harness.experiment(smoke={"devices": [2]}, devices=[2, 8, 64, 256])
 def main(run: harness.Run) -> None:
-    rows = {}
-    for name in run.options.models:
-        for n in run.options.devices:
-            facts = run.cell(measure, name, n, model=name, devices=n)
-            rows |= {f"{name}, {n}: {step}": facts[step] for step in STEPS}
+    name = "smoke" if run.options.smoke else "gpt"
+    found = run.each("devices", run.options.devices, measure, name, model=name)
+    rows = {f"{n}: {step}": of[step] for n, of in found.items() for step in STEPS}
     show.report("One device in a step", rows, COLUMNS)
 
 
