@@ -610,12 +610,15 @@ def operations(fn, *args):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns(name):
     loss_fn, params, batch, rules, bound = PATTERNS[name]
+    used = []
 
-    def sums(params, batch):
-        return loss_power_sums(loss_fn, params, batch)
+    def sums(params, batch):  # What `loss_power_sums` does, and tells what it used.
+        args = params, (batch, None), None, (2,), None, None
+        return sums_and_outputs(loss_fn, *args, report=used, keep=True)[0]
 
+    traced = jax.jit(sums).trace(params, batch)
     (expected,) = oracles.loss_power_sums(loss_fn, params, batch)
-    oracles.assert_close(jax.jit(sums)(params, batch)[0], expected)
+    oracles.assert_close(traced.lower().compile()(params, batch)[0], expected)
     explanation = explain_loss(loss_fn, params, batch)
     assert {leaf.rule for leaf in explanation} == rules, f"\n{explanation}"
 
@@ -623,18 +626,10 @@ def test_patterns(name):
         return jnp.mean(jax.vmap(loss_fn, (None, 0))(params, batch))
 
     gradient = operations(jax.grad(mean), params, batch)
-    ratio = operations(sums, params, batch) / gradient
+    ratio = total(traced.jaxpr.eqns) / gradient
     assert ratio <= bound, ratio
     np.testing.assert_allclose(explanation.cost, ratio, rtol=0.05)
     # What is said of the leaves is all that comes on top of the gradient without them.
-    used = []
-    jax.eval_shape(
-        lambda *args: sums_and_outputs(
-            loss_fn, *args, None, (2,), None, None, report=used
-        )[0],
-        params,
-        (batch, None),
-    )
     work, own = (
         B * sum(getattr(x, k) for rules in used for x in rules) for k in ("work", "own")
     )
