@@ -2,16 +2,15 @@
 
 Two networks are fine-tuned from one start, on other classes or on images moved the
 other way, and their weights are merged: w = sum_k l_k F_k w_k / sum_k l_k F_k. Compared
-are F = 1, the exact F (also with its mean added, as a prior would do), the empirical
-one and the mean square of batch gradients, each with the shares (l, 1 - l) that are
-best on held-out images, and with l = 1/2.
+are F = 1, the exact F, the empirical one and the mean square of batch gradients, each
+with the shares (l, 1 - l) that are best on held-out images, and with l = 1/2.
 
     python benchmarks/merging.py
-    python benchmarks/merging.py --data fashion-mnist --data-dir data --pool 2
+    python benchmarks/merging.py --data fashion-mnist --pool 2 --seeds 5 \\
+        --scenarios classes shifted
 """
 
 from functools import cache, partial
-from typing import Any, NamedTuple
 
 import datasets
 import diagonals
@@ -19,17 +18,13 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import perceptron
 import show
+from jax.flatten_util import ravel_pytree
 
 
-HIDDEN = (64, 64)
-RATE = 1e-3
-LOSS = perceptron.LOSS
-AVERAGE, DAMPED = "average", f"{diagonals.EXACT} + its mean"
-# One that no example needs of either network is averaged.
-FLOOR = 1e-6
+AVERAGE, EXACT, APART = "average", diagonals.EXACT, "apart"
+METHODS = (AVERAGE, EXACT, diagonals.EMPIRICAL, diagonals.squared(32))
 SCENARIOS = {
     "classes": "even | odd ones",
     "shifted": "an eighth left | right",
@@ -38,61 +33,44 @@ SCENARIOS = {
 SHARES = np.linspace(0.05, 0.95, 19).round(2).tolist()
 
 
-class Problem(NamedTuple):
-    """Pairs of images and labels: what to start from, and the two tasks' own."""
+def prepare(scenario, options):
+    """Returns both tasks' data to train on, held out and to test on, and networks.
 
-    start: Any
-    train: tuple[Any, Any]
-    held: tuple[Any, Any]
-    test: tuple[Any, Any]
+    A fifth of the images is to start from, a fifth held out. The networks, by seed: the
+    start, both fine-tuned, one fine-tuned on both tasks.
+    """
+    data = datasets.load(options.data, options.data_dir)
+    images = data.train_images[: options.train_size]
+    one, two = len(images) // 5, len(images) * 2 // 5
 
+    def pair(x, y):
+        return jnp.asarray(datasets.flat(x, options.pool)), jnp.asarray(y)
 
-def problem_of(scenario: str, options: Any) -> Problem:
-    """Returns the tasks: a fifth to start from, a fifth held out, the rest to train."""
-    source = datasets.load(options.data, options.data_dir)
-
-    def pair(images, labels):
-        return jnp.asarray(datasets.flat(images, options.pool)), jnp.asarray(labels)
-
-    def task(images, labels, number):
+    def tasks(x, y, rows=slice(None)):
+        x, y, step = x[rows], y[rows], x.shape[2] // 8
         if scenario == "classes":
-            kept = labels % 2 == number
-            return pair(images[kept], labels[kept])
+            return [pair(x[y % 2 == parity], y[y % 2 == parity]) for parity in (0, 1)]
         if scenario == "shifted":
-            step = images.shape[2] // 8
-            return pair(np.roll(images, (2 * number - 1) * step, 2), labels)
-        return pair(np.rot90(images, 1 + 2 * number, (1, 2)), labels)
+            return [pair(np.roll(x, by, 2), y) for by in (-step, step)]
+        return [pair(np.rot90(x, by, (1, 2)), y) for by in (1, 3)]
 
-    def both(images, labels):
-        return task(images, labels, 0), task(images, labels, 1)
+    every = images, data.train_labels[: options.train_size]
+    first = pair(every[0][:one], every[1][:one])
+    train, held = tasks(*every, slice(two, None)), tasks(*every, slice(one, two))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *train)
 
-    images = source.train_images[: options.train_size]
-    labels = source.train_labels[: options.train_size]
-    one, two = len(labels) // 5, len(labels) * 2 // 5
-    return Problem(
-        start=pair(images[:one], labels[:one]),
-        train=both(images[two:], labels[two:]),
-        held=both(images[one:two], labels[one:two]),
-        test=both(source.test_images, source.test_labels),
-    )
-
-
-def fit(problem, seeds, steps):
-    """Returns the start, both fine-tuned networks and one fine-tuned on both tasks."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *problem.train)
-
-    def one(seed):
+    def fit(seed):
         keys = jax.random.split(jax.random.key(seed), 5)
-        sizes = (problem.start[0].shape[-1], *HIDDEN, 10)
-        start = perceptron.initial(keys[0], sizes)
-        start = perceptron.by_adam(start, problem.start, 300, RATE, keys[1])
+        start = perceptron.initial(keys[0], (first[0].shape[1], 64, 64, 10))
+        start = perceptron.by_adam(start, first, 300, 1e-3, keys[1])
         tuned = [
-            perceptron.by_adam(start, data, steps, RATE, key)
-            for data, key in zip((*problem.train, both), keys[2:], strict=True)
+            perceptron.by_adam(start, task, options.steps, 1e-3, key)
+            for task, key in zip((*train, both), keys[2:], strict=True)
         ]
         return start, *tuned
 
-    return jax.jit(jax.vmap(one))(jnp.arange(seeds))
+    networks = jax.jit(jax.vmap(fit))(jnp.arange(options.seeds))
+    return train, held, tasks(data.test_images, data.test_labels), networks
 
 
 def score(params, tasks):
@@ -101,132 +79,92 @@ def score(params, tasks):
 
 
 def weight(method, params, data):
-    """Returns what each weight counts, with a floor."""
+    """Returns what each weight counts; one that no example needs is averaged."""
     if method == AVERAGE:
         return jax.tree.map(jnp.ones_like, params)
-    found = diagonals.diagonal(method.split(" +")[0], LOSS, params, data)
-    mean = optax.tree.sum(found) / sum(f.size for f in jax.tree.leaves(found))
-    floor = mean if method == DAMPED else FLOOR * mean
+    found = diagonals.diagonal(method, perceptron.LOSS, params, data)
+    floor = 1e-6 * jnp.mean(ravel_pytree(found)[0])
     return jax.tree.map(lambda f: f + floor, found)
 
 
-def merge(params, weights, share):
-    """Returns sum_k l_k F_k w_k / sum_k l_k F_k."""
+def compute(method, prepared):
+    """Merges by every share; returns arrays (share, seed). Or what is not merged."""
+    train, held, test, networks = prepared()
+    if method == APART:
+        names = ("the start", "fine-tuned, first", "fine-tuned, second", "both at once")
+        alone = jax.jit(jax.vmap(lambda params: score(params, test)))
+        return {name: alone(w) for name, w in zip(names, networks, strict=True)}
 
-    def one(v, w, f, g):
-        f, g = share * f, (1 - share) * g
-        return (f * v + g * w) / (f + g)
+    def merge(share, *pair):
+        weights = [weight(method, w, of) for w, of in zip(pair, train, strict=True)]
 
-    return jax.tree.map(one, *params, *weights)
+        def mean(v, w, f, g):
+            f, g = share * f, (1 - share) * g
+            return (f * v + g * w) / (f + g)
 
+        merged = jax.tree.map(mean, *pair, *weights)
+        return {"held": score(merged, held), "accuracy": score(merged, test)}
 
-def sweep(method, networks, problem, options):
-    """Merges by every share; returns arrays (share, seed)."""
-
-    def one(share, networks):
-        tasks = zip(networks[1:3], problem.train, strict=True)
-        weights = [weight(method, params, data) for params, data in tasks]
-        merged = merge(networks[1:3], weights, share)
-        return score(merged, problem.held), score(merged, problem.test)
-
-    every = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
-    held, test = jax.jit(every)(jnp.asarray(options.shares), networks())
-    return {"held": held, "accuracy": test}
+    every = jax.vmap(jax.vmap(merge, (None, 0, 0)), (0, None, None))
+    return jax.jit(every)(jnp.array(SHARES), *networks[1:3])
 
 
-def apart(networks, problem):
-    """Returns what the networks are worth that are not merged."""
-    names = ("the start", "fine-tuned, first", "fine-tuned, second", "both at once")
-    test = jax.jit(jax.vmap(lambda w: score(w, problem.test)))
-    return {name: test(w) for name, w in zip(names, networks(), strict=True)}
+def report(title, results, alone):
+    """Prints one half, and the share that is best on held-out images; returns these."""
+    half = SHARES.index(0.5)
+    at = {m: int(np.argmax(np.mean(r["held"], 1))) for m, r in results.items()}
+    ends = {m: np.array(r["accuracy"])[[half, at[m]]] for m, r in results.items()}
+    columns = {
+        "%": lambda method, _: method,
+        "l = 1/2": lambda _, of: show.percent(of[0]),
+        "over average": lambda _, of: show.over(of[0], ends[AVERAGE][0]),
+        "best l": lambda m, _: f"{SHARES[at[m]]:g}{show.edge(at[m], SHARES)}",
+        "accuracy": lambda _, of: show.percent(of[1]),
+        "over\naverage": lambda _, of: show.over(of[1], ends[AVERAGE][1]),
+    }
+    apart = "; ".join(f"{name}: {show.percent(of)}" for name, of in alone.items())
+    show.report(title, ends, columns, f"Mean ± standard error. {apart}")
+    return {method: of[1].mean() for method, of in ends.items()}
 
 
-def best_of(results):
-    """Returns for each method which share is best on held-out images."""
-    return {m: int(np.argmax(np.mean(r["held"], 1))) for m, r in results.items()}
-
-
-def headline(found):
-    """Returns what the picture shows."""
-    gains = []
-    for (scenario, _), (_, results) in found.items():
-        best = best_of(results)
-        mean = {m: np.mean(r["accuracy"][best[m]]) for m, r in results.items()}
-        gain = 100 * (mean[diagonals.EXACT] - mean[AVERAGE])
-        gains.append(f"{gain:+.1f} ({scenario})")
-    return f"Merged by exact F over the mean, each at its best: {', '.join(gains)}"
-
-
-def draw(found, options, path):
-    """Draws accuracy against the share: one panel a scenario and length."""
-    fig, axes = show.figure(
-        *(len(options.steps), len(options.scenarios)),
-        headline(found),
-        figsize=(12, 3.4 * len(options.steps)),
-    )
-    panels = zip(axes.T.ravel(), found.items(), strict=True)
-    for axis, ((scenario, steps), (alone, results)) in panels:
+def draw(found, path):
+    """Draws accuracy against the share, one panel a scenario; grey: both at once."""
+    gains = [
+        f"{100 * gain:+.1f} ({scenario})" for scenario, (*_, gain) in found.items()
+    ]
+    headline = f"Merged by exact F over the mean, each at its best: {', '.join(gains)}"
+    fig, (axes,) = show.figure(1, len(found), headline, figsize=(12, 3.4))
+    for axis, (scenario, (results, alone, _)) in zip(axes, found.items(), strict=True):
         values = {method: result["accuracy"] for method, result in results.items()}
-        show.curves(axis, options.shares, values, ms=3)
+        show.curves(axis, SHARES, values, ms=3)
         axis.axhline(100 * np.mean(alone["both at once"]), color=show.GREY, lw=1)
-        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}, {steps} steps")
-    for axis in axes[-1]:
+        axis.set_title(f"{scenario}: {SCENARIOS[scenario]}; accuracy over both, %")
         axis.set_xlabel("share l of the first")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy over both tasks, %")
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     show.save(fig, path)
 
 
-def report(scenario, steps, alone, results, options):
-    """Prints one scenario: the share tuned, and one half."""
-    half = int(np.argmin(np.abs(np.array(options.shares) - 0.5)))
-    best = best_of(results)
-    plain = results[AVERAGE]["accuracy"]
-    rows = []
-    for method, result in results.items():
-        values, at = result["accuracy"], best[method]
-        cells = [show.percent(values[half]), show.over(values[half], plain[half])]
-        cells += [f"{options.shares[at]:g}" + show.edge(at, options.shares)]
-        cells += [show.percent(values[at]), show.over(values[at], plain[best[AVERAGE]])]
-        rows.append([method, *cells])
-    rows += [[name, show.percent(v), *[""] * 4] for name, v in alone.items()]
-    heads = ["", "l = 1/2", "over\naverage", "best l", "accuracy", "over\naverage"]
-    title = f"{options.data}, {scenario} ({SCENARIOS[scenario]}), {steps} steps"
-    caption = "%, mean ± standard error. * at an edge of the grid."
-    show.table(title, heads, rows, caption, first=22)
-
-
 @harness.experiment(
-    smoke={
-        **{"scenarios": ["classes"], "shares": [0.25, 0.5, 0.75], "seeds": 2},
-        "steps": [4],
-    },
+    smoke={"scenarios": ["classes"], "seeds": 2, "steps": 4},
     **perceptron.IMAGES,
     scenarios={"default": list(SCENARIOS), "choices": SCENARIOS},
-    batches=[32],
-    shares={"default": SHARES, "help": "of the first network"},
     seeds=10,
-    steps=[800],
+    steps=800,
     train_size={"default": 6000, "help": "most images"},
     pool=perceptron.POOL,
 )
 def main(run: harness.Run) -> None:
     options, found = run.options, {}
-    methods = [AVERAGE, diagonals.EXACT, DAMPED, diagonals.EMPIRICAL]
-    methods += [diagonals.squared(batch) for batch in options.batches]
-    settings = run.take("data seeds train_size pool shares")
+    settings = run.take("data seeds steps train_size pool") | {"shares": SHARES}
     for scenario in options.scenarios:
-        problem = problem_of(scenario, options)
-        for steps in options.steps:
-            networks = cache(partial(fit, problem, options.seeds, steps))
-            part = {"scenario": scenario, "steps": steps} | settings
-            alone = run.cell(apart, networks, problem, method="apart", **part)
-            args = sweep, networks, problem, options
-            results = run.each("method", methods, *args, **part)
-            found[scenario, steps] = alone, results
-            report(scenario, steps, alone, results, options)
-    draw(found, options, run.picture())
+        args = compute, cache(partial(prepare, scenario, options))
+        key = {"scenario": scenario, **settings}
+        results = run.each("method", (APART, *METHODS), *args, **key)
+        alone = results.pop(APART)
+        title = f"{options.data}, {scenario} ({SCENARIOS[scenario]})"
+        best = report(title, results, alone)
+        found[scenario] = results, alone, best[EXACT] - best[AVERAGE]
+    draw(found, run.picture())
 
 
 if __name__ == "__main__":
