@@ -119,9 +119,10 @@ def test_sentences_of_a_row_do_not_see_each_other(script):
     ]
     together = module.pack(pairs)
     assert len(together.part) == 1
-    model = module.Model(9, 9, width=8, depth=1)
-    params = model.init(jax.random.key(0), together)
-    found = model.features(params, jax.tree.map(jnp.asarray, together))
+    model = module.model_of([range(9)] * 2, width=8, depth=1)
+    params = module.initial(model, jax.random.key(0), together)
+    features = partial(module.features, model, params)
+    found = features(jax.tree.map(jnp.asarray, together))
     for number, pair in enumerate(pairs, 1):
         alone = jax.tree.map(jnp.asarray, module.pack([pair]))
         for name in ("inputs", "labels"):
@@ -129,39 +130,42 @@ def test_sentences_of_a_row_do_not_see_each_other(script):
                 getattr(together, name)[together.part == number],
                 getattr(alone, name)[alone.part == 1],
             )
-        np.testing.assert_allclose(
-            found[together.part == number],
-            model.features(params, alone)[alone.part == 1],
-            atol=1e-5,
-        )
+        of_pair = features(alone)[alone.part == 1]
+        np.testing.assert_allclose(found[together.part == number], of_pair, atol=1e-5)
 
 
-def test_smoothed_cross_entropy_is_that_of_smoothed_labels(script):
+def test_the_translation_loss_is_that_of_smoothed_labels(script, monkeypatch):
     module = script("translation")
-    table = jax.random.normal(jax.random.key(0), (7, 4))
-    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    logits = jax.random.normal(jax.random.key(1), (2, 3, 7))
+    monkeypatch.setattr(module, "features", lambda *args: logits)
+    monkeypatch.setattr(module, "logits_of", lambda params, x: x)
     labels = jnp.arange(6).reshape(2, 3)
-    params = {"decoder": {"Embed_0": {"embedding": table}}}
-    found = module.smoothed_cross_entropy(params, x, labels)
-    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7), module.SMOOTHING)
-    expected = optax.softmax_cross_entropy(x @ table.T, smoothed)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    part = jnp.array([[1, 1, 0], [1, 2, 2]])
+    pairs = module.Pairs(None, None, None, labels, part)
+    for found, smoothing in zip(
+        module.score(0, 0, pairs)[:2], (module.SMOOTHING, 0), strict=True
+    ):
+        smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7), smoothing)
+        expected = optax.softmax_cross_entropy(logits, smoothed)[part > 0].mean()
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_greedy_translation_says_the_likeliest_next_word(script):
     module = script("translation")
-    corpus = module.prepare(module.made_up())
-    model = module.Model(corpus.source_size, len(corpus.words), width=8, depth=1)
-    init, _, translate = module.common(model, corpus)
-    params = init(jax.random.key(0))
-    outputs = translate(params)
+    _, val, test, _, words = module.prepare(script("captions").made_up())
+    model = module.model_of(words, width=8, depth=1)
+    val = jax.tree.map(jnp.asarray, val)
+    params = module.initial(model, jax.random.key(0), val)
+    outputs = jax.jit(partial(module.translate, model))(params, jnp.asarray(test))
     # All at once, from what was said.
     begin = jnp.full((len(outputs), 1), module.EOS)
     inputs = jnp.concatenate([begin, outputs[:, :-1]], 1)
-    part = jnp.asarray(corpus.test != module.PAD, jnp.int32)
-    memory = model.encode(params, jnp.asarray(corpus.test), part)
-    x = model.decode(params, inputs, jnp.ones_like(inputs), memory, part)
-    logits = np.array(x @ module.output_layer(params).T)
+    part = jnp.asarray(test != module.PAD, jnp.int32)
+    memory = module.run(model, "encoder", params, jnp.asarray(test), part)
+    args = inputs, jnp.ones_like(inputs), memory, part
+    logits = np.array(
+        module.logits_of(params, module.run(model, "decoder", params, *args))
+    )
     logits[..., [module.PAD, module.UNKNOWN]] = -np.inf
     np.testing.assert_array_equal(outputs, logits.argmax(-1))
 
