@@ -51,11 +51,10 @@ def variances(loss, params, inputs):
         "i1_upper": variance.fisher_variance_i1_bounds(*args).upper,
         "i2_upper": variance.fisher_variance_i2_bounds(*args).upper,
     }
-
-    def by_layer(tree):
-        return jnp.stack([jnp.mean(ravel_pytree(layer)[0]) for layer in tree])
-
-    return {name: by_layer(tree) for name, tree in trees.items()}
+    return {
+        name: jnp.stack([jnp.mean(ravel_pytree(layer)[0]) for layer in tree])
+        for name, tree in trees.items()
+    }
 
 
 def train(seed, data, plan, task, activation):
@@ -89,18 +88,16 @@ def train(seed, data, plan, task, activation):
     return {name: [record[name] for record in records] for name in records[0]}
 
 
-def ratio(above, below):
-    """Returns the geometric mean at the end of training, a dash over zeros."""
-    above, below = above[:, -1], below[:, -1]
-    if not (below > 0).all():
-        return "-"
-    return f"{np.exp(np.mean(np.log(above / below))):.2g}" if above.any() else "0"
+def ratio(above, below=None):
+    """Returns the geometric mean at the end of training, 0 over zeros."""
+    values = above[:, -1] / (1 if below is None else np.maximum(below[:, -1], 1e-30))
+    return f"{np.exp(np.mean(np.log(values))):.2g}" if values.all() else "0"
 
 
 COLUMNS: show.Columns = {
     "network, accuracy: layer": lambda name, _: name,
-    "V1": lambda _, v: ratio(v["i1"], np.ones_like(v["i1"])),
-    "V2": lambda _, v: ratio(v["i2"], np.ones_like(v["i2"])),
+    "V1": lambda _, v: ratio(v["i1"]),
+    "V2": lambda _, v: ratio(v["i2"]),
     "V1\nbound": lambda _, v: ratio(v["i1_upper"], v["i1"]),
     "V2\nbound": lambda _, v: ratio(v["i2_upper"], v["i2"]),
     "rel.\nI1": lambda _, v: ratio(v["i1"] ** 0.5, v["fisher"]),
@@ -111,28 +108,28 @@ CAPTION = """Means over layers, geometric over seeds. Bound: over the exact valu
 Rel.: standard deviation over F. Less: V2 < V1 at this share of later checkpoints."""
 
 
+CURVES = {
+    "i1": ("V1", "o-", show.BLUE),
+    "i1_upper": ("its upper bound", ":", show.BLUE),
+    "i2": ("V2", "o-", show.VERMILLION),
+    "i2_upper": ("its upper bound", ":", show.VERMILLION),
+}
+
+
 def draw(layers, checkpoints, file):
     """Draws both variances and their bounds by layer and epoch, a network a row."""
-    headline = "The last layer calls for I2; below it, I1 varies less at first"
-    networks = len(layers) // LAYERS
-    size = {"figsize": (10.5, 2.25 * networks + 0.8), "sharex": True, "sharey": "row"}
-    figure, axes = show.figure(networks, LAYERS, headline, **size)
+    headline = "V2 is 0 in the last layer; below it, V1 is less at first"
+    rows = len(layers) // LAYERS
+    size = {"figsize": (10.5, 2.25 * rows + 0.8), "sharex": True, "sharey": "row"}
+    figure, axes = show.figure(rows, LAYERS, headline, **size)
     for axis, (name, values) in zip(axes.flat, layers.items(), strict=True):
-        for at, color in (("i1", show.BLUE), ("i2", show.VERMILLION)):
-            if not values[at].any():
-                place = {"transform": axis.transAxes, "fontsize": 9}
-                axis.text(0.05, 0.06, f"V{at[1]} = 0", color=color, **place)
-                continue
-            ends = values[at].min(0), values[at].max(0)
-            axis.fill_between(checkpoints, *ends, color=color, alpha=0.2, lw=0)
-            for suffix, style in (("", "o-"), ("_upper", ":")):
-                middle = np.exp(np.mean(np.log(values[at + suffix]), axis=0))
-                label = f"V{at[1]}, {'upper bound' if suffix else 'exact'}"
+        for of, (label, style, color) in CURVES.items():
+            if values[of].all():
+                middle = np.exp(np.mean(np.log(values[of]), axis=0))
                 axis.plot(checkpoints, middle, style, color=color, ms=3, label=label)
         axis.set_title(name, fontsize=8)
         axis.set(xscale="symlog", yscale="log")
         axis.set_xticks(checkpoints, [str(c) for c in checkpoints])
-        axis.minorticks_off()
     show.legend(figure, axes[0, 0], 4)
     figure.supylabel("variance for one label, mean over the layer, by epoch")
     show.save(figure, file)
@@ -151,7 +148,7 @@ def main(run: harness.Run) -> None:
         for at in range(LAYERS):
             layers[f"{task}, {activation} {accuracy:.0%}: {at + 1}"] = {
                 of: np.array([facts[of] for facts in found], float)[..., at]
-                for of in ("fisher", "i1", "i2", "i1_upper", "i2_upper")
+                for of in ("fisher", *CURVES)
             }
     title = "Variances of one drawn label, at the end of training"
     show.report(title, layers, COLUMNS, CAPTION)

@@ -27,14 +27,10 @@ IMAGES = {  # Options of experiments on any of three data sets.
 }
 POOL = {"default": 1, "help": "pixels a side that become one"}
 LOSS = fsam.negative_log_likelihood(apply, fsam.categorical)
+HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-def he_normal(key, shape):
-    """Returns weights for ReLUs."""
-    return jax.random.normal(key, shape) * (2 / shape[0]) ** 0.5
-
-
-def initial(key, sizes, init=he_normal):
+def initial(key, sizes, init=HE):
     """Returns parameters of layers between arrays of the given sizes."""
     shapes = list(itertools.pairwise(sizes))
     keys = jax.random.split(key, len(shapes))
@@ -47,8 +43,7 @@ def initial(key, sizes, init=he_normal):
 def train(params, make, data, rate, steps, batch, key):
     """Returns the parameters after SGD with momentum, weight decay and cosine decay.
 
-    `make` maps the base optimizer to a `methods.Stepper`; `rate` is the learning rate
-    at the start. Images of a batch are drawn with replacement.
+    `make` maps the base optimizer to a `methods.Stepper`; `rate` is that at the start.
     """
     images, labels = data
     schedule = optax.cosine_decay_schedule(1.0, steps)
@@ -66,10 +61,7 @@ def train(params, make, data, rate, steps, batch, key):
 
 
 def minimise(objective, params, optimizer, inputs):
-    """Returns the parameters after a step for each of the inputs.
-
-    The objective is a function of parameters and one of the inputs.
-    """
+    """Returns the parameters after a step on `objective(params, one)` of each input."""
     return follow(objective, optimizer, (params, optimizer.init(params)), inputs)[0]
 
 
@@ -91,15 +83,11 @@ def fit(loss, params, batch, steps, decay):
     """Returns parameters after Adam with cosine decay from 0.01 on the whole batch."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.01, steps))
     optimizer = optax.chain(optax.add_decayed_weights(decay), optimizer)
-    every = jnp.arange(steps)
-    return minimise(lambda w, _: loss(w, batch), params, optimizer, every)
+    return minimise(lambda w, _: loss(w, batch), params, optimizer, jnp.arange(steps))
 
 
 def by_adam(params, data, steps, rate, key, mask=None):
-    """Returns parameters after Adam with cosine decay, on 50 images a step.
-
-    What the mask drops stays 0.
-    """
+    """Returns parameters after Adam on 50 images a step; what the mask drops is 0."""
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     rows = jax.random.randint(key, (steps, 50), 0, len(data[1]))
 
