@@ -30,11 +30,9 @@ from typing import Any, NamedTuple
 import command_line
 import numpy as np
 import provenance
-from rich.console import Console
 
 
 HERE = pathlib.Path(__file__).resolve().parent
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Run(NamedTuple):
@@ -100,7 +98,7 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 def say(text: str) -> None:
     """Says where the work is, on the error stream."""
-    messages.print(text, style="dim", markup=False)
+    print(text, file=sys.stderr, flush=True)
 
 
 def read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
