@@ -1,4 +1,4 @@
-"""What all experiments share: arguments, and cells that are kept.
+"""What all experiments share: options, cells that are kept, and what made them.
 
     @harness.experiment(smoke={"steps": 3}, steps=800)
     def main(run):
@@ -13,26 +13,33 @@ run twice at once or fill the disk, and what was finished stays.
 
 import argparse
 import fcntl
+import functools
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import command_line
 import numpy as np
-import provenance
 
 
 HERE = pathlib.Path(__file__).resolve().parent
+PACKAGES = {name: name for name in ("jax", "optax", "flax", "numpy", "torch")} | {
+    **{"kfac_jax": "kfac-jax", "backpack": "backpack-for-pytorch"},
+    **{"nngeometry": "nngeometry", "laplace.curvature": "laplace-torch"},
+    **{"asdl": "asdfghjkl", "curvlinops": "curvlinops-for-pytorch"},
+}
 
 
 class Run(NamedTuple):
@@ -54,7 +61,7 @@ class Run(NamedTuple):
             say(f"{self.file.stem}: {describe(settings)}")
             start = time.perf_counter()
             result = plain(compute(*args))
-            made = provenance.of(self.options.command)
+            made = made_by(self.options.command)
             made["seconds"] = round(time.perf_counter() - start, 1)
             cell = {"settings": settings, "result": result, "made": made}
             self.cells.update(keep(self.file, cell))
@@ -99,6 +106,33 @@ def describe(settings: Mapping[str, Any]) -> str:
 def say(text: str) -> None:
     """Says where the work is, on the error stream."""
     print(text, file=sys.stderr, flush=True)
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """Returns what a reader needs to repeat a cell: versions, device and command."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for module, name in PACKAGES.items():
+        if module in sys.modules:
+            versions[name] = importlib.metadata.version(name)
+    device = f"CPU, {os.cpu_count()} cores"
+    if "jax" in sys.modules:
+        found = sys.modules["jax"].devices()[0]
+        device = device if found.platform == "cpu" else found.device_kind
+    versions["fsam_optax"] = code()
+    return {"command": command, "device": device, "versions": versions}
+
+
+@functools.cache
+def code() -> str:
+    """Returns the version of the library: the commit, or a digest of its source."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
+        found = subprocess.run(command, cwd=HERE, capture_output=True, check=True)
+        return found.stdout.decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        parts = sorted((HERE.parent / "fsam_optax").rglob("*.py"))
+        digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts))
+        return f"source {digest.hexdigest()[:8]}"
 
 
 def read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -162,7 +196,7 @@ def plain(value: Any) -> Any:
 
 def experiment(**keywords: Any) -> Callable[[Callable[[Run], None]], Any]:
     """Makes `main(arguments=None)` of a function of a `Run`; see `start`."""
-    return lambda function: partial(start, function, **keywords)
+    return lambda function: functools.partial(start, function, **keywords)
 
 
 def start(function, arguments=None, *, defaults=lambda _: {}, smoke=(), **options: Any):

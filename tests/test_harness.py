@@ -311,7 +311,7 @@ def test_an_unfinished_picture_leaves_the_old_one(show, tmp_path, monkeypatch):
 
 
 def test_the_versions_are_those_of_what_runs(harness):
-    made = importlib.import_module("provenance").of("python x.py")
+    made = harness.made_by("python x.py")
     assert made["versions"]["python"] == "{}.{}.{}".format(*sys.version_info[:3])
     assert made["versions"]["fsam_optax"]
     assert isinstance(argparse.Namespace(**made).device, str)
