@@ -444,9 +444,8 @@ def test_what_attribution_is_judged_by(script):
 
 def test_preconditioners_spend_the_same_gradients(script):
     module = script("preconditioning")
-    problem = module.PROBLEMS["digits"]
     for method, facts in module.METHODS.items():
-        steps = module.steps_of(method, problem, 300)
-        passes = 9 if facts.passes < 0 else facts.passes
+        steps = module.steps_of(method, "digits", 300)
+        passes = 9 if facts[-1] < 0 else facts[-1]
         assert 280 <= steps * (1 + passes / module.EVERY) <= 300, method
-        assert len(module.points_of(method, problem)) == 24
+        assert len(module.points_of(method, "digits")) == 24
