@@ -28,28 +28,28 @@ import harness
 import jax
 import jax.numpy as jnp
 import show
-import steps
 import training
 from cost import gpt2, problem
 from models import MLP, MODELS as NETWORKS, nn, ResNet, Transformer
+from steps import measure
 
 import fsam_optax as fsam
 
 
 # Dense products a second, by NVIDIA's data sheets: bfloat16, and float32 as TF32.
 PEAK = {"H100": (989e12, 495e12), "H200": (989e12, 495e12), "A100": (312e12, 156e12)}
-IMAGE, PARTS = (32, 32, 3), ("accuracy", "cost", "step", "cifar10")
+PARTS, NAIVE = ("accuracy", "cost", "step", "cifar10"), "vmap(grad) squared"
 MODELS: dict[str, Callable[[], cost.Problem]] = {
-    "mlp": lambda: problem(MLP(), (784,), 512),
-    "cnn": partial(cost.cnn, 512),
-    "resnet18": lambda: problem(ResNet(64, nn.Conv, groups=8), IMAGE, 512),
+    "MLP": lambda: problem(MLP(), (784,), 512),
+    "CNN": partial(cost.cnn, 512),
+    "resnet18": lambda: problem(ResNet(64, nn.Conv, groups=8), (32, 32, 3), 512),
     "transf. 64": lambda: problem(Transformer(), (64,), 256),
     "transf. 1024": lambda: problem(Transformer(), (1024,), 16),
     "gpt2": lambda: gpt2(8, 512, dtype=jnp.bfloat16),
 }
 TINY = {"width": 16, "heads": 2, "depth": 2, "vocabulary": 20}
 SMOKE = {
-    "mlp": cost.SMOKE["tiny"],
+    "MLP": cost.SMOKE["tiny"],
     "gpt2": lambda: gpt2(2, 4, dtype=jnp.bfloat16, **TINY),
 }
 # Radii of small networks here and of the papers; nothing is tuned on the device.
@@ -60,17 +60,19 @@ RADII = {
 RATE = 0.05
 
 
-def diagonals(model: cost.Problem) -> tuple[Any, dict[str, Callable]]:
-    """Returns the loss, and F by the engine and by `vmap(grad)`."""
+def diagonals(model: cost.Problem) -> dict[str, Callable]:
+    """Returns a gradient, F by the engine, and by `vmap(grad)`."""
     loss = fsam.negative_log_likelihood(model.apply, fsam.categorical)
+    both = partial(fsam.loss_power_sums, cost.of_example(loss), powers=(1, 2))
     ours = partial(fsam.diagonal, fsam.fisher_empirical(loss))
-    return loss, {"F": ours, "vmap(grad) squared": cost.plain(loss)}
+    fns = {"gradient": jax.grad(loss), "F": ours, "gradient and F": both}
+    return fns | {NAIVE: cost.plain(loss)}
 
 
-def accuracy(make: Callable, rows: int) -> dict[str, float]:
+def accuracy(make: Callable) -> dict[str, float]:
     """Returns the relative distance from vmap(grad) at the highest precision."""
     apply, params, batch = make()
-    batch = jax.tree.map(lambda x: x[:rows], batch)
+    batch = jax.tree.map(lambda x: x[:32], batch)
 
     def narrow(params, x):
         params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
@@ -78,42 +80,29 @@ def accuracy(make: Callable, rows: int) -> dict[str, float]:
 
     def run(row, precision):
         fn = narrow if precision == "bfloat16" else apply
-        fns = diagonals(cost.Problem(fn, params, batch))[1]
+        fns = diagonals(cost.Problem(fn, params, batch))
         chosen = None if precision == "default" else "highest"
         with jax.default_matmul_precision(chosen):
-            return jax.block_until_ready(jax.jit(fns[row])(params, batch))
+            return jax.jit(fns[row])(params, batch)
 
     def apart(a, b):
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         return max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
 
-    truth, found = run("vmap(grad) squared", "highest"), {}
-    for precision in ("default", "highest", "bfloat16"):
-        for row in ("F", "vmap(grad) squared"):
-            try:
-                found[f"{row}, {precision}"] = apart(run(row, precision), truth)
-            except jax.errors.JaxRuntimeError:  # No such products on this device.
-                continue
-    return found
+    truth, every = run(NAIVE, "highest"), ("default", "highest", "bfloat16")
+    rows = [(row, precision) for precision in every for row in ("F", NAIVE)]
+    return {f"{row}, {p}": apart(run(row, p), truth) for row, p in rows}
 
 
-def fisher_cost(make: Callable, repeats: int, large: bool) -> dict[str, Any]:
-    """Returns what a gradient and Fisher diagonals cost, and the gradient's share."""
+def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
+    """Returns what Fisher diagonals cost, and the gradient's share of the peak."""
     model = make()
-    loss, rows = diagonals(model)
-    both = partial(fsam.loss_power_sums, cost.of_example(loss), powers=(1, 2))
-    fns = {"gradient": jax.grad(loss), "gradient and F": both, **rows}
-    if large:
-        del fns["vmap(grad) squared"]
-    runs, facts = {}, {}
-    for row, fn in fns.items():
-        try:
-            program, known = cost.compiled(fn, model.params, model.batch)
-            jax.block_until_ready(program(model.params, model.batch))
-        except jax.errors.JaxRuntimeError as error:  # Too large for the device.
-            harness.say(f"{row} failed: {str(error).splitlines()[0]}")
-            continue
-        runs[row], facts[row] = partial(program, model.params, model.batch), known
+    fns = diagonals(model)
+    if naive:
+        fns = {"gradient": fns["gradient"], NAIVE: fns[NAIVE]}
+    else:
+        del fns[NAIVE]
+    runs, facts = cost.programs(fns, model.params, model.batch)
     for row, found in cost.ratios(runs, repeats).items():
         facts[row] |= found
     lowered = jax.jit(fns["gradient"]).lower(model.params, model.batch)
@@ -121,39 +110,35 @@ def fisher_cost(make: Callable, repeats: int, large: bool) -> dict[str, Any]:
     if large:  # XLA counts the body of a loop once.
         size = sum(x.size for x in jax.tree.leaves(model.params))
         flops = 6 * size * model.batch[1].size
-    kind = jax.devices()[0].device_kind
-    for peaks in (peaks for name, peaks in PEAK.items() if name in kind):
-        spent = facts["gradient"]["ms"] / 1e3 * peaks[0 if large else 1]
-        facts["gradient"]["share"] = flops / spent
+    kind, spent = jax.devices()[0].device_kind, facts["gradient"]["ms"] / 1e3
+    peak = [peaks[not large] for name, peaks in PEAK.items() if name in kind]
+    facts["gradient"]["share"] = flops / spent / peak[0] if peak else None
     return facts
 
 
-def cifar10(options, method, seed, rho, rate):
+def cifar10(options, method, seed):
     """Trains one network by one method."""
     problem = training.make_problem(options, seeds=[seed])
-    return training.train(method, problem, options, rho, rate)
+    return training.train(method, problem, options, RADII[method], RATE)
 
 
 def print_tables(found: dict[str, dict[str, Any]]) -> None:
     """Prints what is there."""
-    if near := found["accuracy"]:
-        names = dict.fromkeys(name for facts in near.values() for name in facts)
-        rows = [
-            [n, *(f"{f[n]:.0e}" if n in f else "-" for f in near.values())]
-            for n in names
-        ]
-        title = "Relative distance from vmap(grad) squared, highest precision"
-        show.table(title, ["", *near], rows)
+    near, steps = found["accuracy"], found["step"]
+    names = dict.fromkeys(name for facts in near.values() for name in facts)
+    title = "Relative distance from vmap(grad) squared, highest precision"
+    rows = [[n, *(f"{facts[n]:.0e}" for facts in near.values())] for n in names]
+    show.table(title, ["", *near], rows)
     rows = {f"{m}: {r}": f for m, of in found["cost"].items() for r, f in of.items()}
     columns = {
         "": lambda row, _: row,
         "ms": lambda _, f: f"{f['ms']:.3g}",
         "over gradient": lambda _, f: f"{f['ratio']:.2f}",
         "temporaries, MB": lambda _, f: f"{f['temporary_mb']:.3g}",
-        "share of peak": lambda _, f: f"{f['share']:.0%}" if "share" in f else "",
+        "share of peak": lambda _, f: f"{f['share']:.0%}" if f.get("share") else "",
     }
     show.report("Fisher diagonals", rows, columns)
-    cost.print_table("Over the base step", found["step"])
+    cost.print_table("Over the base step", steps)
     last = {m: [f["accuracy"][0][-1] for f in of] for m, of in found["cifar10"].items()}
     columns = {
         "method": lambda method, _: method,
@@ -161,31 +146,28 @@ def print_tables(found: dict[str, dict[str, Any]]) -> None:
         "test accuracy, %": lambda _, values: show.cell(values, ".2f", 100),
         "over base": lambda _, v: show.over(v, last["base"][: len(v)], "+.2f"),
     }
-    if last:
-        title = "CIFAR-10, ResNet-18 in bfloat16, equal gradients"
-        show.report(title, last, columns)
+    show.report("CIFAR-10, ResNet-18 in bfloat16, equal gradients", last, columns)
 
 
 def cells(options, data: bool) -> Iterator[tuple[str, str, dict[str, Any], Callable]]:
     """Yields part, name, settings and function of cells, the most wanted first."""
-    every = SMOKE if options.smoke else MODELS
-    repeats = options.repeats
-    for name in [name for name in every if name != "gpt2"]:
-        key = {"model": name, "rows": 32}
-        yield "accuracy", name, key, partial(accuracy, every[name], 32)
-    key = {"repeats": repeats}
-    for name, make in every.items():
-        compute = partial(fisher_cost, make, repeats, name == "gpt2")
-        yield "cost", name, key | {"model": name}, compute
-    for name in [name for name in every if name in ("mlp", "transf. 64", "resnet18")]:
-        compute = partial(lambda make: steps.measure(make(), repeats), every[name])
-        yield "step", name, key | {"model": name}, compute
+    every, key = SMOKE if options.smoke else MODELS, {"repeats": options.repeats}
+    small = [name for name in every if name != "gpt2"]
+    for name in small:
+        yield "accuracy", name, {"model": name}, partial(accuracy, every[name])
+    for naive, names in ((False, every), (True, small)):
+        for name in names:
+            args = every[name], options.repeats, naive, name == "gpt2"
+            settings = {"model": name, "naive": naive, **key}
+            yield "cost", name, settings, partial(fisher_cost, *args)
+    for name in [name for name in every if name in ("MLP", "transf. 64", "resnet18")]:
+        compute = partial(lambda make: measure(make(), options.repeats), every[name])
+        yield "step", name, {"model": name, **key}, compute
     for seed in range(options.seeds if data else 0):
         for method, rho in RADII.items():
             key = {"method": method, "seed": seed, "rho": rho, "rate": RATE}
             key |= {n: getattr(options, n) for n in ("epochs", "batch_size", "model")}
-            compute = partial(cifar10, options, method, seed, rho, RATE)
-            yield "cifar10", method, key, compute
+            yield "cifar10", method, key, partial(cifar10, options, method, seed)
 
 
 # What `training` wants to know beside.
@@ -224,7 +206,7 @@ def main(run: harness.Run) -> None:
             continue
         try:
             found = run.cell(compute, part=part, **settings)
-        except jax.errors.JaxRuntimeError as error:
+        except jax.errors.JaxRuntimeError as error:  # Too large for the device.
             harness.say(f"{part}, {name} failed: {str(error).splitlines()[0]}")
             continue
         if not kept:
@@ -232,7 +214,7 @@ def main(run: harness.Run) -> None:
         if part == "cifar10":
             facts[part].setdefault(name, []).append(found)
         else:
-            facts[part][name] = found
+            facts[part][name] = found | facts[part].get(name, {})
     print_tables(facts)
 
 

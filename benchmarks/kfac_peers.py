@@ -24,12 +24,13 @@ import optax
 import fsam_optax as fsam
 
 
-OURS = {
-    "empirical": fsam.fisher_empirical,
-    "one drawn label": lambda loss: fsam.fisher_i1(loss, key=jax.random.key(0)),
-    "exact": fsam.fisher_exact,
+OURS = {"empirical": fsam.fisher_empirical, "exact": fsam.fisher_exact}
+LAYERS = {
+    "dense": kfac_jax.DenseDiagonal,
+    "conv2d": kfac_jax.Conv2DDiagonal,
+    "scale_and_shift": kfac_jax.ScaleAndShiftDiagonal,
+    "generic": kfac_jax.NaiveDiagonal,
 }
-MODES = dict(zip(OURS, "empirical gradients exact".split(), strict=True))
 
 
 def kfac(model: cost.Problem, row: str):
@@ -42,25 +43,18 @@ def kfac(model: cost.Problem, row: str):
         return -jnp.mean(fsam.categorical.log_prob(logits, y))
 
     estimator = kfac_jax.BlockDiagonalCurvature(
-        func=loss,
-        params_index=0,
-        layer_tag_to_block_ctor={
-            "dense": kfac_jax.DenseDiagonal,
-            "conv2d": kfac_jax.Conv2DDiagonal,
-            "scale_and_shift": kfac_jax.ScaleAndShiftDiagonal,
-            "generic": kfac_jax.NaiveDiagonal,
-        },
+        func=loss, params_index=0, layer_tag_to_block_ctor=LAYERS
     )
     key, args = jax.random.PRNGKey(0), (model.params, model.batch)
     cached = {"exact_powers_to_cache": None, "approx_powers_to_cache": None}
     state = estimator.init(rng=key, func_args=args, **cached)
     # The empirical one squares the gradients of the mean loss.
     size = len(model.batch[1])
-    scale, mode = size if row == "empirical" else 1.0, f"fisher_{MODES[row]}"
+    scale = size if row == "empirical" else 1.0
 
     def run(params, batch):
         new = estimator.update_curvature_matrix_estimate(
-            state, 0.0, 1.0, 1.0, size, key, (params, batch), mode
+            state, 0.0, 1.0, 1.0, size, key, (params, batch), f"fisher_{row}"
         )
         product = estimator.multiply(  # with ones: the diagonal
             *(new, jax.tree.map(jnp.ones_like, params), 0.0),
@@ -82,7 +76,7 @@ def measure(name: str, repeats: int) -> dict:
     runs, facts = cost.programs(fns, model.params, model.batch)
     for row, found in cost.ratios(runs, repeats).items():
         facts[row] |= found
-    for row in ("empirical", "exact"):
+    for row in OURS:
         mine, theirs = (runs[f"{row}: {who}"]() for who in ("fsam_optax", "kfac-jax"))
         apart = optax.tree.norm(optax.tree.sub(theirs, mine)) / optax.tree.norm(mine)
         facts[f"{row}: kfac-jax"]["error"] = apart
@@ -98,9 +92,8 @@ def measure(name: str, repeats: int) -> dict:
     repeats=5,
 )
 def main(run: harness.Run) -> None:
-    settings = run.take("repeats")
-    args = measure, *settings.values()
-    results = run.each("model", run.options.models, *args, **settings)
+    args = run.options.models, measure, run.options.repeats
+    results = run.each("model", *args, **run.take("repeats"))
     cost.print_table("Over one gradient of the batch", results)
     errors = [f.get("error", 0) for facts in results.values() for f in facts.values()]
     print(f"kfac-jax is at most {max(errors):.0e} from fsam_optax.")
