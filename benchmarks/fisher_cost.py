@@ -6,8 +6,16 @@ way is `vmap(grad)` squared, which forms an array of batch x parameters.
 
     python benchmarks/fisher_cost.py                             # make bench
     python benchmarks/fisher_cost.py --models gpt2 --repeats 1   # minutes, 5 GB
+
+kfac-jax keeps, for each layer that it recognises, the diagonal of a Fisher matrix for
+its preconditioner. Beside ours it wants an environment of its own, since 0.0.8 does
+not run on jax 0.10:
+
+    pip install jax==0.7.0 optax==0.2.5 flax==0.11.2 rich . kfac-jax==0.0.8
+    python benchmarks/fisher_cost.py --kfac --models mlp mlp-512 cnn resnet
 """
 
+import importlib.util
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +24,7 @@ import cost
 import harness
 import jax
 import jax.numpy as jnp
+import optax
 
 import fsam_optax as fsam
 
@@ -27,11 +36,12 @@ SMOKE = cost.SMOKE | {
 GRADIENT, BOTH = "gradient", "gradient and fisher_empirical"
 NORMS = GRADIENT, "norms: vmap(grad)", "per_example_norms", "clipped_gradient"
 STEPS = "SAM, both gradients", "Fisher SAM, both gradients"
-EXACT, SECOND = "exact: one example at a time", "fisher_i2, Hutchinson"
-# One gradient for each example and class: minutes a run. One Hessian-vector product for
-# each array of parameters: minutes of compilation.
-LEFT_OUT = {"mlp-512": (EXACT,), "resnet": (EXACT, SECOND)}
+SECOND = "fisher_i2, Hutchinson"
+# One Hessian-vector product for each array of parameters: minutes of compilation.
+LEFT_OUT = {"resnet": (SECOND,)}
 LARGE = GRADIENT, "fisher_empirical", BOTH, "fisher_hutchinson", *STEPS
+PEER = {"fisher_empirical": "kfac-jax, empirical", "fisher_exact": "kfac-jax, exact"}
+PEERS = GRADIENT, *PEER, *PEER.values()
 
 
 def make_rows(model: cost.Problem) -> dict[str, Callable]:
@@ -44,25 +54,13 @@ def make_rows(model: cost.Problem) -> dict[str, Callable]:
         leaves = jax.tree.leaves(grads(params, batch))
         return jnp.sqrt(sum(jnp.sum(g * g, range(1, g.ndim)) for g in leaves))
 
-    def summed(single, params, inputs):
-        def add(total, one):
-            found = single(params, one)
+    def in_chunks(size, params, batch):
+        def add(total, chunk):
+            found = grads(params, chunk)
             return jax.tree.map(lambda t, g: t + jnp.sum(g * g, 0), total, found), None
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), inputs)[0]
-
-    def in_chunks(size, params, batch):
         chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
-        return summed(grads, params, chunks)
-
-    # One example at a time: for all at once, batch x classes x parameters would be
-    # formed, 14 GB for the MLP at batch 512.
-    def exact_one_by_one(params, batch):
-        def rows(params, x):
-            h, pullback = jax.vjp(lambda p: model.apply(p, x[None])[0], params)
-            return jax.vmap(pullback)(fsam.categorical.factor(h).T)[0]
-
-        return summed(rows, params, batch[0])
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), chunks)[0]
 
     def estimate(make, **options):
         return partial(fsam.diagonal, make(loss, **options))
@@ -83,7 +81,6 @@ def make_rows(model: cost.Problem) -> dict[str, Callable]:
         "fisher_i1": estimate(fsam.fisher_i1, **key),
         "fisher_gnb": estimate(fsam.fisher_gnb, **key),
         "fisher_hutchinson": estimate(fsam.fisher_hutchinson, **key),
-        EXACT: exact_one_by_one,
         "fisher_exact": estimate(fsam.fisher_exact),
         SECOND: estimate(fsam.fisher_i2, hessian="hutchinson", **key),
         "norms: vmap(grad)": naive_norms,
@@ -94,10 +91,48 @@ def make_rows(model: cost.Problem) -> dict[str, Callable]:
     }
 
 
+def kfac(model: cost.Problem) -> dict[str, Callable]:
+    """Returns the same for the diagonals of kfac-jax, as trees like the parameters."""
+    kfac_jax = importlib.import_module("kfac_jax")
+
+    def loss(params, batch):
+        x, y = batch
+        logits = model.apply(params, x)
+        kfac_jax.register_softmax_cross_entropy_loss(logits, y)
+        return -jnp.mean(fsam.categorical.log_prob(logits, y))
+
+    layers = {
+        "dense": kfac_jax.DenseDiagonal,
+        "conv2d": kfac_jax.Conv2DDiagonal,
+        "scale_and_shift": kfac_jax.ScaleAndShiftDiagonal,
+        "generic": kfac_jax.NaiveDiagonal,
+    }
+    estimator = kfac_jax.BlockDiagonalCurvature(
+        func=loss, params_index=0, layer_tag_to_block_ctor=layers
+    )
+    key, args = jax.random.PRNGKey(0), (model.params, model.batch)
+    cached = {"exact_powers_to_cache": None, "approx_powers_to_cache": None}
+    state, size = estimator.init(rng=key, func_args=args, **cached), len(args[1][1])
+
+    def run(mode, scale, params, batch):
+        new = estimator.update_curvature_matrix_estimate(
+            state, 0.0, 1.0, 1.0, size, key, (params, batch), mode
+        )
+        product = estimator.multiply(  # with ones: the diagonal
+            *(new, jax.tree.map(jnp.ones_like, params), 0.0),
+            **{"exact_power": True, "use_cached": False, "pmap_axis_name": None},
+        )
+        return jax.tree.map(lambda x: scale * x, product)
+
+    # The empirical one squares the gradients of the mean loss.
+    scales = {"fisher_empirical": size, "fisher_exact": 1.0}
+    return {PEER[row]: partial(run, row, scale) for row, scale in scales.items()}
+
+
 def measure(name: str, repeats: int, rows: tuple[str, ...] = ()) -> dict:
     """Returns what is known of the rows, by default of all diagonals."""
     model, left_out = (MODELS | SMOKE)[name](), LEFT_OUT.get(name, ()) + NORMS + STEPS
-    every = make_rows(model)
+    every = make_rows(model) | (kfac(model) if rows == PEERS else {})
     rows = rows or (GRADIENT, *(row for row in every if row not in left_out))
     fns = {row: every[row] for row in rows}
     runs, facts = cost.programs(fns, model.params, model.batch)
@@ -107,29 +142,42 @@ def measure(name: str, repeats: int, rows: tuple[str, ...] = ()) -> dict:
     # whatever runs next.
     for naive in (False, True):
         group = [row for row in runs if row == GRADIENT or (":" in row) == naive]
-        if len(group) == 1:
-            continue
-        found = cost.ratios({row: runs[row] for row in group}, repeats, clock)
-        for row in group:
-            facts[row] |= found[row]
+        if len(group) > 1:
+            found = cost.ratios({row: runs[row] for row in group}, repeats, clock)
+            for row in group:
+                facts[row] |= found[row]
+    for row, theirs in PEER.items() if rows == PEERS else ():
+        mine = runs[row]()
+        apart = optax.tree.norm(optax.tree.sub(runs[theirs](), mine))
+        facts[theirs]["error"] = apart / optax.tree.norm(mine)
     return facts
 
 
 @harness.experiment(
-    smoke={"models": list(SMOKE), "repeats": 2},
+    smoke={
+        **{"models": list(SMOKE), "repeats": 2},
+        "kfac": importlib.util.find_spec("kfac_jax") is not None,
+    },
     models={"default": list(cost.PROBLEMS), "choices": [*MODELS, *SMOKE]},
+    kfac={"default": False, "help": "beside kfac-jax"},
     repeats=5,
 )
 def main(run: harness.Run) -> None:
     key, names = run.take("repeats"), run.options.models
     large = [name for name in names if name.startswith("gpt2")]
     small = [name for name in names if name not in large]
-    repeats = run.options.repeats
+    title, repeats = "Over one gradient of the batch", run.options.repeats
+    if run.options.kfac:
+        found = run.each("model", small, measure, repeats, PEERS, rows="kfac", **key)
+        cost.print_table(title, found)
+        errors = [of[row]["error"] for of in found.values() for row in PEER.values()]
+        print(f"kfac-jax is at most {max(errors):.0e} from fsam_optax.")
+        return
     found = run.each("model", small, measure, repeats, **key)
     found |= run.each("model", large, measure, repeats, LARGE, **key)
     norms = run.each("model", small, measure, repeats, NORMS, rows="norms", **key)
     for results in (found, norms) if norms else (found,):
-        cost.print_table("Over one gradient of the batch", results)
+        cost.print_table(title, results)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ SCRIPTS = sorted(
 )
 
 
-# Each in an environment of its own.
-PEERS = {"diagonal_peers": "torch", "kfac_peers": "kfac_jax"}
+PEERS = {"diagonal_peers": "torch"}  # in an environment of its own
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
