@@ -270,7 +270,7 @@ def negative_log_likelihood(
         ... )
         >>> model = Net(nnx.Rngs(0))
         >>> batch = jnp.ones((4, 2)), jnp.ones((4, 1))
-        >>> _, grads, state = f(model, f.init(model), batch)
+        >>> _, grads, state = nnx.jit(f)(model, f.init(model), batch)
         >>> print(model.dropout.rngs.count[...], state.sharpness > 0)
         1 True
     """

@@ -180,7 +180,7 @@ def perturbation(
         ...         w = optax.apply_updates(w, update)
         ...     return jnp.sum(w**2)
         >>> w = jnp.array([3.0, 4.0])
-        >>> d_rho, d_w = jax.grad(loss_after, argnums=(0, 1))(0.5, w)
+        >>> d_rho, d_w = jax.jit(jax.grad(loss_after, argnums=(0, 1)))(0.5, w)
         >>> print(d_rho, d_w)  # w becomes (0.8 - 0.2 rho / |w|) w.
         -1.56 [3.744 4.992]
 

@@ -50,7 +50,8 @@ def by_group(
         ...         "exact": fisher_exact(model, gaussian()),
         ...     },
         ... )
-        >>> fisher = diagonal(estimator, params, (jnp.ones((4, 2)), None))
+        >>> evaluate = jax.jit(lambda params, x: diagonal(estimator, params, (x, None)))
+        >>> fisher = evaluate(params, jnp.ones((4, 2)))
         >>> print(fisher["head"].ravel() - jnp.tanh(2.0) ** 2)
         [0. 0. 0.]
     """

@@ -174,12 +174,14 @@ def per_example_norms(
             as the draws of an example are then not those of the batch.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian, negative_log_likelihood
         >>> nll = negative_log_likelihood(lambda w, x: x @ w, gaussian())
         >>> inputs = jnp.array([[3.0, 4.0], [0.0, 1.0], [3.0, 4.0]])
         >>> targets = jnp.array([[1.0], [1.0], [0.0]])
-        >>> print(per_example_norms(nll, jnp.zeros((2, 1)), (inputs, targets)))
+        >>> norms = jax.jit(per_example_norms, static_argnums=0)
+        >>> print(norms(nll, jnp.zeros((2, 1)), (inputs, targets)))
         [5. 1. 0.]
 
     References:

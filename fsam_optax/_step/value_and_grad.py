@@ -173,6 +173,7 @@ def value_and_grad(
             `functional`; in a call, if `loss_fn` does not return what `has_aux` says.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> import optax
         >>> from fsam_optax import euclidean_ball
@@ -194,7 +195,7 @@ def value_and_grad(
         ...     nll, fisher_ellipsoid(0.1, given()), empirical_fisher=True
         ... )
         >>> w, batch = jnp.zeros((50, 10)), (jnp.ones((512, 50)), jnp.arange(512) % 10)
-        >>> value, grads, state = f(w, f.init(w), batch)
+        >>> value, grads, state = jax.jit(f)(w, f.init(w), batch)
         >>> for line in f.explain(w, batch).passes:
         ...     print(line.name, "|", line.computes, "|", round(line.cost, 1))
         at w | value, gradient, empirical Fisher | 1.6

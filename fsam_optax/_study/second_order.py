@@ -253,10 +253,12 @@ def dense_ggn(
         Jacobians, one row of P for each output of each example.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import bernoulli
         >>> x, y = jnp.array([[1.0, 2.0]]), jnp.array([[1]])
-        >>> print(dense_ggn(lambda w, x: x @ w, bernoulli, jnp.zeros((2, 1)), (x, y)))
+        >>> ggn = jax.jit(dense_ggn, static_argnums=(0, 1))
+        >>> print(ggn(lambda w, x: x @ w, bernoulli, jnp.zeros((2, 1)), (x, y)))
         [[0.25 0.5 ]
          [0.5  1.  ]]
 
@@ -321,7 +323,8 @@ def scale_by_inverse_dense(
         >>> natural = scale_by_inverse_dense(
         ...     functools.partial(dense_fisher, model, gaussian()), damping=0.0
         ... )
-        >>> step, _ = natural.update(grads, natural.init(w), w, batch=(x, y))
+        >>> update = jax.jit(natural.update)
+        >>> step, _ = update(grads, natural.init(w), w, batch=(x, y))
         >>> print((w - step).ravel())
         [ 4. -1.]
 
