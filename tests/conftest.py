@@ -213,6 +213,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish():
+    """What was imported stays, and is not looked through for garbage."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_rank_promotion():
     """The library's own arithmetic never lines up shapes by chance.

@@ -273,6 +273,15 @@ def test_every_public_transformation_is_listed():
     assert others == public.keys()
 
 
+# One of each kind: all are given arguments of `EXTRA` that they do not know.
+@pytest.mark.short(
+    "fisher_ellipsoid_average",
+    "by_group",
+    "scale_by_inverse_fisher",
+    "displaced",
+    "reuse",
+    "value_and_grad_micro",
+)
 def test_unknown_extra_args_change_nothing(tx):
     def program(**extra):
         jaxpr = jax.make_jaxpr(lambda state: update(tx, state, **extra))
@@ -281,20 +290,7 @@ def test_unknown_extra_args_change_nothing(tx):
     assert program(value=None, nonsense={}) == program()
 
 
-# What repeats a path of another is in the slow suite.
-ONE_FOR_EACH_PATH = pytest.mark.short(
-    "fisher_ellipsoid_average",
-    "fisher_i2",
-    "refresh_every",
-    "sharpness_aware_every",
-    "displaced",
-    "looksam",
-    "value_and_grad_micro",
-)
-
-
-@pytest.mark.short("looksam", "refresh_every")
-@ONE_FOR_EACH_PATH
+@pytest.mark.short("looksam", "refresh_every", "displaced")
 def test_100_donated_steps_are_one_trace(tx, caplog):
     traces = []
 
@@ -339,7 +335,6 @@ def test_a_state_from_jit_can_be_donated(tx):
 
 
 @pytest.mark.short("fisher_ellipsoid_average", "value_and_grad_micro")
-@ONE_FOR_EACH_PATH
 def test_ensembles_of_scans_of_conds_agree_with_loops(tx):
     def body(carry, scale):
         params, state = carry
@@ -387,16 +382,22 @@ def test_tree_map_params(tx):
     assert sevens == like_params
 
 
+FLOATS = ["bfloat16", "float32", "float64"]
+
+
 @pytest.mark.parametrize(
     "dtype",
-    ["bfloat16", pytest.param("float32", marks=pytest.mark.long), "float64"],
+    ["mixed", *(pytest.param(x, marks=pytest.mark.long) for x in FLOATS)],
 )
 @pytest.mark.parametrize("name", by_name(CASES, REPRESENTED - TYPES_OF_THEIR_OWN))
 def test_dtypes_are_kept_and_strong(x64, name, dtype):
     case = CASES[name]
     tx = case.factory(**case.kwargs)
+    dtypes = dict.fromkeys(PARAMS, dtype)
+    if dtype == "mixed":
+        dtypes = {"k": "bfloat16", "b": "float64"}
     params, grads, fisher = (
-        jax.tree.map(lambda x: x.astype(dtype), tree)
+        {n: x.astype(dtypes[n]) for n, x in tree.items()}
         for tree in (PARAMS, GRADS, FISHER)
     )
     state = jax.eval_shape(tx.init, params)
@@ -406,8 +407,11 @@ def test_dtypes_are_kept_and_strong(x64, name, dtype):
     same = (
         case.kind in ("step", "gradient", "descent") or case.factory is fsam_optax.given
     )
-    kept = jnp.dtype(dtype) if same else jnp.promote_types(dtype, jnp.float32)
-    assert types(result) == {n: (w.shape, kept, False) for n, w in PARAMS.items()}
+    kept = {
+        n: w.dtype if same else jnp.promote_types(w.dtype, jnp.float32)
+        for n, w in params.items()
+    }
+    assert types(result) == {n: (w.shape, kept[n], False) for n, w in params.items()}
     # `optax.ema` takes the dtype of the parameters at first, then that of F.
     if case.kwargs.get("estimator") is not AVERAGE["estimator"]:
         assert types(new_state) == types(state)
