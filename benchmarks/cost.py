@@ -77,9 +77,7 @@ SMOKE = {"tiny": lambda: problem(MLP((8,)), (16,), 16)}
 
 def of_example(loss: Callable) -> Callable:
     """Returns the loss of one example, without an axis of the batch."""
-    return lambda params, example: loss(
-        params, jax.tree.map(lambda x: x[None], example)
-    )
+    return lambda params, one: loss(params, jax.tree.map(lambda x: x[None], one))
 
 
 def plain(loss: Callable) -> Callable:

@@ -37,8 +37,6 @@ GRADIENT, BOTH = "gradient", "gradient and fisher_empirical"
 NORMS = GRADIENT, "norms: vmap(grad)", "per_example_norms", "clipped_gradient"
 STEPS = "SAM, both gradients", "Fisher SAM, both gradients"
 SECOND = "fisher_i2, Hutchinson"
-# One Hessian-vector product for each array of parameters: minutes of compilation.
-LEFT_OUT = {"resnet": (SECOND,)}
 LARGE = GRADIENT, "fisher_empirical", BOTH, "fisher_hutchinson", *STEPS
 PEER = {"fisher_empirical": "kfac-jax, empirical", "fisher_exact": "kfac-jax, exact"}
 PEERS = GRADIENT, *PEER, *PEER.values()
@@ -131,7 +129,9 @@ def kfac(model: cost.Problem) -> dict[str, Callable]:
 
 def measure(name: str, repeats: int, rows: tuple[str, ...] = ()) -> dict:
     """Returns what is known of the rows, by default of all diagonals."""
-    model, left_out = (MODELS | SMOKE)[name](), LEFT_OUT.get(name, ()) + NORMS + STEPS
+    model, left_out = (MODELS | SMOKE)[name](), NORMS + STEPS
+    if name == "resnet":  # A Hessian-vector product for each of many arrays.
+        left_out += (SECOND,)
     every = make_rows(model) | (kfac(model) if rows == PEERS else {})
     rows = rows or (GRADIENT, *(row for row in every if row not in left_out))
     fns = {row: every[row] for row in rows}

@@ -22,21 +22,18 @@ Steps = dict[str, tuple[Callable, Callable]]
 def by_hand(gradient: Callable) -> Steps:
     """Returns steps without metrics and safeguards, as short as they can be written."""
 
-    def base(w, state, batch):
-        return None, gradient(w, batch), state
-
-    def sam(w, state, batch):
+    def sam(w, batch):
         g = gradient(w, batch)
         scale = 0.05 / optax.tree.norm(g)
         at = jax.tree.map(lambda w, g: w + scale * g, w, g)
-        return None, gradient(at, batch), state
+        return gradient(at, batch)
 
-    def asam(w, state, batch):
+    def asam(w, batch):
         g = gradient(w, batch)
         t = jax.tree.map(lambda w: jnp.abs(w) + 0.01 if w.ndim > 1 else w * 0 + 1, w)
         scale = 0.5 / optax.tree.norm(jax.tree.map(jnp.multiply, t, g))
         at = jax.tree.map(lambda w, t, g: w + scale * t * t * g, w, t, g)
-        return None, gradient(at, batch), state
+        return gradient(at, batch)
 
     def msam(w, states, batch):  # w holds the perturbation, as what a trainer holds.
         m, eps, state = states
@@ -52,11 +49,14 @@ def by_hand(gradient: Callable) -> Steps:
     def zeros(w):
         return jax.tree.map(jnp.zeros_like, w)
 
-    def around(oracle):
+    def around(fn):
+        def oracle(w, state, batch):
+            return None, fn(w, batch), state
+
         return methods.around(oracle, SGD, lambda params: ())[:2]
 
     return {
-        "base": around(base),
+        "base": around(gradient),
         "SAM by hand": around(sam),
         "ASAM by hand": around(asam),
         "MSAM by hand": (lambda w: (zeros(w), zeros(w), SGD.init(w)), msam),
@@ -82,38 +82,33 @@ def make_steps(model: Problem) -> Steps:
 
         return tx.init, step
 
-    def oracle(perturbation, **options: Any):
-        options = {"metrics": False, **options}
-        return methods.around(fsam.value_and_grad(loss, perturbation, **options), SGD)
+    def oracle(perturbation, metrics=False, **options: Any):
+        f = fsam.value_and_grad(loss, perturbation, metrics=metrics, **options)
+        return methods.around(f, SGD)
 
     def named(name, rho):
         return methods.stepper(name, loss, SGD, rho)
 
-    def fisher(estimator):
-        return oracle(fsam.fisher_ellipsoid(0.1, estimator))
+    def fisher(estimator, **options):
+        return oracle(fsam.fisher_ellipsoid(0.1, estimator), **options)
 
     exact = fsam.fisher_exact(loss)
     contrib = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    contrib = optax.contrib.sam(SGD, contrib, opaque_mode=True)
     every = {
-        "optax.contrib.sam, opaque": wrapped(
-            optax.contrib.sam(SGD, contrib, opaque_mode=True)
-        ),
+        "optax.contrib.sam, opaque": wrapped(contrib),
         "SAM": wrapped(fsam.sharpness_aware(SGD, ball, metrics=False)),
         "SAM, value_and_grad, metrics": oracle(ball, metrics=True),
         "ASAM": named("ASAM", 0.5),
-        "Fisher SAM, squared": named("Fisher SAM, squared, relative", 0.1),
-        "Fisher SAM, empirical, one pass": named(
-            "Fisher SAM, empirical, relative", 0.1
-        ),
+        "Fisher SAM, squared": fisher(fsam.squared_gradient()),
+        "Fisher SAM, empirical, one pass": fisher(fsam.given(), empirical_fisher=True),
         "Fisher SAM, empirical, apart": fisher(fsam.fisher_empirical(loss)),
         "Fisher SAM, I1": fisher(fsam.fisher_i1(loss, key=key)),
         "Fisher SAM, exact": fisher(exact),
         "Fisher SAM, exact every 10th step": fisher(fsam.refresh_every(CYCLE, exact)),
         "SAM, every=5": oracle(ball, every=5),
         "SAM, micro_batches=4": oracle(ball, micro_batches=4),
-        "GSAM": named("GSAM", 0.05),
-        "WSAM": named("WSAM", 0.05),
-        "Friendly SAM": named("Friendly SAM", 0.05),
+        **{name: named(name, 0.05) for name in ("GSAM", "WSAM", "Friendly SAM")},
         "MSAM": named("MSAM", 3.0),
     }
     return by_hand(gradient) | {name: steps[:2] for name, steps in every.items()}
