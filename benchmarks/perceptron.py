@@ -32,11 +32,10 @@ HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 def initial(key, sizes, init=HE):
     """Returns parameters of layers between arrays of the given sizes."""
-    shapes = list(itertools.pairwise(sizes))
-    keys = jax.random.split(key, len(shapes))
+    keys = jax.random.split(key, len(sizes) - 1)
     return [
         {"kernel": init(k, shape), "bias": jnp.zeros(shape[1])}
-        for k, shape in zip(keys, shapes, strict=True)
+        for k, shape in zip(keys, itertools.pairwise(sizes), strict=True)
     ]
 
 
