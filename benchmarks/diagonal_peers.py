@@ -268,7 +268,7 @@ LIBRARIES = {
 
 
 def error_of(found: dict, true: dict) -> float:
-    return max(float(abs(found[name] - a).max() / a.max()) for name, a in true.items())
+    return np.max([abs(found[name] - a).max() / a.max() for name, a in true.items()])
 
 
 def measure(name: str, repeats: int) -> dict:
