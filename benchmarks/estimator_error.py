@@ -67,26 +67,21 @@ def stage(steps, activation, draws, size):
     return {"accuracy": right, "errors": errors}
 
 
-def entry(errors, name, _):
-    return f"{errors[name]['error']:.3f}"
-
-
 @harness.experiment(
-    smoke={"activations": ["tanh"], "stages": [10], "draws": 2, "batch": 8},
+    smoke={"activations": ["tanh"], "stages": [10], "draws": 2},
     activations={"default": list(ACTIVATIONS), "choices": ACTIVATIONS},
     stages={"default": [0, 100, 1000], "type": int, "help": "steps"},
     draws=200,
-    batch=128,
 )
 def main(run: harness.Run) -> None:
     columns: show.Columns = {"one estimate": lambda name, _: name}
     for activation in run.options.activations:
-        key = {"activation": activation, "draws": run.options.draws}
-        key |= {"size": run.options.batch}
+        key = {"activation": activation, "draws": run.options.draws, "size": 128}
         found = run.each("steps", run.options.stages, stage, *key.values(), **key)
         for steps, facts in found.items():
-            heading = f"{activation}\n{steps}\n{facts['accuracy']:.0%}"
-            columns[heading] = partial(entry, facts["errors"])
+            errors, right = facts["errors"], f"{facts['accuracy']:.0%}"
+            at = f"{activation}\n{steps}\n{right}"
+            columns[at] = lambda name, _, of=errors: f"{of[name]['error']:.3f}"
     title = "Error over the exact diagonal, by network, steps, accuracy"
     show.report(title, ESTIMATORS, columns)
 

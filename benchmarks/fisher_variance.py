@@ -99,8 +99,6 @@ COLUMNS: show.Columns = {
     "rel.\nI2": lambda _, v: ratio(v["i2"] ** 0.5, v["fisher"]),
     "V2\nless": lambda _, v: f"{np.mean(v['i2'][:, 1:] < v['i1'][:, 1:]):.0%}",
 }
-CAPTION = """Means over layers, geometric over seeds. Bound: over the exact value.
-Rel.: standard deviation over F. Less: V2 < V1 at this share of later checkpoints."""
 
 
 def draw(layers, checkpoints, file):
@@ -141,7 +139,8 @@ def main(run: harness.Run) -> None:
                 for of in ("fisher", "i1", "i2", "i1_upper", "i2_upper")
             }
     title = "Variances of one drawn label, at the end of training"
-    show.report(title, layers, COLUMNS, CAPTION)
+    caption = "Bound: over V. Rel.: deviation over F. Less: share of later checkpoints."
+    show.report(title, layers, COLUMNS, caption)
     draw(layers, plan["checkpoints"], run.picture())
 
 
