@@ -85,23 +85,18 @@ def search(method: str, points: list, options: argparse.Namespace) -> dict[str, 
 
 
 def tune(run: harness.Run, settings: dict[str, Any]) -> dict[str, Any]:
-    """Prints and returns the best point of each method."""
-    best, settings = {}, settings | {"seeds": run.options.tuning_seeds}
+    """Says and returns the best point of each method."""
+    chosen, settings = {}, settings | {"seeds": run.options.tuning_seeds}
     for method in run.options.methods:
         _, _, radii, rates = run.options.offered[method]
         points = [{"rho": float(a), "rate": float(b)} for a in radii for b in rates]
         points = points[::9] if run.options.smoke else points
         key = {"part": "tuning", "method": method, "points": points, **settings}
         found = run.cell(search, method, points, run.options, **key)
-        best[method] = methods.choose(found["points"], found["accuracy"])
-    columns = {
-        "method": lambda method, _: method,
-        "rate, rho": lambda _, found: f"{found['rate']:.3g}, {found['rho']:.3g}",
-        "accuracy": lambda _, found: f"{found['score']:.2%}",
-        "edge": lambda _, found: ", ".join(found["edges"]),
-    }
-    show.report("The best on images that nothing trains on", best, columns)
-    return {m: {"rho": at["rho"], "rate": at["rate"]} for m, at in best.items()}
+        best = methods.choose(found["points"], found["accuracy"])
+        harness.say(f"{method}: {best}")
+        chosen[method] = {"rho": best["rho"], "rate": best["rate"]}
+    return chosen
 
 
 def fisher_cost(name: str, repeats: int) -> dict[str, Any]:
@@ -130,32 +125,28 @@ def last(facts: dict[str, Any], name: str = "accuracy") -> np.ndarray:
 
 def report(options, points, found, costs) -> None:
     """Prints both tables."""
-    base = last(found[options.methods[0]])
-    columns = {
-        "method": lambda method, _: method,
-        "learn.\nrate": lambda method, _: f"{points[method]['rate']:.3g}",
-        "rho": lambda method, _: f"{points[method]['rho']:.3g}",
-        "test\naccuracy, %": lambda _, facts: show.percent(last(facts)),
-        f"points over\n{options.methods[0]}": lambda _, f: show.over(last(f), base),
-        "test\nloss": lambda _, facts: show.cell(last(facts, "test_loss"), ".2f"),
-        "train\nloss": lambda _, facts: f"{last(facts, 'train_loss').mean():.3f}",
-    }
-    title = f"{options.data}, {options.model}, sgd: equal gradients"
+    rows, base = [], last(found[options.methods[0]])
+    for method, facts in found.items():
+        cells = [f"{points[method][name]:.3g}" for name in ("rate", "rho")]
+        cells += [show.percent(last(facts)), show.over(last(facts), base)]
+        cells += [show.cell(last(facts, "test_loss"), ".2f")]
+        rows.append([method, *cells, f"{last(facts, 'train_loss').mean():.3f}"])
+    headings = ["method", "learn.\nrate", "rho", "test\naccuracy, %"]
+    headings += [f"points over\n{options.methods[0]}", "test\nloss", "train\nloss"]
     gradients = max(facts["gradients"][-1] for facts in found.values())
     caption = f"{gradients} gradients; mean ± standard error, {options.seeds} seeds."
-    show.report(title, found, columns, caption, first=21)
-    columns = {
-        "empirical Fisher diagonal": lambda name, _: cost.TITLES.get(name, name),
-        "time:\nvmap(grad)²": lambda _, f: f"{f['plain']['ratio']:.2f}",
-        "time:\nours": lambda _, f: f"{f['ours']['ratio']:.2f}",
-        "memory, MB:\nvmap(grad)²": lambda _, f: f"{f['plain']['temporary_mb']:.1f}",
-        "MB:\nours": lambda _, f: f"{f['ours']['temporary_mb']:.1f}",
-        "largest\ndifference": lambda _, f: f"{f['apart']:.0e}",
-    }
-    caption = (
-        "Time: over one gradient of the batch. Difference: over the largest entry."
-    )
-    show.report("What a Fisher diagonal costs", costs, columns, caption, first=30)
+    title = f"{options.data}, {options.model}, sgd: equal gradients"
+    show.table(title, headings, rows, caption, first=21)
+    rows = []
+    for name, facts in costs.items():
+        ways = facts["plain"], facts["ours"]
+        cells = [f"{way['ratio']:.2f}" for way in ways]
+        cells += [f"{way['temporary_mb']:.1f}" for way in ways]
+        rows.append([cost.TITLES.get(name, name), *cells, f"{facts['apart']:.0e}"])
+    headings = ["empirical Fisher diagonal", "time:\nvmap(grad)²", "time:\nours"]
+    headings += ["memory, MB:\nvmap(grad)²", "MB:\nours", "largest\ndifference"]
+    caption = "Time: in gradients of the batch. Difference: over the largest entry."
+    show.table("What a Fisher diagonal costs", headings, rows, caption, first=30)
 
 
 def draw(options, found, path) -> None:

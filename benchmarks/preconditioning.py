@@ -153,27 +153,23 @@ def last(facts, key):
 
 def report(title, found):
     """Prints the end of each training, beside Adam's."""
-
-    def over(facts, key, *form):
-        return show.over(last(facts, key), last(found["Adam"], key), *form)
-
-    columns = {
-        "method": lambda method, _: method,
-        "steps": lambda _, f: f["steps"],
-        "training loss": lambda _, f: show.cell(last(f, "train"), ".3f"),
-        "test loss": lambda _, f: show.cell(last(f, "test"), ".3f"),
-        "over Adam": lambda _, f: over(f, "test", "+.3f", 1),
-        "accuracy, %": lambda _, f: show.percent(last(f, "accuracy")),
-        "over Adam, %": lambda _, f: over(f, "accuracy"),
-        "rate, second": lambda _, f: (
-            f"{f['rate']:.1g}, {f['second']:.0e}{'*' * bool(f['edges'])}"
-        ),
-    }
+    rows, keys = [], ("train", "test", "accuracy")
+    _, adam_test, adam_accuracy = (last(found["Adam"], key) for key in keys)
+    for method, facts in found.items():
+        training, test, accuracy = (last(facts, key) for key in keys)
+        cells = [facts["steps"], show.cell(training, ".3f"), show.cell(test, ".3f")]
+        cells += [show.over(test, adam_test, "+.3f", 1), show.percent(accuracy)]
+        chosen = (
+            f"{facts['rate']:.1g}, {facts['second']:.0e}{'*' * bool(facts['edges'])}"
+        )
+        rows.append([method, *cells, show.over(accuracy, adam_accuracy), chosen])
+    headings = ["method", "steps", "training loss", "test loss", "over Adam"]
+    headings += ["accuracy, %", "over Adam, %", "rate, second"]
     caption = (
         "Mean ± standard error; differences on the same seeds. Second: momentum, eps,\n"
         "gamma or damping. * at an edge of the grid."
     )
-    show.report(title, found, columns, caption, first=24)
+    show.table(title, headings, rows, caption, first=24)
 
 
 def draw(results, path):

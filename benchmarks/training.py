@@ -77,19 +77,14 @@ def standardize(problem: Problem, images: jax.Array) -> jax.Array:
 
 def augment(data: datasets.Dataset, key: jax.Array, images: jax.Array) -> jax.Array:
     """Shifts and mirrors each image of a batch at random; black comes in at the rim."""
-    shift, (batch, height, width, _) = data.shift, images.shape
+    (batch, *shape), shift = images.shape, data.shift
     shift_key, flip_key = jax.random.split(key)
-    if shift:
-        padding = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-        corners = jax.random.randint(shift_key, (batch, 2), 0, 2 * shift + 1)
-        rows = corners[:, :1] + jnp.arange(height)[None]
-        columns = corners[:, 1:] + jnp.arange(width)[None]
-        crop = jax.vmap(lambda image, i, j: image[i][:, j])
-        images = crop(jnp.pad(images, padding), rows, columns)
-    if data.flip:
-        mirror = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
-        images = jnp.where(mirror, images[:, :, ::-1], images)
-    return images
+    padded = jnp.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+    corners = jax.random.randint(shift_key, (batch, 2), 0, 2 * shift + 1)
+    crop = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), shape))
+    images = crop(padded, corners)
+    mirror = data.flip & jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+    return jnp.where(mirror, images[:, :, ::-1], images)
 
 
 def score(problem: Problem, params: Any) -> tuple[jax.Array, jax.Array]:
