@@ -118,55 +118,51 @@ def test_sentences_of_a_row_do_not_see_each_other(script):
     ]
     together = module.pack(pairs)
     assert len(together.part) == 1
-    model = module.model_of([range(9)] * 2, width=8, depth=1)
-    params = module.initial(model, jax.random.key(0), together)
-    features = partial(module.features, model, params)
-    found = features(jax.tree.map(jnp.asarray, together))
+    model = module.Transformer((9, 9), width=8, depth=1)
+    params = model.init(jax.random.key(0), *together[:4])
+    found = model.apply(params, *together[:4])
     for number, pair in enumerate(pairs, 1):
-        alone = jax.tree.map(jnp.asarray, module.pack([pair]))
+        alone = module.pack([pair])
         for name in ("inputs", "labels"):
             np.testing.assert_array_equal(
                 getattr(together, name)[together.part == number],
                 getattr(alone, name)[alone.part == 1],
             )
-        of_pair = features(alone)[alone.part == 1]
+        of_pair = model.apply(params, *alone[:4])[alone.part == 1]
         np.testing.assert_allclose(found[together.part == number], of_pair, atol=1e-5)
 
 
-def test_the_translation_loss_is_that_of_smoothed_labels(script, monkeypatch):
+def test_the_translation_loss_is_that_of_smoothed_labels(script):
     module = script("translation")
-    logits = jax.random.normal(jax.random.key(1), (2, 3, 7))
-    monkeypatch.setattr(module, "features", lambda *args: logits)
-    monkeypatch.setattr(module, "logits_of", lambda params, x: x)
-    labels = jnp.arange(6).reshape(2, 3)
-    part = jnp.array([[1, 1, 0], [1, 2, 2]])
-    pairs = module.Pairs(None, None, None, labels, part)
-    for found, smoothing in zip(
-        module.score(0, 0, pairs)[:2], (module.SMOOTHING, 0), strict=True
-    ):
-        smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 7), smoothing)
-        expected = optax.softmax_cross_entropy(logits, smoothed)[part > 0].mean()
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    pairs = module.pack([([3, 4, 5], [6, 3]), ([5], [4, 4, 5, 3])])
+    model = module.Transformer((7, 7), width=8, depth=1)
+    params = model.init(jax.random.key(0), *pairs[:4])
+    logits, used = model.apply(params, *pairs[:4]), pairs.part > 0
+    found = module.score(model, params, pairs)
+    for loss, smoothing in zip(found[:2], (module.SMOOTHING, 0), strict=True):
+        labels = optax.smooth_labels(jax.nn.one_hot(pairs.labels, 7), smoothing)
+        expected = optax.softmax_cross_entropy(logits, labels)[used].mean()
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    right = (jnp.argmax(logits, -1) == pairs.labels)[used].mean()
+    np.testing.assert_allclose(found[2], right, rtol=1e-5)
 
 
 def test_greedy_translation_says_the_likeliest_next_word(script):
     module = script("translation")
     _, val, test, _, words = module.prepare(script("captions").made_up())
-    model = module.model_of(words, width=8, depth=1)
-    val = jax.tree.map(jnp.asarray, val)
-    params = module.initial(model, jax.random.key(0), val)
-    outputs = jax.jit(partial(module.translate, model))(params, jnp.asarray(test))
-    # All at once, from what was said.
-    begin = jnp.full((len(outputs), 1), module.EOS)
-    inputs = jnp.concatenate([begin, outputs[:, :-1]], 1)
-    part = jnp.asarray(test != module.PAD, jnp.int32)
-    memory = module.run(model, "encoder", params, jnp.asarray(test), part)
-    args = inputs, jnp.ones_like(inputs), memory, part
-    logits = np.array(
-        module.logits_of(params, module.run(model, "decoder", params, *args))
-    )
-    logits[..., [module.PAD, module.UNKNOWN]] = -np.inf
-    np.testing.assert_array_equal(outputs, logits.argmax(-1))
+    model = module.Transformer(tuple(map(len, words)), width=8, depth=1)
+    params = model.init(jax.random.key(0), *val[:4])
+    params = jax.tree.map(lambda w: 2 * w, params)
+    found = jax.jit(partial(module.translate, model))(params, jnp.asarray(test))
+    said = np.full((len(test), module.LONGEST + 1), module.EOS)
+    part, ones = (test != module.PAD).astype(int), np.ones((len(test), module.LONGEST))
+    for place in range(module.LONGEST):
+        logits = model.apply(params, test, part, said[:, :-1], ones)[:, place]
+        logits = np.array(logits)
+        logits[:, [module.PAD, module.UNKNOWN]] = -np.inf
+        said[:, place + 1] = logits.argmax(-1)
+    np.testing.assert_array_equal(found, said[:, 1:])
+    assert len(np.unique(found)) > 3
 
 
 # A language model.
