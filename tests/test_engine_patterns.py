@@ -553,6 +553,67 @@ def lora_of_layers(p, x):
     return jnp.sum(lax.scan(layer, x, p)[0] ** 2)
 
 
+# Recurrent weights that are made from parameters at each step.
+
+
+def recurrence(name, make, rules, remat=False, **params):
+    """Adds a loop whose step makes its weight by `make(p)`."""
+
+    def loss_fn(p, xs):
+        def step(h, x):
+            h = jnp.tanh(h @ make(p) + x)
+            return h, h
+
+        step = jax.checkpoint(step) if remat else step
+        return jnp.sum(lax.scan(step, jnp.zeros(D), xs)[1] ** 2)
+
+    PATTERNS[f"recurrence_{name}"] = loss_fn, params, SEQUENCES, set(rules), 1.1
+
+
+recurrence(
+    "of_masked",
+    lambda p: jnp.tril(jnp.tanh(p["w"])) / 2,
+    ["shared dense"],
+    w=FIXED,
+)
+recurrence(
+    "of_low_rank", lambda p: FIXED / 2 + p["a"] @ p["b"], ["shared dense"], True, **LORA
+)
+recurrence(
+    "of_parts",
+    lambda p: jnp.concatenate([p["a"], p["b"][::-1]]),
+    ["shared dense"],
+    a=normal(D // 2, D),
+    b=normal(D // 2, D),
+)
+for _remat in (False, True):
+    recurrence(
+        "of_norm_one" + "_checkpointed" * _remat,
+        lambda p: p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0),
+        ["mapped shared dense", "reduction"],
+        _remat,
+        v=FIXED,
+        g=SCALE,
+    )
+recurrence(
+    "of_probabilities",
+    lambda p: jax.nn.softmax(p["w"]),
+    ["mapped shared dense"],
+    w=FIXED,
+)
+
+
+@pattern({"e": normal(400, D), "w": FIXED}, SEQUENCES, ["embedding", "shared dense"])
+def rows_fed_back(p, xs):
+    """Each step looks up a row of a scaled table that the last one has chosen."""
+
+    def step(i, x):
+        y = jnp.tanh((p["e"] * 0.5)[i] + x) @ p["w"]
+        return jnp.argmax(y), y
+
+    return jnp.sum(jnp.tanh(lax.scan(step, 0, xs)[1]) ** 2)
+
+
 @pattern({"b": BIASES, "w": FIXED}, X, ["reduction", OUTER], 1.1)
 def biases_in_a_linear_loop(p, x):
     h, _ = lax.scan(lambda h, b: (h @ FIXED / 4 + b, None), x, p["b"])
@@ -563,6 +624,7 @@ def biases_in_a_linear_loop(p, x):
 OVERSTATED = {
     "word2vec": "the gradient adds whole tables up, which is not told as its own",
     "one_table_looked_up_twice": "as in word2vec",
+    "rows_fed_back": "as in word2vec",
     "branch_by_the_example": "nor is what the gradient picks of matrices",
 }
 
@@ -581,6 +643,7 @@ def operations(fn, *args):
     "product_of_layers",
     "model_with_a_branch",
     "checkpointed_layers_by_number",
+    "recurrence_of_norm_one_checkpointed",
     "buckets_of_positions",
     "small_table",
     "word2vec",

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
 
 from fsam_optax._engine.branches import switched
+from fsam_optax._engine.carries import Carries, contracts
 from fsam_optax._engine.ends import ends
 from fsam_optax._engine.jaxpr import (
     bind,
@@ -21,7 +21,7 @@ from fsam_optax._engine.jaxpr import (
     loop_flow,
     read,
 )
-from fsam_optax._engine.normal import as_it_is, NORMAL, windows_by_rows, without_moves
+from fsam_optax._engine.normal import as_it_is, NORMAL, without_moves
 from fsam_optax._engine.primitives import (
     BRANCHES,
     CALLS,
@@ -86,10 +86,15 @@ def _barrier(flow, eqn, values):
         b and (flow.varies(v) or f)
         for b, v, f in zip(chosen, eqn.invars, floating, strict=True)
     ]
-    held = iter(
-        lax.optimization_barrier([x for x, b in zip(values, chosen, strict=True) if b])
-    )
-    return [next(held) if b else x for x, b in zip(values, chosen, strict=True)]
+    # Those that differ wait for each other. Weights do not: they may be the same at
+    # each step of a loop.
+    joint = [b and flow.varies(v) for b, v in zip(chosen, eqn.invars, strict=True)]
+    found = [x for x, b in zip(values, joint, strict=True) if b]
+    held = iter(lax.optimization_barrier(found) if found else ())
+    return [
+        next(held) if j else lax.optimization_barrier(x) if b else x
+        for x, b, j in zip(values, chosen, joint, strict=True)
+    ]
 
 
 def _solve(flow, eqn, values):
@@ -182,7 +187,7 @@ def _products(flow, v):
         if flow.is_zero(x):
             continue
         eqn, moved = without_moves(flow, x)
-        if eqn is None or name_of(eqn) == UPDATE or not _contracts(flow, eqn):
+        if eqn is None or name_of(eqn) == UPDATE or not contracts(flow, eqn):
             return None
         found.append((moved, eqn))
     return found
@@ -210,8 +215,7 @@ def _moved_back(flow, moved, y):
 def _scan(before, eqn, values):
     """Evaluates a loop; sums of products that it accumulates come out as one product.
 
-    The gradient of a recurrent weight is a carry, `c + dot(a_t, g_t)` at each step.
-    The operands are stacked instead and contracted once, over steps and positions.
+    See `carries`.
     """
     closed = eqn.params["jaxpr"]
     n_consts, n_carry = loop_counts(eqn)
@@ -220,20 +224,16 @@ def _scan(before, eqn, values):
     flat = jax.make_jaxpr(flatten(closed, varies))(*closed.in_avals)
     inputs, outputs = flat.jaxpr.invars, flat.jaxpr.outvars
     flow = Dataflow(flat.jaxpr, (v for v, b in zip(inputs, varies, strict=True) if b))
-    sums = {
-        k: terms
-        for k in range(n_carry)
-        if (terms := _accumulated(flow, inputs[n_consts + k], outputs[k]))
-    }
+    sums = Carries(flow, n_consts, n_carry)
     end = ends(before, eqn, flow)
-    factors = [v for terms in sums.values() for _, e in terms for v in _factors(e)]
+    factors = sums.factors()
     given = dict(zip(inputs, values, strict=True))
     same = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     same.update((v, given[v]) for v in inputs[:n_consts])
     factors += [v for v in end.operands if v not in same]
     xs = inputs[n_consts + n_carry :]
     stacked = [v for v in dict.fromkeys(factors) if v not in xs]
-    keep = [k for k in range(n_carry) if k not in sums]
+    keep = [k for k in range(n_carry) if k not in sums.terms]
     kept = [k for k in range(n_carry, len(outputs)) if k not in end.outputs]
     rows = {v: given[v] for v in xs}
     final, ys = _in_loops(
@@ -242,13 +242,7 @@ def _scan(before, eqn, values):
     rows.update(zip(stacked, ys[len(kept) :], strict=True))
     final.update(zip(kept, ys, strict=False))
     final.update(end.values(flow, same, rows))
-    contracted: dict[int, Any] = {}
-    for k, terms in sums.items():
-        final[k] = values[n_consts + k]
-        for moved, e in terms:
-            if id(e) not in contracted:
-                contracted[id(e)] = STACKED[name_of(e)][1](e, *_stacks(e, rows))
-            final[k] = lax.add(final[k], _moved_back(flow, moved, contracted[id(e)]))
+    final.update(sums.totals(values[n_consts:], same, rows))
     return [final[k] for k in range(len(outputs))]
 
 
@@ -317,126 +311,3 @@ def _in_loops(eqn, flat, varies, given, keep, stacked):
             if not last:
                 ys[i] = next(ys_of)
     return final, ys
-
-
-def _accumulated(flow, before, after):
-    """Returns the terms of `after = before + terms`, if they are all contractions.
-
-    Each is a pair: what is moved from it, outermost first, and its equation.
-    """
-    terms = flow.summands(after)
-    if flow.uses.get(before) != 1 or terms.count(before) != 1:
-        return None
-    partial_sums = flow.ancestors([after], stop=[v for v in terms if v is not before])
-    if any(flow.uses[v] != 1 for v in partial_sums):
-        return None
-    found = []
-    for v in terms:
-        if v is before or flow.is_zero(v):
-            continue
-        eqn, moved = without_moves(flow, v)
-        if eqn is None or not _contracts(flow, eqn):
-            return None
-        found.append((moved, eqn))
-    return found
-
-
-def _contracts(flow, eqn):
-    condition = STACKED.get(name_of(eqn), (None, None))[0]
-    literal = any(isinstance(v, Literal) for v in _operands(eqn)[:2])
-    return condition is not None and not literal and condition(flow, eqn)
-
-
-def _operands(eqn):
-    """Returns the operands of a contraction, without the zeros that it adds to."""
-    return eqn.invars[1:] if name_of(eqn) == UPDATE else eqn.invars[-2:]
-
-
-def _factors(eqn):
-    """Returns those of the operands that are variables."""
-    return [v for v in _operands(eqn) if not isinstance(v, Literal)]
-
-
-def _stacks(eqn, rows):
-    """Returns the operands, stacked over the steps of a loop."""
-    length = len(rows[_operands(eqn)[0]])
-    return [
-        jnp.full(length, v.val) if isinstance(v, Literal) else rows[v]
-        for v in _operands(eqn)
-    ]
-
-
-def _stacked_product(eqn, a, g):
-    params = eqn.params
-    (ca, cg), batch = params["dimension_numbers"]
-    ca, cg, ba, bg = (tuple(d + 1 for d in dims) for dims in (ca, cg, *batch))
-    return lax.dot_general(
-        a,
-        g,
-        (((0, *ca), (0, *cg)), (ba, bg)),
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
-
-
-def _stacked_rows(eqn, a, g):
-    numbers = eqn.params["dimension_numbers"]
-    window = tuple(d + 1 for d in numbers.update_window_dims)
-    batching = tuple(d + 1 for d in numbers.scatter_indices_batching_dims)
-    out = eqn.outvars[0].aval
-    return lax.scatter_add(
-        jnp.zeros(out.shape, out.dtype),
-        a,
-        g,
-        numbers._replace(
-            update_window_dims=window, scatter_indices_batching_dims=batching
-        ),
-        mode=eqn.params["mode"],
-    )
-
-
-def _stacked_convolution(eqn, a, g):
-    spec = eqn.params["dimension_numbers"]
-    a, g = (
-        jnp.moveaxis(x, 0, d).reshape(
-            *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
-        )
-        for x, d in ((a, spec.lhs_spec[1]), (g, spec.rhs_spec[1]))
-    )
-    (out,) = bind(eqn, [a, g])
-    return out
-
-
-def _indexes(flow, eqn):
-    zeros, rows, *_ = eqn.invars
-    return flow.is_zero(zeros) and rows.aval.shape != zeros.aval.shape
-
-
-def _stacked_update(eqn, rows, *start):
-    """Adds what is put at an index at each step, such as the gradient of a layer."""
-    out = eqn.outvars[0].aval
-    size = rows.shape[1:]
-    indexed = tuple(d for d, n in enumerate(size) if n != out.shape[d])
-    index = jnp.stack([jnp.asarray(start[d], jnp.int32) for d in indexed], -1)
-    window = tuple(d for d in range(len(size)) if d not in indexed)
-    numbers = lax.ScatterDimensionNumbers(tuple(range(1, rows.ndim)), (), indexed)
-    return windows_by_rows(
-        jnp.zeros(out.shape, out.dtype),
-        index,
-        rows,
-        numbers,
-        lax.GatherScatterMode.CLIP,
-        (*indexed, *window),
-    )
-
-
-# What a loop adds up at each step can be done once: name -> whether this can, and how.
-STACKED: dict[str, tuple[Callable, Callable]] = {
-    "dot_general": (lambda flow, eqn: True, _stacked_product),
-    "scatter-add": (lambda flow, eqn: flow.is_zero(eqn.invars[0]), _stacked_rows),
-    "conv_general_dilated": (
-        lambda flow, eqn: eqn.params["feature_group_count"] == 1,
-        _stacked_convolution,
-    ),
-    UPDATE: (_indexes, _stacked_update),
-}

@@ -262,15 +262,16 @@ NORMAL: dict[str, Callable] = {
 def without_moves(flow: Dataflow, v: Any) -> tuple[Any, list[Any]]:
     """Returns the equation below the moves on top of `v`, and what they produce."""
     moved, eqn = [], flow.made_by(v)
-    while eqn and (is_move(eqn) or _pads_with_zeros(eqn)):
+    while eqn and moves_or_pads(eqn):
         moved.append(v)
         (v, *_) = eqn.invars
         eqn = flow.made_by(v)
     return eqn, moved
 
 
-def _pads_with_zeros(eqn):
-    return (
+def moves_or_pads(eqn: Any) -> bool:
+    """Tells whether an equation only rearranges entries, among zeros at most."""
+    return is_move(eqn) or (
         name_of(eqn) == "pad"
         and isinstance(eqn.invars[1], Literal)
         and not np.any(eqn.invars[1].val)

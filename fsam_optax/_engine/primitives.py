@@ -3,7 +3,7 @@
 The tables, one for each thing that can be done with a primitive, are `moves.MOVES` and
 `moves.BOXES` (powers pass), `linear.LINEAR` (products stay products), `rules.RULES`
 (how sums of powers are formed), `tails.EVALUATED`, `normal.NORMAL` and
-`flatten.STACKED` (how programs are written) and `work.COUNTS` (operations). A primitive
+`carries.STACKED` (how programs are written) and `work.COUNTS` (operations). A primitive
 is named there or here.
 """
 

@@ -64,7 +64,7 @@ def contraction(site: Site) -> Source | None:
 
 def _contracted(site: Site) -> tuple[list[Any], str] | None:
     """Returns the operands of contractions, and the name of the rule; or None."""
-    region = site.region()
+    region = [e for e in site.region() if not _held_anyway(site, e)]
     names = [name_of(e) for e in region]
     found = [CONTRACTIONS[name] for name in names if name in CONTRACTIONS]
     operands = _boundary(site, region)
@@ -114,14 +114,15 @@ def _formed(site):
     return {id(e) for e in site.region() if name_of(e) in CONTRACTIONS}
 
 
+def _held_anyway(site, eqn):
+    """Tells whether an equation is a loop that runs anyway, and yields little."""
+    return site.runs_anyway(eqn) and all(map(site.is_small, eqn.outvars))
+
+
 def _boundary(site, region):
     made = {v for e in region for v in e.outvars}
-    return [
-        v
-        for e in region
-        for v in e.invars
-        if not isinstance(v, Literal) and v not in made
-    ]
+    reads = [*(v for e in region for v in e.invars), *site.terms]
+    return [v for v in reads if not isinstance(v, Literal) and v not in made]
 
 
 # What needs nothing but the program and the activations. In this order.

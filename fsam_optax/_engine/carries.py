@@ -1,0 +1,262 @@
+"""What loops add up at each step, done once: the gradients of recurrent weights.
+
+The gradient of a recurrent weight is a carry, `c + dot(a_t, g_t)` at each step. The
+operands are stacked instead and contracted once, over steps and positions. Where the
+weight is made from parameters within the step, as in `tanh(h @ (mask * w))`, a linear
+map lies in between, `c + mask * dot(a_t, g_t)`. It is the same at each step, and is
+applied once to the sum.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, holds_numbers, size
+from fsam_optax._engine.normal import moves_or_pads, windows_by_rows
+from fsam_optax._engine.primitives import LOOP, name_of, UPDATE
+from fsam_optax._engine.sources import is_linear, parameter_side
+
+
+# Linear in one operand, with others that are no zeros.
+SCALED_BY = ("mul", "div", "dot_general", "conv_general_dilated", "triangular_solve")
+
+
+class Carries:
+    """What a loop adds to some of its carries.
+
+    Attributes:
+        terms: By number of the carry, the variables that each step adds to it.
+        sources: By number of the carry, what the terms are linear maps of: the
+            equation of a contraction by its variable, and None for what is small.
+    """
+
+    terms: dict[int, list[Any]]
+    sources: dict[int, dict[Any, Any]]
+
+    def __init__(self, flow: Dataflow, n_consts: int, n_carry: int):
+        """Looks through the body of a loop.
+
+        Args:
+            flow: The body.
+            n_consts: How many of its inputs are the same at each step.
+            n_carry: How many of its outputs it carries.
+        """
+        self._flow = flow
+        self.terms, self.sources = {}, {}
+        inputs, outputs = flow.jaxpr.invars, flow.jaxpr.outvars
+        added = {
+            k: terms
+            for k in range(n_carry)
+            if (terms := _added(flow, inputs[n_consts + k], outputs[k]))
+        }
+        if not added:
+            return
+        limit = max((size(v) for v in inputs[n_consts + n_carry :]), default=0)
+        wanted = [*(outputs[k] for k in added), *outputs[n_carry:]]
+        inside = parameter_side(flow, wanted)
+        made = _made(flow, inside, Dataflow(flow.jaxpr, inputs[n_consts:]), limit)
+        for k, terms in added.items():
+            if all(not isinstance(v, Literal) and v in made for v in terms):
+                sources = _below(made, terms)
+                if size(outputs[k]) > limit or any(sources.values()):
+                    self.terms[k], self.sources[k] = terms, sources
+
+    def factors(self) -> list[Any]:
+        """Returns the variables that are to be stacked over the steps."""
+        found = []
+        for sources in self.sources.values():
+            for v, e in sources.items():
+                found += [v] if e is None else _operands(e)
+        return [v for v in found if not isinstance(v, Literal)]
+
+    def totals(
+        self, start: Sequence[Any], same: dict[Any, Any], rows: dict[Any, Any]
+    ) -> dict[int, Any]:
+        """Returns what the loop ends with, by number of the carry.
+
+        Args:
+            start: What it begins with.
+            same: The values that are the same at each step.
+            rows: The factors, stacked over the steps.
+        """
+        done: dict[Any, Any] = {}
+        found = {}
+        for k, terms in self.terms.items():
+            for v, e in self.sources[k].items():
+                if v in done:
+                    continue
+                if e is None:
+                    done[v] = jnp.sum(rows[v], 0)
+                else:
+                    done[v] = STACKED[name_of(e)][1](e, *_stacks(e, rows))
+            env = {**same, **{v: done[v] for v in self.sources[k]}}
+            needed = self._flow.ancestors(terms, stop=set(env))
+            evaluate(self._flow.jaxpr.eqns, env, needed)
+            found[k] = start[k]
+            for v in terms:
+                found[k] = lax.add(found[k], env[v])
+        return found
+
+
+def _added(flow, before, after):
+    """Returns the terms of `after = before + terms`; None if it is no such sum."""
+    terms = flow.summands(after)
+    if flow.uses.get(before) != 1 or terms.count(before) != 1:
+        return None
+    partial_sums = flow.ancestors([after], stop=[v for v in terms if v is not before])
+    if any(flow.uses[v] != 1 for v in partial_sums):
+        return None
+    return [v for v in terms if v is not before and not flow.is_zero(v)]
+
+
+def _made(flow, inside, steps, limit):
+    """Returns, by variable that is a linear map of others, these; none for a source.
+
+    Args:
+        flow: The program.
+        inside: The variables that lead to gradients alone.
+        steps: Its dataflow by step: what varies there differs between steps.
+        limit: Size of the largest source that is no contraction.
+    """
+    made = {}
+    for eqn in flow.jaxpr.eqns:
+        given = [v for v in eqn.invars if not isinstance(v, Literal)]
+        varying = [v for v in given if flow.varies(v)]
+        if not varying:
+            continue
+        used = [v for v in eqn.outvars if v in flow.uses]
+        leads = all(v in inside for v in used)
+        maps = moves_or_pads(eqn) or (
+            leads
+            and _maps(flow, eqn)
+            and not any(steps.varies(v) for v in given if not flow.varies(v))
+        )
+        if maps and all(v in made for v in varying):
+            made.update((v, (varying, None)) for v in used)
+        elif contracts(flow, eqn):
+            made.update((v, ([], eqn)) for v in used)
+        elif leads and all(size(v) <= limit for v in used):
+            made.update((v, ([], None)) for v in used)
+    return made
+
+
+def _maps(flow, eqn):
+    """Tells whether an equation is a linear map to which nothing is added."""
+    if not is_linear(flow, eqn) or name_of(eqn) == LOOP:
+        return False
+    fixed = [v for v in eqn.invars if not flow.varies(v) and holds_numbers(v)]
+    return name_of(eqn) in SCALED_BY or all(map(flow.is_zero, fixed))
+
+
+def _below(made, terms):
+    """Returns the sources that some variables are made of, and their equations."""
+    found, seen, pending = {}, set(), [*terms]
+    while pending:
+        v = pending.pop()
+        if v not in seen:
+            seen.add(v)
+            operands, eqn = made[v]
+            pending += operands
+            if not operands:
+                found[v] = eqn
+    return found
+
+
+def contracts(flow: Dataflow, eqn: Any) -> bool:
+    """Tells whether an equation is a contraction that can be done for all steps."""
+    condition = STACKED.get(name_of(eqn), (None, None))[0]
+    literal = any(isinstance(v, Literal) for v in _operands(eqn)[:2])
+    return condition is not None and not literal and condition(flow, eqn)
+
+
+def _operands(eqn):
+    """Returns the operands of a contraction, without the zeros that it adds to."""
+    return eqn.invars[1:] if name_of(eqn) == UPDATE else eqn.invars[-2:]
+
+
+def _stacks(eqn, rows):
+    """Returns the operands, stacked over the steps of a loop."""
+    length = len(rows[_operands(eqn)[0]])
+    return [
+        jnp.full(length, v.val) if isinstance(v, Literal) else rows[v]
+        for v in _operands(eqn)
+    ]
+
+
+def _stacked_product(eqn, a, g):
+    params = eqn.params
+    (ca, cg), batch = params["dimension_numbers"]
+    ca, cg, ba, bg = (tuple(d + 1 for d in dims) for dims in (ca, cg, *batch))
+    return lax.dot_general(
+        a,
+        g,
+        (((0, *ca), (0, *cg)), (ba, bg)),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+
+
+def _stacked_rows(eqn, a, g):
+    numbers = eqn.params["dimension_numbers"]
+    window = tuple(d + 1 for d in numbers.update_window_dims)
+    batching = tuple(d + 1 for d in numbers.scatter_indices_batching_dims)
+    out = eqn.outvars[0].aval
+    return lax.scatter_add(
+        jnp.zeros(out.shape, out.dtype),
+        a,
+        g,
+        numbers._replace(
+            update_window_dims=window, scatter_indices_batching_dims=batching
+        ),
+        mode=eqn.params["mode"],
+    )
+
+
+def _stacked_convolution(eqn, a, g):
+    spec = eqn.params["dimension_numbers"]
+    a, g = (
+        jnp.moveaxis(x, 0, d).reshape(
+            *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
+        )
+        for x, d in ((a, spec.lhs_spec[1]), (g, spec.rhs_spec[1]))
+    )
+    (out,) = bind(eqn, [a, g])
+    return out
+
+
+def _indexes(flow, eqn):
+    zeros, rows, *_ = eqn.invars
+    return flow.is_zero(zeros) and rows.aval.shape != zeros.aval.shape
+
+
+def _stacked_update(eqn, rows, *start):
+    """Adds what is put at an index at each step, such as the gradient of a layer."""
+    out = eqn.outvars[0].aval
+    size = rows.shape[1:]
+    indexed = tuple(d for d, n in enumerate(size) if n != out.shape[d])
+    index = jnp.stack([jnp.asarray(start[d], jnp.int32) for d in indexed], -1)
+    window = tuple(d for d in range(len(size)) if d not in indexed)
+    numbers = lax.ScatterDimensionNumbers(tuple(range(1, rows.ndim)), (), indexed)
+    return windows_by_rows(
+        jnp.zeros(out.shape, out.dtype),
+        index,
+        rows,
+        numbers,
+        lax.GatherScatterMode.CLIP,
+        (*indexed, *window),
+    )
+
+
+# What a loop adds up at each step can be done once: name -> whether this can, and how.
+STACKED: dict[str, tuple[Callable, Callable]] = {
+    "dot_general": (lambda flow, eqn: True, _stacked_product),
+    "scatter-add": (lambda flow, eqn: flow.is_zero(eqn.invars[0]), _stacked_rows),
+    "conv_general_dilated": (
+        lambda flow, eqn: eqn.params["feature_group_count"] == 1,
+        _stacked_convolution,
+    ),
+    UPDATE: (_indexes, _stacked_update),
+}
