@@ -1,6 +1,5 @@
 """Settings under which every test runs, and the modes: `pytest --mode x64`."""
 
-import functools
 import gc
 import importlib.metadata
 import os
@@ -42,14 +41,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import oracles
 import pytest
-
-
-# A context of MLIR for each program takes half of the time of a small one, and memory.
-# They share one; nothing that is computed depends on it. Later versions of jax do so.
-if jax.__version__.startswith(("0.7.", "0.8.", "0.9.", "0.10.")):
-    from jax._src.interpreters import mlir
-
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 # Tracing makes many objects and hardly any garbage in cycles: a sixth of the time went
