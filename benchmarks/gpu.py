@@ -12,6 +12,7 @@ It needs jax, optax, flax and this tree, and no network; without CIFAR-10 part (
 left out. `python benchmarks/datasets.py` packs CIFAR-10 into parts of 31 MB.
 """
 
+import collections
 import pathlib
 import sys
 import time
@@ -38,7 +39,7 @@ import fsam_optax as fsam
 
 # Dense products a second, by NVIDIA's data sheets: bfloat16, and float32 as TF32.
 PEAK = {"H100": (989e12, 495e12), "H200": (989e12, 495e12), "A100": (312e12, 156e12)}
-PARTS, NAIVE = ("accuracy", "cost", "step", "cifar10"), "vmap(grad) squared"
+NAIVE = "vmap(grad) squared"
 MODELS: dict[str, Callable[[], cost.Problem]] = {
     "MLP": lambda: problem(MLP(), (784,), 512),
     "CNN": partial(cost.cnn, 512),
@@ -47,10 +48,9 @@ MODELS: dict[str, Callable[[], cost.Problem]] = {
     "transf. 1024": lambda: problem(Transformer(), (1024,), 16),
     "gpt2": lambda: gpt2(8, 512, dtype=jnp.bfloat16),
 }
-TINY = {"width": 16, "heads": 2, "depth": 2, "vocabulary": 20}
 SMOKE = {
     "MLP": cost.SMOKE["tiny"],
-    "gpt2": lambda: gpt2(2, 4, dtype=jnp.bfloat16, **TINY),
+    "gpt2": lambda: gpt2(2, 4, width=16, heads=2, depth=2, vocabulary=20),
 }
 # Radii of small networks here and of the papers; nothing is tuned on the device.
 RADII = {
@@ -96,12 +96,9 @@ def accuracy(make: Callable) -> dict[str, float]:
 
 def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
     """Returns what Fisher diagonals cost, and the gradient's share of the peak."""
-    model = make()
-    fns = diagonals(model)
-    if naive:
-        fns = {"gradient": fns["gradient"], NAIVE: fns[NAIVE]}
-    else:
-        del fns[NAIVE]
+    model, rows = make(), (NAIVE,) if naive else ("F", "gradient and F")
+    every = diagonals(model)
+    fns = {row: every[row] for row in ("gradient", *rows)}
     runs, facts = cost.programs(fns, model.params, model.batch)
     for row, found in cost.ratios(runs, repeats).items():
         facts[row] |= found
@@ -124,7 +121,7 @@ def cifar10(options, method, seed):
 
 def print_tables(found: dict[str, dict[str, Any]]) -> None:
     """Prints what is there."""
-    near, steps = found["accuracy"], found["step"]
+    near = found["accuracy"]
     names = dict.fromkeys(name for facts in near.values() for name in facts)
     title = "Relative distance from vmap(grad) squared, highest precision"
     rows = [[n, *(f"{facts[n]:.0e}" for facts in near.values())] for n in names]
@@ -138,7 +135,7 @@ def print_tables(found: dict[str, dict[str, Any]]) -> None:
         "share of peak": lambda _, f: f"{f['share']:.0%}" if f.get("share") else "",
     }
     show.report("Fisher diagonals", rows, columns)
-    cost.print_table("Over the base step", steps)
+    cost.print_table("Over the base step", found["step"])
     last = {m: [f["accuracy"][0][-1] for f in of] for m, of in found["cifar10"].items()}
     columns = {
         "method": lambda method, _: method,
@@ -196,7 +193,7 @@ def main(run: harness.Run) -> None:
     data = options.smoke or any(options.data_dir.rglob("*"))
     if not data:
         harness.say(f"No CIFAR-10 under {options.data_dir}: part (d) is left out")
-    facts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    facts: Any = collections.defaultdict(dict)
     took: dict[str, float] = {}
     for part, name, settings, compute in cells(options, data):
         kept, before = run.holds(part=part, **settings), time.perf_counter()
