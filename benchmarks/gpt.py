@@ -4,7 +4,7 @@ import collections
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,6 @@ MATRICES = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
 
 
 # Text.
-
-
-class Text(NamedTuple):
-    """Sequences, several to a row, all fields of shape (rows, length).
-
-    Of a token, which sequence of its row it is of, from 1 on; 0 is padding, whose
-    labels are ABSENT.
-    """
-
-    tokens: np.ndarray
-    part: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def batch(self) -> Any:
-        """What the loss takes: `(inputs, labels)` with inputs `(tokens, part)`."""
-        return (self.tokens, self.part), self.labels
 
 
 def pieces(texts: Sequence[str], size: int) -> list[str]:
@@ -84,24 +67,28 @@ def encode(texts: Sequence[str], known: list[str]) -> list[list[int]]:
     return [[number[p] for p in pattern.findall(text)] for text in every]
 
 
-def pack(sequences: Sequence[list[int]], length: int, most: int | None = None) -> Text:
-    """Lays sequences into rows, at most so many to a row, and cuts what is too long."""
+def pack(sequences: Sequence[list[int]], length: int) -> Any:
+    """Lays sequences into rows, and cuts what is too long: `((tokens, part), labels)`.
+
+    All have shape (rows, length). `part` is which sequence of its row a token is of,
+    from 1 on; 0 is padding, whose labels are ABSENT.
+    """
     rows: list[list[list[int]]] = [[]]
     for sequence in sequences:
         used = sum(len(s) + 1 for s in rows[-1])
-        if rows[-1] and (used + len(sequence) >= length or len(rows[-1]) == most):
+        if rows[-1] and used + len(sequence) >= length:
             rows.append([])
         rows[-1].append(sequence[: length - 1])
-    text = Text(*(np.zeros((len(rows), length), np.int32) for _ in range(3)))
-    text.labels[:] = ABSENT
+    tokens, part, labels = np.zeros((3, len(rows), length), np.int32)
+    labels[:] = ABSENT
     for i, row in enumerate(rows):
         start = 0
         for number, sequence in enumerate(row, 1):
             here = i, slice(start, start + len(sequence) + 1)
-            text.tokens[here], text.labels[here] = [EOS, *sequence], [*sequence, EOS]
-            text.part[here] = number
+            tokens[here], labels[here] = [EOS, *sequence], [*sequence, EOS]
+            part[here] = number
             start = here[1].stop
-    return text
+    return (tokens, part), labels
 
 
 # Model.

@@ -55,7 +55,7 @@ def corpora(options: Any) -> tuple[int, dict[str, Any]]:
     known = gpt.pieces([*itertools.chain(*sides["train"])], options.pieces)
     rows, found = (1_000_000, options.val_rows, options.test_rows), {}
     for (part, pair), most in zip(sides.items(), rows, strict=True):
-        packed = [gpt.pack(gpt.encode(side, known), LENGTH).batch for side in pair]
+        packed = [gpt.pack(gpt.encode(side, known), LENGTH) for side in pair]
         most = min(most, *(len(labels) for _, labels in packed))
         found[part] = jax.tree.map(lambda a, most=most: jnp.asarray(a[:most]), packed)
     return len(known), found

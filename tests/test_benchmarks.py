@@ -194,12 +194,10 @@ def tiny(script):
     return gpt, net, adapter
 
 
-@pytest.mark.parametrize("most", [None, 1], ids=["packed", "padded"])
-def test_the_fisher_of_a_sequence_is_the_sum_over_its_tokens(tiny, most):
+def test_the_fisher_of_a_sequence_is_the_sum_over_its_tokens(tiny):
     gpt, net, adapter = tiny
-    text = gpt.pack([[1, 2], [2], [2, 1, 1]], 6, most)
-    assert len(text.part) == (2 if most is None else 3)
-    batch = jax.tree.map(jnp.asarray, text.batch)
+    batch = jax.tree.map(jnp.asarray, gpt.pack([[1, 2], [2], [2, 1, 1]], 6))
+    assert len(batch[1]) == 2
     for loss, params, args in (
         (gpt.LOSS, adapter, (net,)),
         (gpt.OF_MATRICES, net["matrices"], (net,)),
@@ -228,10 +226,11 @@ def test_the_fisher_of_a_sequence_is_the_sum_over_its_tokens(tiny, most):
 
 def test_packing_changes_neither_loss_nor_fisher_but_the_empirical_one(tiny):
     gpt, net, _ = tiny
-    packed, padded = (
-        jax.tree.map(jnp.asarray, gpt.pack([[1, 2], [2], [2, 1, 1]], 6, most).batch)
-        for most in (None, 1)
-    )
+    texts = [1, 2], [2], [2, 1, 1]
+    packed = jax.tree.map(jnp.asarray, gpt.pack(texts, 6))
+    alone = [gpt.pack([text], 6) for text in texts]
+    padded = jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone)
+    assert len(packed[1]) == 2
     np.testing.assert_allclose(gpt.NET(net, packed), gpt.NET(net, padded), rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     head = {}
@@ -272,7 +271,7 @@ def test_over_sequences_of_the_model_cross_terms_of_tokens_vanish(tiny):
 
 def test_an_adapter_is_its_product_added(tiny):
     gpt, net, adapter = tiny
-    batch = jax.tree.map(jnp.asarray, gpt.pack([[1, 2], [2]], 6).batch)
+    batch = jax.tree.map(jnp.asarray, gpt.pack([[1, 2], [2]], 6))
     merged = jax.tree.map(jnp.add, net["matrices"], gpt.changes(adapter))
     found = gpt.LOSS(adapter, batch, net)
     np.testing.assert_allclose(found, gpt.OF_MATRICES(merged, batch, net), rtol=1e-5)
