@@ -159,16 +159,12 @@ def report(title, found):
         training, test, accuracy = (last(facts, key) for key in keys)
         cells = [facts["steps"], show.cell(training, ".3f"), show.cell(test, ".3f")]
         cells += [show.over(test, adam_test, "+.3f", 1), show.percent(accuracy)]
-        chosen = (
-            f"{facts['rate']:.1g}, {facts['second']:.0e}{'*' * bool(facts['edges'])}"
-        )
-        rows.append([method, *cells, show.over(accuracy, adam_accuracy), chosen])
+        cells += [show.over(accuracy, adam_accuracy), f"{facts['rate']:.1g}"]
+        cells += [f"{facts['second']:.0e}", "*" * bool(facts["edges"])]
+        rows.append([method, *cells])
     headings = ["method", "steps", "training loss", "test loss", "over Adam"]
-    headings += ["accuracy, %", "over Adam, %", "rate, second"]
-    caption = (
-        "Mean ± standard error; differences on the same seeds. Second: momentum, eps,\n"
-        "gamma or damping. * at an edge of the grid."
-    )
+    headings += ["accuracy, %", "over Adam, %", "rate", "second", "edge"]
+    caption = "Mean ± standard error. Second: momentum, eps, gamma or damping."
     show.table(title, headings, rows, caption, first=24)
 
 
@@ -185,9 +181,7 @@ def draw(results, path):
         for method, facts in found.items():
             curve = np.array(facts["test"], float).mean(0)
             axis.plot(x, curve, color=looks[method], label=method)
-        axis.set(
-            yscale="log", xlabel="share of the gradients", title=f"{name}: test loss"
-        )
+        axis.set(yscale="log", xlabel="share of gradients", title=f"{name}: test loss")
     axes[0].legend(fontsize=7)
     show.save(fig, path)
 

@@ -30,7 +30,6 @@ LOOKS = {
     "MSAM": (GREY, "-", "<"),
     # What the recipes compare.
     "exact F": (GREEN, "-", "^"),
-    "exact F + its mean": (SKY, "-.", "D"),
     "empirical F": (BLUE, "--", "s"),
     "squared gradient": (VERMILLION, ":", "v"),
     "squared gradient, 8": (ORANGE, ":", "P"),
@@ -166,14 +165,6 @@ def curves(axis: Any, x: Any, by_method: Any, **style: Any) -> None:
     """Draws a line a method: means over seeds in per cent, with their errors."""
     for method, values in by_method.items():
         errors(axis, x, values, 100, label=method, **look(method), **style)
-
-
-def later(axis: Any, curves: Any) -> None:
-    """Sets limits to what follows the first quarter, which would flatten the rest."""
-    late = [np.array(c, float)[..., np.shape(c)[-1] // 4 :].ravel() for c in curves]
-    low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
-    margin = 0.05 * (high - low) or 0.1
-    axis.set_ylim(low - margin, high + margin)
 
 
 def legend(picture: Any, axis: Any, columns: int, **settings: Any) -> None:
