@@ -236,11 +236,13 @@ def fisher_variance_i2_bounds(
     The likelihood needs `bounds`.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
         >>> w, x = jnp.ones(1), jnp.array([[3.0]])
         >>> model = lambda w, x: x * w[None] ** 2
-        >>> print(*fisher_variance_i2_bounds(model, gaussian(), w, x))
+        >>> bounds = jax.jit(fisher_variance_i2_bounds, static_argnums=(0, 1))
+        >>> print(*bounds(model, gaussian(), w, x))
         [36.] [36.]
     """
     examples = examples_of(nll, params, batch, **options)
@@ -258,10 +260,12 @@ def fisher_variance_trace_bounds(
     choose the estimator of a layer, or add them up over layers.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
         >>> x, w = jnp.array([[1.0, 2.0]]), jnp.zeros((2, 1))
-        >>> bounds = fisher_variance_trace_bounds(lambda w, x: x @ w, gaussian(), w, x)
+        >>> evaluate = jax.jit(fisher_variance_trace_bounds, static_argnums=(0, 1))
+        >>> bounds = evaluate(lambda w, x: x @ w, gaussian(), w, x)
         >>> print(bounds.fisher, bounds.i1, bounds.i2)
         5.0 34.0 0.0
     """

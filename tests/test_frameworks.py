@@ -25,6 +25,7 @@ Y = jnp.asarray(np.argmax(X[:, :3] + X[:, 3:], axis=1))
 STEPS = 30
 
 
+@jax.jit
 def cross_entropy(logits):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, Y))
 

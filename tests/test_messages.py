@@ -21,6 +21,7 @@ def model(p, x):
     return x @ p["w"] + p["b"][None]
 
 
+@jax.jit
 def loss(p, batch):
     x, y = batch
     return optax.softmax_cross_entropy_with_integer_labels(model(p, x), y).mean()

@@ -235,17 +235,19 @@ def fisher_empirical(
         ValueError: In `update`, if `params` is missing.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import bernoulli, diagonal, fisher_exact
+        >>> evaluate = jax.jit(diagonal, static_argnums=0)
         >>> model = lambda w, x: x @ w
         >>> x, y = jnp.array([[1.0, 2.0], [0.0, 2.0]]), jnp.array([[1], [0]])
 
         At 0, a logistic regression is as unsure as its labels are random:
 
         >>> w = jnp.zeros((2, 1))
-        >>> print(diagonal(fisher_empirical(model, bernoulli), w, (x, y)).ravel())
+        >>> print(evaluate(fisher_empirical(model, bernoulli), w, (x, y)).ravel())
         [0.125 1.   ]
-        >>> print(diagonal(fisher_exact(model, bernoulli), w, (x, y)).ravel())
+        >>> print(evaluate(fisher_exact(model, bernoulli), w, (x, y)).ravel())
         [0.125 1.   ]
 
     References:
@@ -380,11 +382,12 @@ def fisher_hutchinson(
         >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import categorical, diagonal, fisher_exact
+        >>> evaluate = jax.jit(diagonal, static_argnums=0)
         >>> model, w, x = (lambda w, x: x @ w), jnp.ones((1, 2)), jnp.ones((4, 1))
         >>> signs = fisher_hutchinson(model, categorical, key=jax.random.key(0))
-        >>> print(diagonal(signs, w, (x, None)))
+        >>> print(evaluate(signs, w, (x, None)))
         [[0.25 0.25]]
-        >>> print(diagonal(fisher_exact(model, categorical), w, (x, None)))
+        >>> print(evaluate(fisher_exact(model, categorical), w, (x, None)))
         [[0.25 0.25]]
 
     References:

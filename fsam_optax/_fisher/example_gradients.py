@@ -241,10 +241,12 @@ def clipped_gradient(
         ValueError: As `per_example_norms`.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from fsam_optax import gaussian
+        >>> clipped = jax.jit(clipped_gradient, static_argnums=(0, 1))
         >>> batch = jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([[10.0], [1.0]])
-        >>> grads, norms = clipped_gradient(
+        >>> grads, norms = clipped(
         ...     lambda w, x: x @ w, gaussian(), jnp.zeros((2, 1)), batch, max_norm=5.0
         ... )
         >>> print(norms, grads.T)

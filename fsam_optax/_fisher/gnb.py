@@ -53,7 +53,8 @@ def fisher_gnb(
         >>> from fsam_optax import bernoulli, diagonal
         >>> estimator = fisher_gnb(lambda w, x: x @ w, bernoulli, key=jax.random.key(0))
         >>> x = jnp.array([[1.0, 2.0]])
-        >>> print(diagonal(estimator, jnp.zeros((2, 1)), (x, None)).ravel())
+        >>> evaluate = jax.jit(diagonal, static_argnums=0)
+        >>> print(evaluate(estimator, jnp.zeros((2, 1)), (x, None)).ravel())
         [0.25 1.  ]
 
     References:

@@ -98,7 +98,8 @@ def clipped_gradient(
         >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
         >>> model.kernel[...] = jnp.zeros((2, 1))
         >>> batch = jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([[10.0], [1.0]])
-        >>> grads, _ = fsam_nnx.clipped_gradient(nll, model, batch, max_norm=5.0)
+        >>> clipped = nnx.jit(fsam_nnx.clipped_gradient, static_argnums=0)
+        >>> grads, _ = clipped(nll, model, batch, max_norm=5.0)
         >>> print(grads["kernel"][...].T)
         [[-1.5 -2.5]]
     """
