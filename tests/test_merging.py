@@ -132,7 +132,7 @@ def test_a_lagged_displacement_is_the_mean_of_those_of_the_devices():
     f = fsam.value_and_grad(NLL, ball, axis_name="d", lagged=True)
     step = on_two_devices(lambda *args: f(*args)[2], jax.P(), jax.P(), jax.P("d"))
     found = step(w, f.init(w), batch).displacement
-    grads = jax.grad(NLL)(w, batch)
+    grads = jax.jit(jax.grad(NLL))(w, batch)
     halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(2), slice(2, 4))]
     update = jax.jit(ball.update)
     each = [update(grads, ball.init(w), w, batch=half)[0] for half in halves]

@@ -374,7 +374,7 @@ def test_lagged_writes_its_one_pass_back():
     state = f.init(model)
     # Not perturbed: the first step.
     value, grads, state = nnx.jit(f)(model, state, (x, y))
-    expected = nnx.value_and_grad(loss_fn)(plain, (x, y))
+    expected = nnx.jit(nnx.value_and_grad(loss_fn))(plain, (x, y))
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     assert_same(grads, expected[1], rtol=1e-5)
     assert_same(contents(model), contents(plain), rtol=1e-5)

@@ -96,7 +96,7 @@ def test_the_inner_points_of_several_ascents_are_those_that_the_loss_sees(front_
     else:
         options["lagged"] = front_end == "lagged"
         f = value_and_grad(loss, ascent, **options)
-        f(params, f.init(params), None)
+        jax.jit(f)(params, f.init(params), None)
         inner = dtypes[1:]
     assert len(inner) >= 2
     assert set(inner) == {jnp.dtype("float32")}
