@@ -43,14 +43,12 @@ def draw(data, results, path):
 @harness.experiment(
     smoke={
         "methods": ["base", "ASAM", "Fisher SAM, empirical, relative"],
-        **{"noise": [0.0, 0.4], "gradients": 4, "train_size": 100, "seeds": 2},
-        "tuning_seeds": 1,
+        **{"noise": [0.0, 0.4], "gradients": 4, "seeds": 2, "tuning_seeds": 1},
     },
     **perceptron.IMAGES,
     methods={"default": NAMES, "choices": methods.METHODS},
     noise=[0.0, 0.2, 0.4, 0.6, 0.8],
     gradients={"default": 800, "help": "of one training"},
-    train_size=1000,
     seeds=16,
     tuning_seeds=8,
 )
@@ -59,9 +57,8 @@ def main(run: harness.Run) -> None:
     # Half as many pixels a side of larger images: a smaller network.
     pool = 1 if options.data == "digits" else 2
     sets = perceptron.split(datasets.load(options.data, options.data_dir), pool)
-    sizes = options.train_size, 2000
-    data = [[x[:n] for x in part] for part, n in zip(sets, sizes, strict=True)]
-    settings = run.take("data train_size gradients seeds tuning_seeds")
+    data = [[x[:n] for x in part] for part, n in zip(sets, (1000, 2000), strict=True)]
+    settings = {"train_size": 1000, **run.take("data gradients seeds tuning_seeds")}
     seeds = run.take("seeds tuning_seeds")
     results = {method: {} for method in options.methods}
     for method, found in results.items():

@@ -29,10 +29,7 @@ MODELS = {"gpt": (24, 2048, 50304, 1024), "smoke": (2, 16, 64, 4)}
 
 
 def gpt(depth, width, words, whole):
-    """Returns a GPT and the shapes of its parameters: layers in a scan, recomputed.
-
-    One table serves both ends; `whole` gathers the weights where they are used.
-    """
+    """Returns a GPT whose weights `whole` gathers where they are used, and shapes."""
     heads = max(1, width // 128)
     layers = {name: (depth, width, width) for name in ("q", "k", "v", "out")}
     layers |= {"up": (depth, width, 4 * width), "down": (depth, 4 * width, width)}
@@ -104,9 +101,8 @@ def measure(devices, name):
 
         state = jax.eval_shape(init, params)
         run = jax.jit(update, donate_argnums=0).lower(params, state, batch).compile()
-        facts[row] = compiled.count(str(run.as_text()))
         held = getattr(run.memory_analysis(), "temp_size_in_bytes")  # noqa: B009
-        facts[row]["temporaries"] = held
+        facts[row] = compiled.count(str(run.as_text())) | {"temporaries": held}
     return facts
 
 

@@ -82,18 +82,16 @@ def draw(results, path):
 
 
 @harness.experiment(
-    smoke={
-        **{"estimators": ["squared gradient", "exact"], "noise": [0.0]},
-        **{"gradients": 6, "seeds": 2, "tuning_seeds": 1},
-    },
-    estimators={"default": list(ESTIMATORS), "choices": ESTIMATORS},
-    noise=[0.0, 0.4],
+    smoke={"gradients": 6, "seeds": 2, "tuning_seeds": 1},
     gradients={"default": 800, "help": "of one training"},
     seeds=20,
     tuning_seeds=4,
 )
 def main(run: harness.Run) -> None:
-    options, results = run.options, {}
+    shares, names = (0.0, 0.4), list(ESTIMATORS)
+    if run.options.smoke:
+        shares, names = (0.0,), names[::5]
+    results = {noise: {} for noise in shares}
     parts = perceptron.split(datasets.load("digits"))
     x, y = (np.concatenate(pair) for pair in zip(*parts, strict=True))
     order = np.random.default_rng(0).permutation(len(y))
@@ -103,14 +101,13 @@ def main(run: harness.Run) -> None:
     settings, seeds = run.take("gradients seeds tuning_seeds"), "seeds tuning_seeds"
     offered = {m: methods.grid(m, RATES) for m in ("base", "SAM")}
     for form, radii in RADII.items():
-        for name in options.estimators:
+        for name in names:
             offered[f"{name}, {form}"] = methods.grid("SAM", RATES, radii)
-    for noise in options.noise:
+    for noise, found in results.items():
         compare = partial(perceptron.compare, **sets, noise=noise, **run.take(seeds))
-        found = results[noise] = {}
         for method, points in offered.items():
             key = {"method": method, "noise": noise, "points": points, **settings}
-            of_method = partial(train, method, options.gradients)
+            of_method = partial(train, method, run.options.gradients)
             found[method] = run.cell(compare, of_method, points, **key)
         base, sam = found["base"]["accuracy"], found["SAM"]["accuracy"]
         columns: show.Columns = {
