@@ -574,6 +574,19 @@ def test_loops_sum_up_the_rest_and_all_weights(budget):
         np.testing.assert_allclose(sums, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("powers", [(2,), POWERS])
+def test_a_cpu_adds_up_several_large_products_at_once(powers):
+    """Four of seven, then the rest; if there are several sums to read and write."""
+    x = normal(1, 7, 3)
+    out = [jax.ShapeDtypeStruct((3,), jnp.float32)]
+    steps = Steps(1 << 20, None, 7, apart=True)
+    reduce = looped(lambda x: [jnp.sin(x)], out, powers, steps)
+    fn = jax.jit(lambda x: reduce(((True,), (True,)), jnp.ones(7), x)[0])
+    for p, sums in zip(powers, fn(x), strict=True):
+        np.testing.assert_allclose(sums, np.sum(np.sin(x) ** p, 0), rtol=1e-5)
+    assert ("unroll=4" in str(jax.make_jaxpr(fn)(x))) == (len(powers) > 1)
+
+
 @pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("chunk_bytes", [1, 500, 1000, 10**6])
 def test_chunks_that_do_not_divide_the_batch(chunk_bytes):

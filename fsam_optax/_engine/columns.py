@@ -19,10 +19,13 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
-from fsam_optax._engine.sums import added_up, apart, DEFAULT_CHUNK_BYTES, widened
-
-
-CACHE = 16 << 20
+from fsam_optax._engine.sums import (
+    added_up,
+    apart,
+    CACHE,
+    DEFAULT_CHUNK_BYTES,
+    widened,
+)
 
 
 class Columns(NamedTuple):

@@ -19,6 +19,7 @@ from fsam_optax._engine.waiting import after, on_one_device, zeros_after
 
 
 DEFAULT_CHUNK_BYTES = 64 << 20
+CACHE = 16 << 20  # Of a CPU.
 
 
 def reduced(reduce: Callable, axes: int, summed: bool = True) -> Callable:
@@ -143,6 +144,16 @@ class Steps(NamedTuple):
         apart = self.apart and length * cotangents > 1
         return {"default": number} | ({"cpu": 0} if apart else {})
 
+    def together(self, sums: int) -> int:
+        """Returns how many examples a CPU forms one by one, then adds up at once.
+
+        More than one for several sums, which take longer to read and write than
+        products to form, if it is within the caches but not within the first ones.
+        """
+        if sums == 1 or self.held < CACHE // 32:
+            return 1
+        return max(1, min(4, CACHE // self.held))
+
 
 def looped(
     fn: Callable, out: Sequence[Any], powers: tuple[int, ...], steps: Steps | None
@@ -186,7 +197,8 @@ def looped(
             def next_one(i, before):
                 return added_apart(before, *_rows(axes, (weight, *operands), i))
 
-            return lax.fori_loop(0, len(weight), next_one, before)
+            several = steps.together(len(powers)) if weight.ndim == 1 and steps else 1
+            return lax.fori_loop(0, len(weight), next_one, before, unroll=several)
 
         if weight.ndim == 0:
             return sums(weight, *operands)
