@@ -118,7 +118,7 @@ def report(title, results, alone):
         "over\naverage": lambda _, of: show.over(of[1], ends[AVERAGE][1]),
     }
     apart = "; ".join(f"{name}: {show.percent(of)}" for name, of in alone.items())
-    show.report(title, ends, columns, f"Mean ± standard error. {apart}")
+    show.report(title, ends, columns, f"* at an edge of the grid. {apart}")
     return np.mean(ends[EXACT][1] - ends[AVERAGE][1])
 
 
