@@ -5,6 +5,7 @@ gradient; a leaf of T need not be larger than it takes to broadcast to its gradi
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from fsam_optax._common.checks import (
     movable,
 )
 from fsam_optax._common.kinds import of_estimator
-from fsam_optax._common.mapped_axes import AxisName
+from fsam_optax._common.mapped_axes import AxisName, axes_over_which_differs
 from fsam_optax._common.norms import (
     divisor,
     norm,
@@ -140,12 +141,10 @@ def adaptive(
     return optax.stateless(operator)
 
 
-def _unit(
-    diagonal: Any, moves: Any, shard_axes: AxisName
-) -> tuple[jax.Array, jax.Array]:
-    """Returns 1 / the mean over the perturbed parameters, and whether it is finite.
+def _unit(diagonal: Any, moves: Any, shard_axes: AxisName) -> jax.Array:
+    """Returns 1 / the mean over the perturbed parameters; NaN if it is not finite.
 
-    1 where the mean is 0 or not finite. Negative entries count as 0.
+    1 where the mean is 0. Negative entries count as 0.
     """
 
     def amount_of(f):
@@ -153,19 +152,17 @@ def _unit(
         # well be, a maximum with 0 would have half a derivative.
         return jnp.sum(jnp.maximum(f, -jnp.finfo(f.dtype).tiny))
 
-    sums_and_sizes = [
-        jnp.stack([amount_of(f), jnp.asarray(f.size, f.dtype)])
-        for f, move in zip(
-            jax.tree.leaves(diagonal), jax.tree.leaves(moves), strict=True
-        )
-        if move and f.size
-    ]
-    if not sums_and_sizes:
-        return jnp.ones([]), jnp.array(True)
-    amount, size = total(sums_and_sizes, shard_axes)
-    mean = amount / size
+    amounts, size = [], 0
+    for f, move in zip(jax.tree.leaves(diagonal), jax.tree.leaves(moves), strict=True):
+        if move and f.size:
+            amounts.append(amount_of(f))
+            axes = axes_over_which_differs(f, shard_axes)
+            size += f.size * math.prod(map(jax.lax.axis_size, axes))
+    if not amounts:
+        return jnp.ones([])
+    mean = total(amounts, shard_axes) / size
     unit = Reciprocal.of(divisor(mean))
-    return unit.first * unit.second, jnp.isfinite(mean)
+    return jnp.where(jnp.isfinite(mean), unit.first * unit.second, jnp.nan)
 
 
 def fisher(
@@ -195,20 +192,19 @@ def fisher(
         moves = movable(updates, params, mask)
         # A factor, not a divisor: cheap enough for compilers to compute twice, where
         # they would keep the quotients of all entries.
-        unit, finite = (
-            _unit(diagonal, moves, shard_axes) if relative else (1.0, jnp.array(True))
-        )
+        unit = _unit(diagonal, moves, shard_axes) if relative else 1.0
+        unit = unit if damping is not None else eta * unit
 
         def inverse_root(f):
             # What is not finite comes back below: here, it would have a derivative.
-            positive = jnp.where((f >= 0) & (f < jnp.inf), f, 0)
-            if damping is None:
-                metric = 1 + (eta * unit) * positive
+            known = f < jnp.inf
+            metric = unit * jnp.where(known & (f >= 0), f, 0)
+            metric = 1 + metric if damping is None else metric + damping
+            if damping is not None:
+                root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
             else:
-                metric = unit * positive + damping
-            root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
-            known = finite & (f < jnp.inf) & jnp.isfinite(metric)
-            return jnp.where(known, root, jnp.nan)
+                root = 1 / jnp.sqrt(metric)
+            return jnp.where(known & jnp.isfinite(metric), root, jnp.nan)
 
         return jax.tree.map(inverse_root, diagonal), state
 

@@ -29,6 +29,7 @@ from fsam_optax._common.checks import (
     check_transformation,
     movable,
 )
+from fsam_optax._common.late import is_small
 from fsam_optax._common.mapped_axes import AxisName, check_axes
 from fsam_optax._common.norms import (
     direction,
@@ -318,6 +319,8 @@ def _as_array(t: Any, dtype: jnp.dtype) -> Any:
 
 def _beside(t: jax.Array, g: jax.Array) -> jax.Array:
     """Returns T such that compilers do not form it before g is there, to hold it."""
+    if is_small(t):
+        return t
     never = jnp.isnan(g) & (g > 0)
     # A product, since T may lie on the devices in another way, which a choice may not.
     return t * jnp.where(jax.lax.stop_gradient(never), 2, 1).astype(t.dtype)

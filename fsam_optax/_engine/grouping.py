@@ -80,9 +80,9 @@ class Group:
                 for number in t.numbers if k == 0 else ():
                     x = x * number.value(env, self.dtype)
                 order = (*self.batch, *t.summed, *rest)
-                x = jnp.transpose(x, [f.labels.index(label) for label in order])
+                x = lax.transpose(x, [f.labels.index(label) for label in order])
                 shape = (*x.shape[:n_batch], self.volume(t.summed), self.volume(rest))
-                arrays.append(x.reshape(shape))
+                arrays.append(lax.reshape(x, shape))
             products.append(arrays)
         if len(self.sides) == 1:
             sums = [

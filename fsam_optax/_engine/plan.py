@@ -42,7 +42,7 @@ from fsam_optax._engine.sources import (
     Source,
     Summation,
 )
-from fsam_optax._engine.sums import reduced, widened
+from fsam_optax._engine.sums import reduced_together, widened
 
 
 @dataclass(frozen=True)
@@ -213,20 +213,22 @@ def run(
             sums.update({(id(v),): s for v, s in found.items()})
         else:
             evaluate([eqn], env, plan.needed, bound)
-    # By rule, as several sources may share one.
-    reductions: dict[int, Any] = {}
+    # By call, as several sources may share one, and all at once: an operation takes
+    # longer to be traced than most rules.
+    calls: dict[Any, tuple[Any, list[Any]]] = {}
     for key, (source, _) in plan.sources.items():
         if asked is not None:
             operands = _operands(source, env)
             ks = asked.of_source(key, source, env)
-            reduce = functools.partial(source.reduce, len(ks))
-            operation = reduced(reduce, what.axes, summed=False)
-            sums[key] = operation(weight, *ks, *operands)
+            calls[key] = functools.partial(source.reduce, len(ks)), [*ks, *operands]
+        elif _call(source) not in calls:
+            calls[_call(source)] = source.reduce, _operands(source, env)
+    reductions = reduced_together(calls, weight, what.axes, summed=asked is None)
+    for key, (source, _) in plan.sources.items():
+        if asked is not None:
+            sums[key] = reductions[key]
             continue
-        if id(source.reduce) not in reductions:
-            reduce = reduced(source.reduce, what.axes)
-            reductions[id(source.reduce)] = reduce(weight, *_operands(source, env))
-        found = reductions[id(source.reduce)][source.part]
+        found = reductions[_call(source)][source.part]
         if source.finish is not None:
             found = [
                 source.finish(s, p, env)
@@ -236,6 +238,12 @@ def run(
     if asked is not None:
         return asked.totals(sums)
     return [origin.sums(sums, env, what.powers) for origin in plan.wanted]
+
+
+def _call(source):
+    """Returns what tells the call of a rule from others."""
+    operands = map(id, source.operands)
+    return id(source.reduce), id(source.prepare), *operands
 
 
 def _operands(source, env):

@@ -7,7 +7,7 @@ tells for each operand which of these it carries; the weight carries them all.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +54,33 @@ def reduced(reduce: Callable, axes: int, summed: bool = True) -> Callable:
         return operation
 
     return over(None, axes)
+
+
+def reduced_together(
+    calls: Mapping[Any, tuple[Callable, Sequence[Any]]],
+    weight: jax.Array,
+    axes: int,
+    summed: bool = True,
+) -> dict[Any, Any]:
+    """Returns what several operations return, by the names of their calls.
+
+    Args:
+        calls: By name, `reduce` of an operation and its operands.
+        weight: The weight of the example, which all operations are given.
+        axes: See `reduced`.
+        summed: See `reduced`.
+    """
+
+    def reduce(has, weight, *operands):
+        found, start = [], 0
+        for fn, given in calls.values():
+            own = slice(start, start := start + len(given))
+            found.append(fn((has[0], *has[1:][own]), weight, *operands[own]))
+        return found
+
+    operands = [x for _, given in calls.values() for x in given]
+    found = reduced(reduce, axes, summed)(weight, *operands)
+    return dict(zip(calls, found, strict=True))
 
 
 def apart(
@@ -171,7 +198,8 @@ def looped(
         _, *has = has
         live = [any(b) for b in zip(*has, strict=True)]
         # Nothing differs along the other axes: their weights add up.
-        weight = jnp.sum(weight, axis=tuple(j for j, b in enumerate(live) if not b))
+        if same := [j for j, b in enumerate(live) if not b]:
+            weight = lax.reduce_sum(weight, same)
         has = [[b for b, alive in zip(h, live, strict=True) if alive] for h in has]
         by_axis = [[0 if b else None for b in axis] for axis in zip(*has, strict=True)]
 
@@ -283,6 +311,7 @@ def precision_of(eqn: Any) -> Any:
     return precision if holds else None
 
 
+@functools.cache
 def outer_product(
     numbers: Any,
     dtype: Any,
@@ -293,7 +322,8 @@ def outer_product(
 ) -> Callable:
     """Returns the sums of powers of an outer product: one matrix product per power.
 
-    `sum_n w_n (a_n g_n)^p = sum_n a_n^p (w_n g_n^p)`.
+    `sum_n w_n (a_n g_n)^p = sum_n a_n^p (w_n g_n^p)`. Layers that are alike share one
+    function, which is traced once.
 
     Args:
         numbers: The dimension numbers of the product of one example.
@@ -357,7 +387,7 @@ def outer_product(
 
         return [[sums(p) for p in powers]]
 
-    return reduce
+    return jax.jit(reduce, static_argnums=0)
 
 
 def _balance(a, g, has):

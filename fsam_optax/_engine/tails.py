@@ -1,9 +1,11 @@
 """The end of a program that leads to a gradient, evaluated a few examples at a time."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jax.extend.core import Literal
 
@@ -23,12 +25,19 @@ from fsam_optax._engine.work import IN_LOOPS, operations
 
 def whole(site: Site, rule: str, work: float) -> Source:
     """Returns the source of a value that the program holds for all examples anyway."""
+    reduce = _adding(site.like.shape, site.like.dtype, site.what)
+    return Source(rule, work, site.terms, reduce)
+
+
+@functools.cache
+def _adding(shape, dtype, what):
+    """Returns the rule of a sum of terms, one for all that are alike: traced once."""
 
     def total(*terms):
         return [sum(terms[1:], start=terms[0])]
 
-    like = [site.like]
-    return Source(rule, work, site.terms, looped(total, like, site.what, None))
+    reduce = looped(total, [jax.ShapeDtypeStruct(shape, dtype)], what, None)
+    return jax.jit(reduce, static_argnums=(0, 1) if what.by_example else 0)
 
 
 def tail(

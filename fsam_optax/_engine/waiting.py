@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from fsam_optax._common.late import is_small
 from fsam_optax._common.mapped_axes import axes_of_shards, vary_like
 from fsam_optax._engine.jaxpr import bind, read
 from fsam_optax._engine.primitives import LOOP, name_of
@@ -40,7 +41,9 @@ def _never(values: Sequence[jax.Array]) -> jax.Array:
 
 def after(values: Sequence[jax.Array], x: jax.Array, alone: bool) -> jax.Array:
     """Returns an array that is not made before others are, if all are on one device."""
-    return jnp.where(_never(values), jnp.zeros_like(x), x) if alone else x
+    if not alone or is_small(x):
+        return x
+    return jnp.where(_never(values), jnp.zeros_like(x), x)
 
 
 def zeros_after(
