@@ -74,9 +74,9 @@ MUTANTS = [
         ),
         ("metric = 1 + (eta * unit) * positive", "metric = 1 + eta * positive"),
         ("metric = unit * positive + damping", "metric = unit * (positive + damping)"),
-        ("root = 1 / jnp.sqrt(", "root = 1 / ("),
-        ("(f >= 0) & (f < jnp.inf), f, 0)", "f < jnp.inf, f, 0)"),
-        ("mean = amount / size", "mean = amount"),
+        ("root = 1 / jnp.sqrt(metric)", "root = 1 / metric"),
+        ("known & (f >= 0), f, 0)", "known, f, 0)"),
+        ("shard_axes) / size", "shard_axes)"),
     ),
     *_mutants(
         "_common/norms.py",
@@ -390,8 +390,8 @@ MUTANTS = [
             "return x if p == 1 else lax.mul(x, x)",
         ),
         (
-            "weight = jnp.sum(weight, axis=tuple(j for j, b in enumerate(live)",
-            "weight = jnp.max(weight, axis=tuple(j for j, b in enumerate(live)",
+            "weight = lax.reduce_sum(weight, same)",
+            "weight = lax.reduce_max(weight, same)",
         ),
         (
             "return added(found, *_rows(axes, operands, many * number, rest))",

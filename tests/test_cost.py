@@ -275,17 +275,28 @@ def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
     assert ours < (4 if jax.__version_info__ >= (0, 8) else 4.5) * theirs
 
 
+BALLS = {
+    "each array": euclidean_ball(0.05, per_leaf=True),
+    "mean of F": fisher_ellipsoid(0.1, squared_gradient()),
+}
+
+
 @pytest.mark.long
-def test_the_program_of_a_ball_for_each_array_grows_with_their_number():
+@pytest.mark.parametrize("name", BALLS)
+def test_the_compiled_program_grows_with_the_number_of_arrays(name):
     """And not with its square: what decides for all is not made anew for each."""
+    ball = BALLS[name]
 
     def size(leaves):
-        ball = euclidean_ball(0.05, per_leaf=True)
-        grads = [jnp.ones(3)] * leaves
-        update = jax.jit(lambda g: ball.update(g, ball.init(g)))
-        return len(re.findall("\n", update.lower(grads).compile().as_text()))
+        params = [jnp.ones(3)] * leaves
 
-    assert size(32) < 2.2 * size(16)
+        def update(g):
+            return ball.update(g, ball.init(params), params)
+
+        program = jax.jit(update).lower(params).compile()
+        return len(re.findall("\n", program.as_text()))
+
+    assert size(40) < 2.2 * size(20)
 
 
 @pytest.mark.long

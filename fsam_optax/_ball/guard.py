@@ -9,6 +9,7 @@ import optax
 
 from fsam_optax._ball.perturbation import PerturbationState
 from fsam_optax._common.checks import is_real
+from fsam_optax._common.late import all_finite
 
 
 class Ascent(NamedTuple):
@@ -48,15 +49,13 @@ def ascend(
         moves = [new.skipped == old.skipped for old, new in found]
         moved = finite & functools.reduce(jnp.logical_or, moves)
     else:
-        sums = [jnp.isfinite(jnp.sum(e)) for e in jax.tree.leaves(eps) if is_real(e)]
-        finite = moved = functools.reduce(jnp.logical_and, sums, jnp.array(True))
+        finite = moved = all_finite(filter(is_real, jax.tree.leaves(eps)))
     if len(found) != 1:
         eps = jax.tree.map(lambda e: jnp.where(finite, e, 0) if is_real(e) else e, eps)
     usable = finite
     if len(jax.tree.leaves(state, is_leaf=is_ball)) > len(found):
         # What is remembered in front of a ball holds the leaves that the ball masks.
-        whole = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads) if is_real(g)]
-        usable = functools.reduce(jnp.logical_and, whole, finite)
+        usable = finite & all_finite(filter(is_real, jax.tree.leaves(grads)))
     return Ascent(eps, keep_unless(usable, after, state), finite, moved)
 
 

@@ -24,7 +24,7 @@ from fsam_optax._common.checks import (
     movable,
 )
 from fsam_optax._common.kinds import of_estimator
-from fsam_optax._common.mapped_axes import AxisName, axes_over_which_differs
+from fsam_optax._common.mapped_axes import axes_over_which_differs, AxisName
 from fsam_optax._common.norms import (
     divisor,
     norm,
@@ -161,8 +161,10 @@ def _unit(diagonal: Any, moves: Any, shard_axes: AxisName) -> jax.Array:
     if not amounts:
         return jnp.ones([])
     mean = total(amounts, shard_axes) / size
-    unit = Reciprocal.of(divisor(mean))
-    return jnp.where(jnp.isfinite(mean), unit.first * unit.second, jnp.nan)
+    # NaN before the division: a choice after it compilers make anew for each leaf, with
+    # the sum over all of them.
+    unit = Reciprocal.of(jnp.where(jnp.isfinite(mean), divisor(mean), jnp.nan))
+    return unit.first * unit.second
 
 
 def fisher(
@@ -193,17 +195,17 @@ def fisher(
         # A factor, not a divisor: cheap enough for compilers to compute twice, where
         # they would keep the quotients of all entries.
         unit = _unit(diagonal, moves, shard_axes) if relative else 1.0
-        unit = unit if damping is not None else eta * unit
 
         def inverse_root(f):
             # What is not finite comes back below: here, it would have a derivative.
             known = f < jnp.inf
-            metric = unit * jnp.where(known & (f >= 0), f, 0)
-            metric = 1 + metric if damping is None else metric + damping
-            if damping is not None:
-                root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
-            else:
+            positive = jnp.where(known & (f >= 0), f, 0)
+            if damping is None:
+                metric = 1 + (eta * unit) * positive
                 root = 1 / jnp.sqrt(metric)
+            else:
+                metric = unit * positive + damping
+                root = 1 / jnp.sqrt(jnp.where(metric > 0, metric, jnp.inf))
             return jnp.where(known & jnp.isfinite(metric), root, jnp.nan)
 
         return jax.tree.map(inverse_root, diagonal), state

@@ -15,6 +15,7 @@ from fsam_optax._common.checks import (
     check_params,
     is_real,
 )
+from fsam_optax._common.late import all_finite
 from fsam_optax._common.mapped_axes import (
     AxisName,
     check_axes,
@@ -217,9 +218,7 @@ def bsam(
             state.precision,
             spread,
         )
-        finite = jnp.array(True)
-        for x in jax.tree.leaves((momentum, precision)):
-            finite = finite & jnp.all(jnp.isfinite(x))
+        finite = all_finite(jax.tree.leaves((momentum, precision)))
 
         def keep(new, old):
             return jnp.where(finite, new, old)
