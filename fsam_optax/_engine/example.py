@@ -31,11 +31,12 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
+from fsam_optax._engine.operation import reduced
 from fsam_optax._engine.plan import bytes_at_once, make_plan, most_held, run
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.scales import scaled_after
 from fsam_optax._engine.squares import looped
-from fsam_optax._engine.sums import reduced, Steps, widened
+from fsam_optax._engine.sums import Steps, widened
 from fsam_optax._engine.unrolling import unrolled
 
 

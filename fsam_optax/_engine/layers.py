@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from fsam_optax._engine.jaxpr import body_of, Dataflow, loop_counts, loop_flow, read
+from fsam_optax._engine.operation import reduced
 from fsam_optax._engine.primitives import LOOP, name_of
-from fsam_optax._engine.sums import reduced, widened
+from fsam_optax._engine.sums import widened
 from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 

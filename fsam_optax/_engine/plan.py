@@ -32,6 +32,7 @@ from fsam_optax._engine.jaxpr import (
 )
 from fsam_optax._engine.layers import is_stacked, Loop, plan_loop, run_loop
 from fsam_optax._engine.moves import Moved, moved
+from fsam_optax._engine.operation import reduced_together
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.rules import chosen, fallback, joined, reduction
 from fsam_optax._engine.sources import (
@@ -42,7 +43,7 @@ from fsam_optax._engine.sources import (
     Source,
     Summation,
 )
-from fsam_optax._engine.sums import reduced_together, widened
+from fsam_optax._engine.sums import widened
 
 
 @dataclass(frozen=True)
