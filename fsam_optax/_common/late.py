@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-SMALL = 1 << 16  # bytes
+SMALL = 1 << 12  # bytes
 
 
 def is_small(x: Any) -> bool:

@@ -28,6 +28,9 @@ from fsam_optax._engine.sums import (
 )
 
 
+NEAR = 1 << 20  # bytes
+
+
 class Columns(NamedTuple):
     """Cotangents that are made when they are needed, instead of all at once.
 
@@ -148,7 +151,7 @@ def at_a_time(
         return {"default": number}
     # In a CPU's caches, and so many that it is not the sums that a round takes longest
     # to add up. Loops add them up for each cotangent anyway.
-    few = in_equal_rounds(min(8 * whole, CACHE) // max(each, 1))
+    few = in_equal_rounds(min(max(8 * whole, NEAR), CACHE) // max(each, 1))
     return {"default": number} | ({"cpu": few} if few < number else {})
 
 
