@@ -168,10 +168,7 @@ def cells(options, data: bool) -> Iterator[tuple[str, str, dict[str, Any], Calla
 
 
 # What `training` wants to know beside.
-FIXED = {
-    **{"data": "cifar10", "train_size": None, "test_size": None, "weight_decay": 5e-4},
-    **{"label_noise": 0.0, "augment": True, "optimizer": "sgd"},
-}
+FIXED = {"data": "cifar10", "train_size": None, "test_size": None, "augment": True}
 
 
 @harness.experiment(
