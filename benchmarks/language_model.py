@@ -13,9 +13,9 @@ sentence a line. Smoke mode makes up its text.
 """
 
 import itertools
+import operator
 import pathlib
 from functools import cache, partial
-from typing import Any
 
 import captions
 import diagonals
@@ -32,7 +32,8 @@ import show
 import fsam_optax as fsam
 
 
-LENGTH, RANK = 64, 8
+LENGTH, RANK, PIECES = 64, 8, 512
+ROWS = (128, 256)  # of validation, and of English that F is from; of test
 # As many tries for each method: rates, or radii times rates in units of Adam's.
 RATES = [{"rate": 0.0005 * 2**k} for k in range(9)]
 RADII, FACTORS = (0.02, 0.1, 0.5), (0.5, 1, 2)
@@ -46,39 +47,6 @@ PENALTIES = [
 HALF = "Adam, half the gradients"  # as many steps as SAM takes
 POINT = {"method": "base", "rho": 0.0, "rate": 0.0, "F": "", "place": ""}
 POINT |= {"strength": 0.0}
-
-
-def corpora(options: Any) -> tuple[int, dict[str, Any]]:
-    """Returns the number of pieces; of each part packed English and German, as long."""
-    text = captions.made_up() if options.smoke else captions.read(options.data_dir)
-    sides = {p: [[pair[i] for pair in text[p]] for i in (1, 0)] for p in text}
-    known = gpt.pieces([*itertools.chain(*sides["train"])], options.pieces)
-    rows, found = (1_000_000, options.val_rows, options.test_rows), {}
-    for (part, pair), most in zip(sides.items(), rows, strict=True):
-        packed = [gpt.pack(gpt.encode(side, known), LENGTH) for side in pair]
-        most = min(most, *(len(labels) for _, labels in packed))
-        found[part] = jax.tree.map(lambda a, most=most: jnp.asarray(a[:most]), packed)
-    return len(known), found
-
-
-def pretraining(english, pieces, options):
-    """Returns jitted `pretrain(seed)`: a network that knows English, and an adapter."""
-    steps = options.pretraining
-    schedule = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 10, steps)
-
-    def loss(net, rows):
-        return gpt.NET(net, jax.tree.map(lambda a: a[rows], english))
-
-    @jax.jit
-    def pretrain(seed):
-        key = jax.random.key(seed)
-        net = gpt.initial(key, pieces, LENGTH, options.width, options.depth)
-        rows = (steps, 2 * options.batch)
-        rows = jax.random.randint(jax.random.fold_in(key, 1), rows, 0, len(english[1]))
-        net = perceptron.minimise(loss, net, optax.adam(schedule), rows)
-        return net, gpt.adapter_of(jax.random.key(seed + 500), net, RANK)
-
-    return pretrain
 
 
 def places(adapter):
@@ -144,15 +112,37 @@ def scores(net, adapter, sides):
 
 def laboratory(options):
     """Returns `attempt(...)`: what the network of a seed knows after fine-tuning."""
-    pieces, data = corpora(options)
-    train, val, test = data.values()
-    start = cache(pretraining(train[0], pieces, options))
-    tuned = cache(lambda method: fine_tuning(method, train, options))
-    old = jax.tree.map(lambda a: a[: options.fisher_rows], train[0])
+    text = captions.made_up() if options.smoke else captions.read(options.data_dir)
+    sides = [[[pair[i] for pair in pairs] for i in (1, 0)] for pairs in text.values()]
+    pieces, parts = gpt.pieces([*itertools.chain(*sides[0])], PIECES), []
+    for pair, most in zip(sides, (None, *ROWS), strict=True):
+        packed = [gpt.pack(gpt.encode(side, pieces), LENGTH) for side in pair]
+        most = min(most or len(packed[0][1]), *(len(labels) for _, labels in packed))
+        parts.append(jax.tree.map(lambda a, most=most: jnp.asarray(a[:most]), packed))
+    train, val, test = parts
+    english, steps = train[0], options.pretraining
+    first = len(english[1])
+    schedule = optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 10, steps)
+
+    @cache
+    @jax.jit
+    def start(seed):
+        """Returns a network that knows English, and an adapter."""
+        key, shape = jax.random.key(seed), (steps, 2 * options.batch)
+        net = gpt.initial(key, len(pieces), LENGTH, options.width, options.depth)
+        net = perceptron.minimise(
+            lambda net, at: gpt.NET(net, jax.tree.map(lambda a: a[at], english)),
+            *(net, optax.adam(schedule)),
+            jax.random.randint(jax.random.fold_in(key, 1), shape, 0, first),
+        )
+        return net, gpt.adapter_of(jax.random.key(seed + 500), net, RANK)
 
     @cache
     def fisher(name, place, seed):
-        return diagonal(name, place, *start(seed), old, jax.random.key(seed))
+        some = jax.tree.map(lambda a: a[: ROWS[0]], english)
+        return diagonal(name, place, *start(seed), some, jax.random.key(seed))
+
+    tuned = cache(lambda method: fine_tuning(method, train, options))
 
     def attempt(method, rho, rate, F, place, strength, seed):
         net, adapter = start(seed)
@@ -160,7 +150,7 @@ def laboratory(options):
             f = jax.tree.map(jnp.zeros_like, places(adapter))
             f |= {place: fisher(F, place, seed)} if place else {}
             mixed = method == "both"
-            point = rho, rate, strength, 0 if mixed else len(train[0][1]), seed
+            point = rho, rate, strength, 0 if mixed else first, seed
             adapter = tuned("base" if mixed else method)(net, adapter, f, *point)
         return {"val": scores(net, adapter, val), "test": scores(net, adapter, test)}
 
@@ -178,7 +168,7 @@ def report(rows, options):
 
     def level(_, row):
         curves = [
-            np.array(sorted(curve, key=lambda pair: pair[1])).T for curve in row[2]
+            np.array(sorted(curve, key=operator.itemgetter(1))).T for curve in row[2]
         ]
         english = [np.interp(LEVEL, c[1], c[0], np.nan, np.nan) for c in curves]
         return show.cell(english, ".2f") if np.isfinite(english or np.nan).all() else ""
@@ -221,24 +211,19 @@ def draw(rows, path):
 @harness.experiment(
     smoke={
         **{"pretraining": 3, "gradients": 4, "batch": 2, "width": 8, "depth": 1},
-        **{"fisher_rows": 8, "val_rows": 4, "test_rows": 4, "pieces": 40, "seeds": 2},
+        "seeds": 2,
     },
     data_dir=pathlib.Path("data/multi30k"),
     pretraining={"default": 600, "help": "steps, on English"},
     gradients={"default": 160, "help": "of one fine-tuning"},
     batch={"default": 8, "help": f"rows of {LENGTH} tokens; twice as many before"},
-    fisher_rows={"default": 128, "help": "rows of English that F is from"},
-    val_rows=128,
-    test_rows=256,
-    pieces={"default": 512, "help": "of words, the vocabulary"},
     seeds=3,
     width=128,
     depth=5,
 )
 def main(run: harness.Run) -> None:
     options, rows = run.options, {}
-    settings = run.take("pretraining gradients batch width depth pieces fisher_rows")
-    settings |= run.take("val_rows test_rows")
+    settings = run.take("pretraining gradients batch width depth")
     attempt = cache(lambda: laboratory(options))
 
     def at(point, seed=0):
@@ -254,9 +239,7 @@ def main(run: harness.Run) -> None:
         tests = [at(point, seed)["test"] for seed in seeds]
         rows[name] = best, tests, curves if curve else []
 
-    def german(val):
-        return val[1]
-
+    german = operator.itemgetter(1)
     add("before", german, [{"method": "start"}])
     add("Adam", german, RATES)
     rate = rows["Adam"][0]["rate"]
