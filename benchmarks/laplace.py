@@ -1,11 +1,10 @@
 """Question: what is a diagonal Laplace posterior worth, and which Fisher does it need?
 
-A network is trained, and a Gaussian of precision N F + tau is put around its weights.
-F is the exact Fisher diagonal, the empirical one, or the squared gradient of batches
+A network is trained, and a Gaussian of precision N F + tau is put around its weights,
+with F the exact Fisher diagonal, the empirical one, or the squared gradient of batches
 that much code takes for it. Predictions are those of the linearised model; beside them
 the network alone, with a temperature (a noise, in regression) of its own. The numbers
-that each has are chosen by the marginal likelihood of the training data, or by as many
-held-out examples for all.
+are chosen by the marginal likelihood of the training data, or by held-out examples.
 
     python benchmarks/laplace.py
 """
@@ -141,18 +140,17 @@ def compute(decay, name, seed, options):
     read, likelihood, outputs, predict, scales = TASKS[name]
     data, key, found = read(seed), jax.random.key(seed), {}
     x, y = data["train"]
-    loss = fsam.negative_log_likelihood(perceptron.apply, likelihood)
+    nll = fsam.negative_log_likelihood(perceptron.apply, likelihood)
     params = perceptron.initial(key, (x.shape[1], 16, outputs))
-    fit = jax.jit(partial(perceptron.fit, loss), static_argnums=2)
+    fit = jax.jit(partial(perceptron.fit, nll), static_argnums=2)
     params = fit(params, (x, y), options.steps, decay / len(x))
     w, _ = ravel_pytree(params)
     nets = {part: linearise(params, *pair) for part, pair in data.items()}
     train, held = nets.pop("train"), nets.pop("held")
-    alone = np.stack(np.broadcast_arrays(1.0, scales), -1)
-    grid = np.stack(np.meshgrid(TAUS, scales if outputs == 1 else 1, indexing="ij"), -1)
-    grid = grid.reshape(-1, 2)
+    alone = np.array([*itertools.product([1.0], scales)])
+    grid = np.array([*itertools.product(TAUS, scales if outputs == 1 else [1.0])])
     for way, (which, power) in WAYS.items():
-        f = jax.jit(partial(diagonals.diagonal, which, loss))(params, (x, y))
+        f = jax.jit(partial(diagonals.diagonal, which, nll))(params, (x, y))
         f, power = len(x) * ravel_pytree(f)[0], power * (outputs == 1)
         evidences, points = evidence(predict, train, w, f, power, grid), grid
         known = grid[np.argmax(evidences)]
@@ -162,31 +160,32 @@ def compute(decay, name, seed, options):
                 known[1] = np.sqrt(np.mean((y - train[1]) ** 2))
         losses, _ = judged(predict, held, f, power, points, key, options.samples)
         best = np.nanargmin(losses)
-        choices = (known, np.max(evidences)), (points[best], -losses[best])
-        for by, (point, score) in zip(BY, choices, strict=True):
+        scores = np.max(evidences), -losses[best]
+        for by, point, score in zip(BY, (known, points[best]), scores, strict=True):
             for part, net in nets.items():
                 args = net, f, power, point[None], key, options.samples
-                facts = dict(zip(("loss", "off"), judged(predict, *args), strict=True))
-                facts = {what: values[0] for what, values in facts.items()}
-                facts |= {"point": point, "score": score}
+                (loss,), (off,) = judged(predict, *args)
+                facts = {"loss": loss, "off": off, "point": point, "score": score}
                 found[f"{part}; {way}; {by}"] = facts
     return found
 
 
+def of(what, facts):
+    return np.array([fact[what] for fact in facts])
+
+
 def report(title, found):
     """Prints what each way is worth, beside the tempered network."""
-    base = found["network; held-out"]["loss"]
+    loss, base = partial(of, "loss"), of("loss", found["network; held-out"])
     columns = {
         "predictive": lambda row, _: row.replace("; held-out", " *").split(";")[0],
-        "loss": lambda _, facts: show.cell(facts["loss"], ".3f"),
-        "over the\nnetwork": lambda _, facts: show.over(facts["loss"], base, "+.3f", 1),
-        "off, %": lambda _, facts: show.percent(facts["off"]),
-        "tau": lambda _, facts: f"{np.median(np.array(facts['point'])[:, 0]):.2g}",
+        "loss": lambda _, facts: show.cell(loss(facts), ".3f"),
+        "over the\nnetwork": lambda _, facts: show.over(loss(facts), base, "+.3f", 1),
+        "off, %": lambda _, facts: show.percent(of("off", facts)),
+        "tau": lambda _, facts: f"{np.median(of('point', facts)[:, 0]):.2g}",
     }
-    caption = (
-        "Nats an example, mean ± standard error; * by held-out examples. Off: the\n"
-    )
-    caption += "expected calibration error, or distance from uniform. tau: median."
+    caption = "Nats an example, mean ± standard error; * by held-out examples. Off:\n"
+    caption += "the expected calibration error, or distance from uniform. tau: median."
     show.report(title, found, columns, caption)
 
 
@@ -195,9 +194,9 @@ def draw(results, path):
     title = "Laplace by the evidence: a gain on shifted digits alone"
     fig, axes = show.figure(1, len(results), title, figsize=(11, 4.2), sharey=False)
     for axis, (name, found) in zip(axes[0], results.items(), strict=True):
-        base = np.array(found["network; held-out"]["loss"])
+        base = of("loss", found["network; held-out"])
         for by, color in zip(BY, (show.GREEN, show.GREY), strict=True):
-            losses = [np.array(found[f"{way}; {by}"]["loss"]) - base for way in WAYS]
+            losses = [of("loss", found[f"{way}; {by}"]) - base for way in WAYS]
             errors = partial(show.errors, axis, range(len(WAYS)), losses)
             errors(fmt="o", color=color, label=f"chosen by {by}")
         axis.axhline(0, color=show.BLACK, lw=1)
@@ -224,9 +223,7 @@ def main(run: harness.Run) -> None:
             title, row = at.split("; ", 1)
             # The decay of the training is chosen as tau is.
             best = max((cell[at] for cell in cells.values()), key=lambda f: f["score"])
-            facts = results.setdefault(title, {}).setdefault(row, {})
-            for what in best:
-                facts.setdefault(what, []).append(best[what])
+            results.setdefault(title, {}).setdefault(row, []).append(best)
     for title, found in results.items():
         report(title, found)
     draw(results, run.picture())
