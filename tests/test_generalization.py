@@ -301,10 +301,10 @@ def test_the_help_shows_the_defaults_that_are_used(generalization, capsys):
     with pytest.raises(SystemExit):
         generalization.main(["--data", "cifar10", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("default 4000", "default data/cifar10", "base=0.0015", "cifar10-cnn"):
+    for text in ("default 4000", "data/cifar10", "'base': 0.0015", "cifar10-cnn"):
         assert text in printed
     with pytest.raises(SystemExit):
         generalization.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     rho = generalization.DIGITS["SAM"][0]
-    assert "default 300" in printed and f"SAM={rho:g}" in printed
+    assert "default 300" in printed and f"'SAM': {rho:g}" in printed
