@@ -603,6 +603,51 @@ recurrence(
 )
 
 
+recurrence(
+    "of_orthogonal",
+    lambda p: jnp.linalg.solve(
+        jnp.eye(D) + p["w"] - p["w"].T, jnp.eye(D) - p["w"] + p["w"].T
+    ),
+    ["mapped shared dense"],
+    w=FIXED,
+)
+
+
+@pattern(
+    {"w": normal(D, 3 * D), "u": normal(D, 3 * D), "g": normal(3 * D)},
+    SEQUENCES,
+    ["mapped shared dense", "shared dense", "reduction"],
+    1.1,
+)
+def gates_of_norm_one(p, xs):
+    """Vectors of gates are larger than what the loop runs over."""
+
+    @jax.checkpoint
+    def step(h, x):
+        u = p["g"] * p["u"] / jnp.linalg.norm(p["u"], axis=0)
+        a, b = jnp.split(x @ p["w"], 3), jnp.split(h @ u, 3)
+        r, z = jax.nn.sigmoid(a[0] + b[0]), jax.nn.sigmoid(a[1] + b[1])
+        h = (1 - z) * jnp.tanh(a[2] + r * b[2]) + z * h
+        return h, h
+
+    return jnp.sum(lax.scan(step, jnp.zeros(D), xs)[1] ** 2)
+
+
+@pattern({"w": LAYERS, "b": BIASES}, SEQUENCES, ["shared dense", "reduction"], 1.1)
+def layers_within_a_checkpointed_loop(p, x):
+    """What is checkpointed is added up outside of it."""
+
+    @jax.checkpoint
+    def layer(h, q):
+        return jnp.tanh(h @ q["w"] + q["b"]), None
+
+    @jax.checkpoint
+    def block(h, _):
+        return lax.scan(layer, h, p)[0], None
+
+    return jnp.sum(lax.scan(block, x, None, length=3)[0] ** 2)
+
+
 @pattern({"e": normal(400, D), "w": FIXED}, SEQUENCES, ["embedding", "shared dense"])
 def rows_fed_back(p, xs):
     """Each step looks up a row of a scaled table that the last one has chosen."""
@@ -625,6 +670,7 @@ OVERSTATED = {
     "word2vec": "the gradient adds whole tables up, which is not told as its own",
     "one_table_looked_up_twice": "as in word2vec",
     "rows_fed_back": "as in word2vec",
+    "recurrence_of_orthogonal": "the gradient solves at each step, and not once",
     "branch_by_the_example": "nor is what the gradient picks of matrices",
 }
 

@@ -16,7 +16,7 @@ from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, holds_numbers, size
 from fsam_optax._engine.normal import moves_or_pads, windows_by_rows
-from fsam_optax._engine.primitives import LOOP, name_of, UPDATE
+from fsam_optax._engine.primitives import LOOP, name_of, SUMS, UPDATE
 from fsam_optax._engine.sources import is_linear, parameter_side
 
 
@@ -47,16 +47,30 @@ class Carries:
         self._flow = flow
         self.terms, self.sources = {}, {}
         inputs, outputs = flow.jaxpr.invars, flow.jaxpr.outvars
+        readers = {
+            v: e
+            for e in flow.jaxpr.eqns
+            for v in e.invars
+            if not isinstance(v, Literal)
+        }
         added = {
             k: terms
             for k in range(n_carry)
-            if (terms := _added(flow, inputs[n_consts + k], outputs[k]))
+            if (terms := _added(flow, readers, inputs[n_consts + k], outputs[k]))
         }
         if not added:
             return
-        limit = max((size(v) for v in inputs[n_consts + n_carry :]), default=0)
         wanted = [*(outputs[k] for k in added), *outputs[n_carry:]]
         inside = parameter_side(flow, wanted)
+        held = [*inputs[n_consts + n_carry :]]
+        held += [
+            v
+            for e in flow.jaxpr.eqns
+            if contracts(flow, e)
+            for v in _operands(e)
+            if flow.varies(v) and v not in inside
+        ]
+        limit = max(map(size, held), default=0)
         made = _made(flow, inside, Dataflow(flow.jaxpr, inputs[n_consts:]), limit)
         for k, terms in added.items():
             if all(not isinstance(v, Literal) and v in made for v in terms):
@@ -101,15 +115,18 @@ class Carries:
         return found
 
 
-def _added(flow, before, after):
+def _added(flow, readers, before, after):
     """Returns the terms of `after = before + terms`; None if it is no such sum."""
-    terms = flow.summands(after)
-    if flow.uses.get(before) != 1 or terms.count(before) != 1:
+    terms, v = [], before
+    while v is not after:
+        eqn = readers.get(v)
+        if flow.uses.get(v) != 1 or name_of(eqn) not in SUMS:
+            return None
+        terms += [x for x in eqn.invars if x is not v]
+        (v,) = eqn.outvars
+    if flow.uses[after] != 1 or any(x.aval.shape != v.aval.shape for x in terms):
         return None
-    partial_sums = flow.ancestors([after], stop=[v for v in terms if v is not before])
-    if any(flow.uses[v] != 1 for v in partial_sums):
-        return None
-    return [v for v in terms if v is not before and not flow.is_zero(v)]
+    return [x for x in terms if not flow.is_zero(x)]
 
 
 def _made(flow, inside, steps, limit):

@@ -8,6 +8,7 @@ operands of the products are stacked up instead, which are no larger than activa
 and the rest is done outside, for all steps at once.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,18 +53,18 @@ class Ends(NamedTuple):
         return dict(zip(self.outputs, ys, strict=True))
 
 
-def ends(before: Dataflow, eqn: Any, flow: Dataflow) -> Ends:
+def ends(before: Dataflow, eqn: Any, flow: Dataflow, added: set[Any]) -> Ends:
     """Returns the ends of a loop whose results are added to something else.
 
     Args:
         before: The program that the loop is in.
         eqn: The loop.
         flow: Its body.
+        added: The variables of the program that are added to others.
     """
     n_consts, n_carry = loop_counts(eqn)
     inputs = flow.jaxpr.invars[n_consts:]
     limit = max((size(v) for v in inputs if flow.varies(v)), default=0)
-    added = _added(before)
     outputs, eqns, operands = [], [], []
     for k, v in enumerate(eqn.outvars):
         found = None
@@ -81,14 +82,19 @@ def ends(before: Dataflow, eqn: Any, flow: Dataflow) -> Ends:
     )
 
 
-def _added(flow):
-    """Returns the variables whose values, perhaps moved, are added to others."""
+def added_to_others(flow: Dataflow, outputs: Iterable[Any]) -> set[Any]:
+    """Returns the variables whose values, perhaps moved, are added to others.
+
+    Args:
+        flow: The program.
+        outputs: Those of its outputs that are added to something outside.
+    """
     found = set()
-    for eqn in flow.jaxpr.eqns:
-        for v in eqn.invars if name_of(eqn) in SUMS else ():
-            while is_move(flow.made_by(v)):
-                v = flow.made_by(v).invars[0]
-            found |= set() if isinstance(v, Literal) else {v}
+    sums = (v for e in flow.jaxpr.eqns if name_of(e) in SUMS for v in e.invars)
+    for v in (*sums, *outputs):
+        while is_move(flow.made_by(v)):
+            v = flow.made_by(v).invars[0]
+        found |= set() if isinstance(v, Literal) else {v}
     return found
 
 

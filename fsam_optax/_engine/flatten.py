@@ -10,7 +10,7 @@ from jax import lax
 
 from fsam_optax._engine.branches import switched
 from fsam_optax._engine.carries import Carries, contracts
-from fsam_optax._engine.ends import ends
+from fsam_optax._engine.ends import added_to_others, ends
 from fsam_optax._engine.jaxpr import (
     bind,
     body_of,
@@ -51,22 +51,27 @@ def flatten(closed: Any, varies: Sequence[bool]) -> Callable:
     return lambda *args: _run(closed.jaxpr, closed.consts, args, varies)
 
 
-def _run(jaxpr, consts, args, varies):
+def _run(jaxpr, consts, args, varies, added=()):
+    """Evaluates a program; some of its outputs are added to something outside."""
     given = (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
     flow = Dataflow(jaxpr, given, dict(zip(jaxpr.constvars, consts, strict=True)))
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    added = added_to_others(flow, added)
     for eqn in jaxpr.eqns:
         values = [read(env, v) for v in eqn.invars]
         name = name_of(eqn)
-        if name in CALLS:
-            out = _run(*body_of(eqn), values, list(map(flow.varies, eqn.invars)))
-        elif name in REMATERIALISED:
-            values = _barrier(flow, eqn, values)
-            out = _run(*body_of(eqn), values, list(map(flow.varies, eqn.invars)))
+        if name in (*CALLS, *REMATERIALISED):
+            if name in REMATERIALISED:
+                values = _barrier(flow, eqn, values)
+            body, constants = body_of(eqn)
+            pairs = zip(body.outvars, eqn.outvars, strict=True)
+            inner = [x for x, v in pairs if v in added]
+            given = list(map(flow.varies, eqn.invars))
+            out = _run(body, constants, values, given, inner)
         elif name == SOLVE:
             out = _solve(flow, eqn, values)
         elif name == LOOP:
-            out = _scan(flow, eqn, values)
+            out = _scan(flow, eqn, values, added)
         elif name == BRANCHES:
             out = _branches(flow, eqn, values)
         else:
@@ -212,7 +217,7 @@ def _moved_back(flow, moved, y):
     return y
 
 
-def _scan(before, eqn, values):
+def _scan(before, eqn, values, added):
     """Evaluates a loop; sums of products that it accumulates come out as one product.
 
     See `carries`.
@@ -225,7 +230,7 @@ def _scan(before, eqn, values):
     inputs, outputs = flat.jaxpr.invars, flat.jaxpr.outvars
     flow = Dataflow(flat.jaxpr, (v for v, b in zip(inputs, varies, strict=True) if b))
     sums = Carries(flow, n_consts, n_carry)
-    end = ends(before, eqn, flow)
+    end = ends(before, eqn, flow, added)
     factors = sums.factors()
     given = dict(zip(inputs, values, strict=True))
     same = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
