@@ -705,6 +705,20 @@ def test_few_examples(n):
     oracles.assert_close(sums, oracles.power_sums(apply_fn, MLP, X[:n], factor, Y[:n]))
 
 
+def test_parameters_without_entries():
+    """A low-rank part of rank zero is no reason to fall back."""
+
+    def loss_fn(p, x):
+        return jnp.sum(jnp.tanh(x @ (p["w"] + p["a"] @ p["b"])))
+
+    params = {"w": normal(0, 4, 4), "a": normal(0, 4, 0), "b": normal(0, 0, 4)}
+    x = normal(1, B, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = loss_power_sums(loss_fn, params, x)
+    oracles.assert_close((found,), oracles.loss_power_sums(loss_fn, params, x, (2,)))
+
+
 def test_zero_weights():
     sums = jitted(apply_fn, MLP, X, factor, weights=jnp.zeros(B))
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(sums))

@@ -50,10 +50,11 @@ FALLBACK = "fallback"
 
 
 def constant(site: Site) -> Source | None:
-    """The same for all examples."""
-    if any(map(site.flow.varies, site.terms)):
+    """The same for all examples, or without entries."""
+    empty = not all(map(size, site.terms))
+    if any(map(site.flow.varies, site.terms)) and not empty:
         return None
-    return whole(site, "constant", site.own_work())
+    return whole(site, "constant", 0.0 if empty else site.own_work())
 
 
 def contraction(site: Site) -> Source | None:
