@@ -6,14 +6,17 @@ smallest step for them that one can write by hand, with no metrics and no safegu
 A flat line means that the overhead does not grow with parameters, batch and classes of
 an MLP. A point of it is measured again, with twice the repeats, until the quartiles of
 all its rows are within a tenth of the median; what stays wider is drawn with them.
+What a step costs before it runs, tracing and compilation, shows with many leaves, the
+arrays of parameters of a model: half as many small dense layers.
 
-    python benchmarks/step_time.py                         # make bench
-    python benchmarks/step_time.py --growth --out FOLDER   # the models alone, anew
+    python benchmarks/step_time.py                                 # make bench
+    python benchmarks/step_time.py --models --growth --out FOLDER  # the leaves anew
 """
 
 import cost
 import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
 import show
 from models import MLP
@@ -41,6 +44,14 @@ LINES = {
     FUSED: ("Fisher SAM, exact empirical F", show.GREEN, "-."),
     "Fisher SAM, exact": ("Fisher SAM, exact F", show.VERMILLION, (0, (5, 1, 1, 1))),
 }
+OF_LEAVES = (
+    *("base", "SAM by hand", "optax.contrib.sam, opaque", "SAM"),
+    *("SAM, value_and_grad, metrics", "ASAM", FUSED),
+)
+SPENT = {
+    **{"tracing": ["trace_s"], "compiling": ["compile_s"]},
+    "both": ["trace_s", "compile_s"],
+}
 
 
 def of_model(name: str, repeats: int) -> dict:
@@ -48,6 +59,40 @@ def of_model(name: str, repeats: int) -> dict:
     slow = jax.default_backend() == "cpu" and name in ("cnn", "resnet")
     problem = (cost.SMOKE | cost.PROBLEMS)[name]()
     return measure(problem, repeats, leave_out=IN_CONTROL_FLOW if slow else ())
+
+
+def of_leaves(number: int, repeats: int) -> dict:
+    """Returns the facts of a model of so many arrays: dense layers with residuals."""
+
+    def apply(params, x):
+        for layer in params:
+            x = x + jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
+        return x
+
+    layer = {"kernel": jnp.eye(8), "bias": jnp.ones(8)}
+    batch = jnp.ones((4, 8)), jnp.arange(4)
+    problem = cost.Problem(apply, [layer] * (number // 2), batch)
+    return measure(problem, repeats, OF_LEAVES)
+
+
+def print_leaves(results: dict) -> None:
+    """Prints what is spent before a step runs, over the step of SAM by hand."""
+
+    def spent(facts, row, parts):
+        return sum(facts[row][part] for part in parts)
+
+    rows = [
+        [row]
+        + [
+            f"{spent(of, row, parts) / spent(of, 'SAM by hand', parts):.2f}"
+            for of in results.values()
+            for parts in SPENT.values()
+        ]
+        for row in OF_LEAVES
+    ]
+    heads = [f"{number}:\n{part}" for number in results for part in SPENT]
+    caption = "Arrays of parameters: seconds over those of SAM by hand."
+    show.table("Tracing and compilation of many leaves", ["", *heads], rows, caption)
 
 
 def spread_of(facts: dict) -> float:
@@ -94,11 +139,16 @@ def draw(results: dict, path) -> None:
 
 
 @harness.experiment(
-    smoke={"models": [*cost.SMOKE], "growth": [*SMOKE], "repeats": 2, "rounds": 1},
+    smoke={
+        **{"models": [*cost.SMOKE], "leaves": [4], "growth": [*SMOKE]},
+        **{"repeats": 2, "rounds": 1},
+    },
     models={
+        "nargs": "*",
         "default": ["mlp", "cnn", "resnet", "transf."],
         "choices": [*cost.PROBLEMS, *cost.SMOKE],
     },
+    leaves={"nargs": "*", "default": [100, 1000], "help": "arrays of parameters"},
     growth={"nargs": "*", "default": [*GROWTH], "choices": [*GROWTH, *SMOKE]},
     repeats=9,
     rounds={"default": 3, "help": "of growth, each of twice the repeats"},
@@ -108,6 +158,9 @@ def main(run: harness.Run) -> None:
     key = {"optimizer": "sgd", "repeats": repeats}
     results = run.each("model", options.models, of_model, repeats, **key)
     cost.print_table("Over the base step", results)
+    print_leaves(
+        run.each("leaves", options.leaves, of_leaves, repeats, repeats=repeats)
+    )
     results, rows, key = {}, [], run.take("repeats rounds")
     for kind in options.growth:
         points = (GROWTH | SMOKE)[kind]
