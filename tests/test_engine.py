@@ -576,12 +576,12 @@ def test_loops_sum_up_the_rest_and_all_weights(budget):
 
 @pytest.mark.parametrize("powers", [(2,), POWERS])
 def test_a_cpu_adds_up_several_large_products_at_once(powers):
-    """Four of seven, then the rest; if there are several sums to read and write."""
-    x = normal(1, 7, 3)
+    """Four of nine, and the rest; if there are several sums to read and write."""
+    x = normal(1, 9, 3)
     out = [jax.ShapeDtypeStruct((3,), jnp.float32)]
-    steps = Steps(1 << 20, None, 7, apart=True)
+    steps = Steps(1 << 20, None, 9, apart=True)
     reduce = looped(lambda x: [jnp.sin(x)], out, powers, steps)
-    fn = jax.jit(lambda x: reduce(((True,), (True,)), jnp.ones(7), x)[0])
+    fn = jax.jit(lambda x: reduce(((True,), (True,)), jnp.ones(9), x)[0])
     for p, sums in zip(powers, fn(x), strict=True):
         np.testing.assert_allclose(sums, np.sum(np.sin(x) ** p, 0), rtol=1e-5)
     assert ("unroll=4" in str(jax.make_jaxpr(fn)(x))) == (len(powers) > 1)

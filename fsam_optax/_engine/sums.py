@@ -109,15 +109,16 @@ class Steps(NamedTuple):
         apart = self.apart and length * cotangents > 1
         return {"default": number} | ({"cpu": 0} if apart else {})
 
-    def together(self, sums: int) -> int:
-        """Returns how many examples a CPU forms one by one, then adds up at once.
+    def together(self, sums: int, length: int) -> int:
+        """Returns how many of the examples a CPU forms, one by one, then adds up.
 
         More than one for several sums, which take longer to read and write than
         products to form, if it is within the caches but not within the first ones.
+        Not all: without a loop, other products would be formed in the meantime.
         """
         if sums == 1 or self.held < CACHE // 32:
             return 1
-        return max(1, min(4, CACHE // self.held))
+        return max(1, min(4, CACHE // self.held, length // 2))
 
 
 def looped(
@@ -163,8 +164,10 @@ def looped(
             def next_one(i, before):
                 return added_apart(before, *_rows(axes, (weight, *operands), i))
 
-            several = steps.together(len(powers)) if weight.ndim == 1 and steps else 1
-            return lax.fori_loop(0, len(weight), next_one, before, unroll=several)
+            several, length = 1, len(weight)
+            if weight.ndim == 1 and steps:
+                several = steps.together(len(powers), length)
+            return lax.fori_loop(0, length, next_one, before, unroll=several)
 
         if weight.ndim == 0:
             return sums(weight, *operands)
