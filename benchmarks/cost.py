@@ -24,14 +24,17 @@ class Problem(NamedTuple):
     batch: tuple[jax.Array, jax.Array]
 
 
-def problem(model: nn.Module, shape: tuple[int, ...], batch: int, classes: int = 10):
-    """Returns the problem of a model on inputs of a shape; 1-d shapes of tokens."""
+def problem(model: nn.Module, shape, batch: int, classes: int = 10, places=()):
+    """Returns the problem of a model on inputs of a shape; 1-d shapes of tokens.
+
+    It has a label an example, or one for each of its places.
+    """
     keys = jax.random.split(jax.random.key(0), 3)
     if isinstance(model, Transformer):
         x = jax.random.randint(keys[0], (batch, *shape), 0, model.vocabulary)
     else:
         x = jax.random.normal(keys[0], (batch, *shape))
-    y = jax.random.randint(keys[1], (batch,), 0, classes)
+    y = jax.random.randint(keys[1], (batch, *places), 0, classes)
     variables = model.init(keys[2], x)
     params = variables.pop("params")
 
@@ -42,8 +45,12 @@ def problem(model: nn.Module, shape: tuple[int, ...], batch: int, classes: int =
 
 
 def gpt2(batch: int, length: int, dtype: Any = jnp.float32, **options: Any) -> Problem:
-    """Returns the next tokens of random text for GPT-2, computed in a type."""
-    model, keys = GPT2(**options), jax.random.split(jax.random.key(0))
+    return next_token(GPT2(**options), batch, length, dtype)
+
+
+def next_token(model: Any, batch: int, length: int, dtype: Any = jnp.float32):
+    """Returns the problem of the next token of random text, computed in a type."""
+    keys = jax.random.split(jax.random.key(0))
     text = jax.random.randint(keys[0], (batch, length + 1), 0, model.vocabulary)
     params = jax.jit(model.init)(keys[1], text[:1, :-1])["params"]
 
@@ -71,6 +78,9 @@ TITLES = {
     "cnn": "CNN 32x32x3, batch 128",
     "resnet": "ResNet-18, width 16, 32x32x3, batch 32, statistics fixed",
     "transf.": "transformer of two blocks, length 64, batch 32",
+    "unet": "U-Net of two levels, 32x32x3, five classes a pixel, batch 8",
+    "vit": "ViT of four blocks, 32x32x3, batch 32",
+    "mamba": "Mamba of two layers, 256 tokens, length 64, batch 16",
 }
 SMOKE = {"tiny": lambda: problem(MLP((8,)), (16,), 16)}
 

@@ -5,6 +5,7 @@ and are divided by the time of `jax.grad` of the batch loss in the same round. T
 way is `vmap(grad)` squared, which forms an array of batch x parameters.
 
     python benchmarks/fisher_cost.py                             # make bench
+    taskset -c 0 python benchmarks/fisher_cost.py --models unet vit mamba
     python benchmarks/fisher_cost.py --models gpt2 --repeats 1   # minutes, 5 GB
 
 kfac-jax keeps, for each layer that it recognises, the diagonal of a Fisher matrix for
@@ -25,19 +26,32 @@ import harness
 import jax
 import jax.numpy as jnp
 import optax
+import zoo
 
 import fsam_optax as fsam
 
 
-MODELS = cost.PROBLEMS | {"gpt2": lambda: cost.gpt2(2, 256)}
+MODELS = cost.PROBLEMS | {
+    "unet": lambda: cost.problem(zoo.UNet(), (32, 32, 3), 8, 5, places=(32, 32)),
+    "vit": lambda: cost.problem(zoo.ViT(), (32, 32, 3), 32),
+    "mamba": lambda: cost.next_token(zoo.Mamba(), 16, 64),
+    "gpt2": lambda: cost.gpt2(2, 256),
+}
 SMOKE = cost.SMOKE | {
-    "gpt2 tiny": lambda: cost.gpt2(2, 4, width=16, heads=2, depth=2, vocabulary=20)
+    "mamba tiny": lambda: cost.next_token(zoo.Mamba(8, 2, 20), 2, 4),
+    "gpt2 tiny": lambda: cost.gpt2(2, 4, width=16, heads=2, depth=2, vocabulary=20),
 }
 GRADIENT, BOTH = "gradient", "gradient and fisher_empirical"
 NORMS = GRADIENT, "norms: vmap(grad)", "per_example_norms", "clipped_gradient"
 STEPS = "SAM, both gradients", "Fisher SAM, both gradients"
 SECOND = "fisher_i2, Hutchinson"
-LARGE = GRADIENT, "fisher_empirical", BOTH, "fisher_hutchinson", *STEPS
+NAIVE, ONE = "empirical: vmap(grad) squared", "empirical: one example at a time"
+# A label a pixel or token: too many columns for the exact one.
+LARGE = GRADIENT, NAIVE, ONE, "fisher_empirical", BOTH, "fisher_hutchinson"
+ROWS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("unet", "vit", "mamba"), LARGE),
+    "gpt2": (GRADIENT, *LARGE[3:], *STEPS),
+}
 PEER = {"fisher_empirical": "kfac-jax, empirical", "fisher_exact": "kfac-jax, exact"}
 PEERS = GRADIENT, *PEER, *PEER.values()
 
@@ -71,9 +85,9 @@ def make_rows(model: cost.Problem) -> dict[str, Callable]:
     fused = fsam.fisher_ellipsoid(0.1, fsam.given())
     return {
         GRADIENT: jax.grad(loss),
-        "empirical: vmap(grad) squared": cost.plain(loss),
+        NAIVE: cost.plain(loss),
         "empirical: 16 examples at a time": partial(in_chunks, 16),
-        "empirical: one example at a time": partial(in_chunks, 1),
+        ONE: partial(in_chunks, 1),
         "fisher_empirical": estimate(fsam.fisher_empirical),
         BOTH: partial(fsam.loss_power_sums, example, powers=(1, 2)),
         "fisher_i1": estimate(fsam.fisher_i1, **key),
@@ -132,12 +146,13 @@ def measure(name: str, repeats: int, rows: tuple[str, ...] = ()) -> dict:
     model, left_out = (MODELS | SMOKE)[name](), NORMS + STEPS
     if name == "resnet":  # A Hessian-vector product for each of many arrays.
         left_out += (SECOND,)
-    every = make_rows(model) | (kfac(model) if rows == PEERS else {})
-    rows = rows or (GRADIENT, *(row for row in every if row not in left_out))
-    fns = {row: every[row] for row in rows}
+    every, kind = make_rows(model), name.removesuffix(" tiny")
+    every |= kfac(model) if rows == PEERS else {}
+    others = GRADIENT, *(row for row in every if row not in left_out)
+    fns = {row: every[row] for row in rows or ROWS.get(kind, others)}
     runs, facts = cost.programs(fns, model.params, model.batch)
-    # A round of GPT-2 takes minutes, in which the machine does other things too.
-    clock = time.process_time if rows == LARGE else time.perf_counter
+    # A round of the larger models takes long; the machine does other things meanwhile.
+    clock = time.perf_counter if rows or kind not in ROWS else time.process_time
     # Apart: the naive rows leave hundreds of megabytes behind, which would slow down
     # whatever runs next.
     for naive in (False, True):
@@ -158,23 +173,25 @@ def measure(name: str, repeats: int, rows: tuple[str, ...] = ()) -> dict:
         **{"models": list(SMOKE), "repeats": 2},
         "kfac": importlib.util.find_spec("kfac_jax") is not None,
     },
-    models={"default": list(cost.PROBLEMS), "choices": [*MODELS, *SMOKE]},
+    models={
+        "default": [name for name in MODELS if name != "gpt2"],
+        "choices": [*MODELS, *SMOKE],
+    },
     kfac={"default": False, "help": "beside kfac-jax"},
     repeats=5,
 )
 def main(run: harness.Run) -> None:
     key, names = run.take("repeats"), run.options.models
-    large = [name for name in names if name.startswith("gpt2")]
-    small = [name for name in names if name not in large]
+    small = [name for name in names if not name.startswith("gpt2")]
     title, repeats = "Over one gradient of the batch", run.options.repeats
     if run.options.kfac:
+        small = [name for name in small if name in cost.PROBLEMS | cost.SMOKE]
         found = run.each("model", small, measure, repeats, PEERS, rows="kfac", **key)
         cost.print_table(title, found)
         errors = [of[row]["error"] for of in found.values() for row in PEER.values()]
         print(f"kfac-jax is at most {max(errors):.0e} from fsam_optax.")
         return
-    found = run.each("model", small, measure, repeats, **key)
-    found |= run.each("model", large, measure, repeats, LARGE, **key)
+    found = run.each("model", names, measure, repeats, **key)
     norms = run.each("model", small, measure, repeats, NORMS, rows="norms", **key)
     for results in (found, norms) if norms else (found,):
         cost.print_table(title, results)
