@@ -1,8 +1,8 @@
 """Question: what does a step cost beside its gradients, and how does that grow?
 
 Every row is one jitted, donated training step; all rows of a model run in one process,
-interleaved, and are divided by the base step's time. Beside three methods stands the
-smallest step for them that one can write by hand, with no metrics and no safeguards.
+interleaved, and are divided by the base step's time. Beside SAM and its family stand
+the smallest steps that one can write by hand, with no metrics and no safeguards.
 A flat line means that the overhead does not grow with parameters, batch and classes of
 an MLP. A point of it is measured again, with twice the repeats, until the quartiles of
 all its rows are within a tenth of the median; what stays wider is drawn with them.
@@ -24,7 +24,10 @@ from steps import measure
 
 
 # On a CPU, XLA is slow with the gradient of a convolution's kernel in a branch or loop.
-IN_CONTROL_FLOW = "SAM, every=5", "SAM, micro_batches=4"
+IN_CONTROL_FLOW = (
+    *("SAM, every=5", "SAM, micro_batches=4"),
+    *("LookSAM by hand", "LookSAM"),
+)
 FUSED = "Fisher SAM, empirical, one pass"
 SIZES = {
     **{"1e4": ((80, 80), 40), "1e5": ((280, 280), 80), "1e6": ((900, 900), 200)},

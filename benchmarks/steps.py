@@ -1,4 +1,4 @@
-"""Training steps to be timed: ours, and beside three the smallest written by hand."""
+"""Training steps to be timed: ours, and beside a method the smallest by hand."""
 
 from collections.abc import Callable, Container
 from typing import Any
@@ -15,18 +15,22 @@ import fsam_optax as fsam
 
 SGD = optax.sgd(0.01, momentum=0.9)
 CYCLE = 10  # What these save shows over whole cycles of steps only.
-CYCLIC = "Fisher SAM, exact every 10th step", "SAM, every=5"
+CYCLIC = (
+    *("Fisher SAM, exact every 10th step", "SAM, every=5"),
+    *("LookSAM by hand", "LookSAM"),
+)
 Steps = dict[str, tuple[Callable, Callable]]
 
 
 def by_hand(gradient: Callable) -> Steps:
     """Returns steps without metrics and safeguards, as short as they can be written."""
 
+    def ascend(w, d):
+        scale = 0.05 / optax.tree.norm(d)
+        return jax.tree.map(lambda w, d: w + scale * d, w, d)
+
     def sam(w, batch):
-        g = gradient(w, batch)
-        scale = 0.05 / optax.tree.norm(g)
-        at = jax.tree.map(lambda w, g: w + scale * g, w, g)
-        return gradient(at, batch)
+        return gradient(ascend(w, gradient(w, batch)), batch)
 
     def asam(w, batch):
         g = gradient(w, batch)
@@ -34,6 +38,42 @@ def by_hand(gradient: Callable) -> Steps:
         scale = 0.5 / optax.tree.norm(jax.tree.map(jnp.multiply, t, g))
         at = jax.tree.map(lambda w, t, g: w + scale * t * t * g, w, t, g)
         return gradient(at, batch)
+
+    def gsam(w, batch):
+        g = gradient(w, batch)
+        h = gradient(ascend(w, g), batch)
+        along = optax.tree.vdot(g, h) / optax.tree.norm(h, squared=True)
+        return jax.tree.map(lambda g, h: h - 0.1 * (g - along * h), g, h)
+
+    def wsam(w, batch):
+        g = gradient(w, batch)
+        h = gradient(ascend(w, g), batch)
+        return jax.tree.map(lambda g, h: g + 9 * (h - g), g, h)
+
+    def friendly(w, state, batch):
+        m, keep = state
+        g = gradient(w, batch)
+        h = gradient(ascend(w, jax.tree.map(jnp.subtract, g, m)), batch)
+        m = jax.tree.map(lambda m, g: keep * m + (1 - keep) * g, m, g)
+        return None, h, (m, jnp.array(0.9))
+
+    def looksam(w, state, batch):
+        count, v = state
+        g = gradient(w, batch)
+
+        def perturbed():
+            h = gradient(ascend(w, g), batch)
+            along = optax.tree.vdot(g, h) / optax.tree.norm(g, squared=True)
+            v = jax.tree.map(lambda g, h: h - along * g, g, h)
+            length = optax.tree.norm(v)
+            return h, jax.tree.map(lambda v: v / length, v)
+
+        def plain():
+            add = 0.7 * optax.tree.norm(g)
+            return jax.tree.map(lambda g, v: g + add * v, g, v), v
+
+        d, v = jax.lax.cond(count % 5 == 0, perturbed, plain)
+        return None, d, (count + 1, v)
 
     def msam(w, states, batch):  # w holds the perturbation, as what a trainer holds.
         m, eps, state = states
@@ -49,16 +89,20 @@ def by_hand(gradient: Callable) -> Steps:
     def zeros(w):
         return jax.tree.map(jnp.zeros_like, w)
 
-    def around(fn):
-        def oracle(w, state, batch):
-            return None, fn(w, batch), state
+    def around(oracle, init):
+        return methods.around(oracle, SGD, init)[:2]
 
-        return methods.around(oracle, SGD, lambda params: ())[:2]
+    def alone(fn):
+        return around(lambda w, _, batch: (None, fn(w, batch), ()), lambda w: ())
 
     return {
-        "base": around(gradient),
-        "SAM by hand": around(sam),
-        "ASAM by hand": around(asam),
+        "base": alone(gradient),
+        "SAM by hand": alone(sam),
+        "ASAM by hand": alone(asam),
+        "GSAM by hand": alone(gsam),
+        "WSAM by hand": alone(wsam),
+        "Friendly SAM by hand": around(friendly, lambda w: (zeros(w), jnp.array(0.0))),
+        "LookSAM by hand": around(looksam, lambda w: (jnp.array(0), zeros(w))),
         "MSAM by hand": (lambda w: (zeros(w), zeros(w), SGD.init(w)), msam),
     }
 
@@ -109,6 +153,7 @@ def make_steps(model: Problem) -> Steps:
         "SAM, every=5": oracle(ball, every=5),
         "SAM, micro_batches=4": oracle(ball, micro_batches=4),
         **{name: named(name, 0.05) for name in ("GSAM", "WSAM", "Friendly SAM")},
+        "LookSAM": oracle(ball, every=5, descent=fsam.reuse(0.7)),
         "MSAM": named("MSAM", 3.0),
     }
     return by_hand(gradient) | {name: steps[:2] for name, steps in every.items()}
