@@ -1,14 +1,16 @@
 """Question: how does a step scale with the number of devices, on paper?
 
-Training steps of a fully sharded GPT of 1.3 billion parameters are compiled for 2 to
-256 devices and read, not run: the bytes that leave the collectives of one device in a
-step, what the device holds, and the operations of its products. The batch grows with
-the devices. Compiled for virtual CPU devices, whose XLA knows no reduce-scatter: a
-sharded gradient shows as an all-reduce, by hand as in the library.
+Training steps are compiled for 2 to 256 devices and read, not run: the bytes that
+leave the collectives of one device in a step, what the device holds, and the operations
+of its products. The batch grows with the devices; CNN and transformer are data
+parallel, the GPT of 1.3 billion parameters is fully sharded. Compiled for virtual CPU
+devices, whose XLA knows no reduce-scatter: a sharded gradient shows as an all-reduce,
+by hand as in the library.
 
     python benchmarks/scaling.py
 """
 
+import itertools
 import math
 
 import compiled
@@ -25,11 +27,32 @@ import fsam_optax as fsam
 RHO, RATE = 0.05, 0.1
 STEPS = ("two gradients", "SAM", "Fisher SAM, one pass")
 # Layers, width, words, tokens.
-MODELS = {"gpt": (24, 2048, 50304, 1024), "smoke": (2, 16, 64, 4)}
+GPT = {
+    "transformer": (4, 256, 1024, 64),
+    "gpt": (24, 2048, 50304, 1024),
+    "smoke": (2, 16, 64, 4),
+}
+SHARDED = "gpt", "smoke"
+ROWS = {"cnn": 8, "transformer": 4, "gpt": 1, "smoke": 1}  # examples of a device
 
 
-def gpt(depth, width, words, whole):
-    """Returns a GPT whose weights `whole` gathers where they are used, and shapes."""
+def cnn():
+    """Returns a model, and shapes of its parameters, of an example and its label."""
+    kernels = [(3, 3, a, b) for a, b in itertools.pairwise((3, 32, 64, 64))]
+    shapes = {"kernels": kernels, "dense": (64 * 16, 10)}
+    axes = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def apply(params, x):
+        for kernel in params["kernels"]:
+            x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", **axes)
+            x = jax.nn.relu(x)
+        return x.reshape(len(x), -1) @ params["dense"]
+
+    return apply, shapes, ((32, 32, 3), jnp.float32), ()
+
+
+def gpt(depth, width, words, length, whole):
+    """The same for a GPT, whose weights `whole` gathers where they are used."""
     heads = max(1, width // 128)
     layers = {name: (depth, width, width) for name in ("q", "k", "v", "out")}
     layers |= {"up": (depth, width, 4 * width), "down": (depth, 4 * width, width)}
@@ -57,7 +80,7 @@ def gpt(depth, width, words, whole):
         x, _ = jax.lax.scan(layer, table[tokens], params["layers"])
         return x @ table.T
 
-    return apply, shapes
+    return apply, shapes, ((length,), jnp.int32), (length,)
 
 
 def oracles(nll):
@@ -76,21 +99,27 @@ def oracles(nll):
 
 
 def measure(devices, name):
-    """Returns the facts of a model on so many devices, an example on each."""
-    depth, width, words, length = MODELS[name]
+    """Returns the facts of a model on so many devices."""
     made = {"axis_types": (AxisType.Auto,), "devices": jax.devices("cpu")[:devices]}
     mesh = jax.make_mesh((devices,), ("data",), **made)
 
     def whole(weight):
         return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
 
-    def like(shape, dtype=jnp.float32, axis=-1):
-        spec = P(*(None,) * (len(shape) - 1), "data") if axis else P("data")
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    def like(shape, dtype, *spec):
+        sharding = NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    apply, shapes = gpt(depth, width, words, whole)
-    params = jax.tree.map(like, shapes, is_leaf=lambda x: isinstance(x, tuple))
-    batch = (like((devices, length), jnp.int32, axis=0),) * 2
+    def weight(shape):
+        spec = (*(None,) * (len(shape) - 1), "data") if name in SHARDED else ()
+        return like(shape, jnp.float32, *spec)
+
+    model = cnn() if name == "cnn" else gpt(*GPT[name], whole)
+    apply, shapes, (example, dtype), label = model
+    params = jax.tree.map(weight, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    rows = devices * ROWS[name]
+    x = like((rows, *example), dtype, "data")
+    batch = x, like((rows, *label), jnp.int32, "data")
     every = oracles(fsam.negative_log_likelihood(apply, fsam.categorical))
     facts = {}
     for row, (oracle, init) in zip(STEPS, every, strict=True):
@@ -106,20 +135,30 @@ def measure(devices, name):
     return facts
 
 
+def short(value):
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 COLUMNS: show.Columns = {
-    "devices: step": lambda name, _: name,
-    "gathered,\nMB": lambda _, of: f"{of['all-gather'] / 1e6:.1f}",
-    "reduced,\nMB": lambda _, of: f"{of['all-reduce'] / 1e6:.1f}",
-    "held,\nMB": lambda _, of: f"{of['temporaries'] / 1e6:.0f}",
-    "GFLOP": lambda _, of: f"{of['products'] / 1e9:.1f}",
+    "model, devices: step": lambda name, _: name,
+    "gathered,\nMB": lambda _, of: short(of.get("all-gather", 0) / 1e6),
+    "reduced,\nMB": lambda _, of: short(of["all-reduce"] / 1e6),
+    "held,\nMB": lambda _, of: short(of["temporaries"] / 1e6),
+    "GFLOP": lambda _, of: short(of["products"] / 1e9),
 }
 
 
-@harness.experiment(smoke={"devices": [2]}, devices=[2, 8, 64, 256])
+@harness.experiment(
+    smoke={"models": ["cnn", "smoke"], "devices": [2]},
+    models={"default": ["cnn", "transformer", "gpt"], "choices": [*ROWS]},
+    devices=[2, 8, 64, 256],
+)
 def main(run: harness.Run) -> None:
-    name = "smoke" if run.options.smoke else "gpt"
-    found = run.each("devices", run.options.devices, measure, name, model=name)
-    rows = {f"{n}: {step}": of[step] for n, of in found.items() for step in STEPS}
+    rows = {}
+    for name in run.options.models:
+        found = run.each("devices", run.options.devices, measure, name, model=name)
+        for devices, of in found.items():
+            rows |= {f"{name}, {devices}: {step}": of[step] for step in STEPS}
     show.report("One device in a step", rows, COLUMNS)
 
 
