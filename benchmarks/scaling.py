@@ -40,11 +40,13 @@ def cnn():
     """Returns a model, and shapes of its parameters, of an example and its label."""
     kernels = [(3, 3, a, b) for a, b in itertools.pairwise((3, 32, 64, 64))]
     shapes = {"kernels": kernels, "dense": (64 * 16, 10)}
-    axes = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    axes = ("NHWC", "HWIO", "NHWC")
 
     def apply(params, x):
         for kernel in params["kernels"]:
-            x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", **axes)
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=axes
+            )
             x = jax.nn.relu(x)
         return x.reshape(len(x), -1) @ params["dense"]
 
