@@ -46,7 +46,7 @@ NORMS = GRADIENT, "norms: vmap(grad)", "per_example_norms", "clipped_gradient"
 STEPS = "SAM, both gradients", "Fisher SAM, both gradients"
 SECOND = "fisher_i2, Hutchinson"
 NAIVE, ONE = "empirical: vmap(grad) squared", "empirical: one example at a time"
-# A label a pixel or token: too many columns for the exact one.
+# Of larger models; with a label a pixel or token the exact one has many columns.
 LARGE = GRADIENT, NAIVE, ONE, "fisher_empirical", BOTH, "fisher_hutchinson"
 ROWS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("unet", "vit", "mamba"), LARGE),
