@@ -67,6 +67,22 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
+class Residual(nn.Module):
+    """Two convolutions and a shortcut, as in `models.ResNet`."""
+
+    def __init__(self, before, features, stride):
+        super().__init__()
+        first = normalized(before, features, 3, stride)
+        second = normalized(features, features, 3)
+        self.path = nn.Sequential(*first, nn.ReLU(), *second)
+        short = normalized(before, features, 1, stride) if stride > 1 else []
+        self.shortcut = nn.Sequential(*short)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.path(x) + self.shortcut(x))
+
+
 def in_jax(module, params, x, path=""):
     """Computes what a module does, from parameters by name."""
     weight, bias = (params.get(path + name) for name in ("weight", "bias"))
@@ -78,13 +94,22 @@ def in_jax(module, params, x, path=""):
         case Twice():
             x = in_jax(module.layer, params, x, f"{path}layer.")
             return in_jax(module.layer, params, x, f"{path}layer.")
+        case Residual():
+            short = in_jax(module.shortcut, params, x, f"{path}shortcut.")
+            return jax.nn.relu(in_jax(module.path, params, x, f"{path}path.") + short)
         case nn.Linear():
             x = x @ weight.T
             return x + jnp.broadcast_to(bias, x.shape)
         case nn.Conv2d():
             args = module.stride, [(p, p) for p in module.padding]
             x = jax.lax.conv_general_dilated(x, weight, *args)
-            return x + bias[None, :, None, None]
+            return x if bias is None else x + bias[None, :, None, None]
+        case nn.BatchNorm2d():
+            fixed = module.running_mean, module.running_var, weight, bias
+            m, v, w, b = (jnp.asarray(a, x.dtype)[None, :, None, None] for a in fixed)
+            return (x - m) * jax.lax.rsqrt(v + module.eps) * w + b
+        case nn.AdaptiveAvgPool2d():
+            return x.mean((2, 3), keepdims=True)
         case nn.Embedding():
             return weight[x]
         case nn.ReLU():
@@ -106,6 +131,25 @@ def cnn(*sizes: int) -> list[nn.Module]:
     for a, b in itertools.pairwise(sizes[:-2]):
         layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()]
     return [*layers, nn.Flatten(), nn.Linear(*sizes[-2:])]
+
+
+def normalized(before: int, features: int, size: int, stride: int = 1) -> list:
+    """A convolution and BatchNorm with statistics of its own."""
+    norm = nn.BatchNorm2d(features)
+    norm.running_mean.normal_(std=0.1)
+    norm.running_var.uniform_(0.5, 2.0)
+    options = {"padding": size // 2, "bias": False}
+    return [nn.Conv2d(before, features, size, stride, **options), norm]
+
+
+def resnet(*widths: int) -> list[nn.Module]:
+    """Two blocks a width; the first of a larger width halves the image."""
+    layers, before = [*normalized(3, widths[0], 3), nn.ReLU()], widths[0]
+    for width in widths:
+        layers.append(Residual(before, width, 2 if width > before else 1))
+        layers.append(Residual(width, width, 1))
+        before = width
+    return [*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10)]
 
 
 class Problem(NamedTuple):
@@ -170,7 +214,7 @@ def problem(layers, x, classes=3, factor=1.0) -> Problem:
     """Returns a problem of random labels, the last layer multiplied by a factor."""
     for p in layers[-1].parameters():
         p.data.mul_(factor)
-    return Problem(nn.Sequential(*layers), x, torch.randint(classes, (len(x),)))
+    return Problem(nn.Sequential(*layers).eval(), x, torch.randint(classes, (len(x),)))
 
 
 # What each library claims, and what goes wrong where nobody says so.
@@ -190,8 +234,9 @@ CASES: dict[str, Callable[[], Problem]] = {
     "cnn": lambda: problem(
         cnn(3, 32, 64, 64, 1024, 10), torch.randn(32, 3, 32, 32), 10
     ),
+    "resnet": lambda: problem(resnet(16, 32, 64, 128), torch.randn(8, 3, 32, 32), 10),
 }
-TIMED = "mlp", "cnn"
+TIMED = "mlp", "cnn", "resnet"
 
 
 # One function a library: it returns `run()`, which computes the mean over examples, as
@@ -211,7 +256,7 @@ def backpack(problem: Problem, kind: str) -> Callable:
     extension = getattr(extensions, names[kind])()
     loss = extend(nn.CrossEntropyLoss(reduction="sum"))
     # Operations of the graph as modules that it knows, where there are any.
-    own = any(isinstance(layer, Mean | Twice) for layer in problem.model)
+    own = any(isinstance(layer, Mean | Twice | Residual) for layer in problem.model)
     model = extend(copy.deepcopy(problem.model), use_converter=own).eval()
 
     def run():
