@@ -76,7 +76,7 @@ MUTANTS = [
         ("metric = unit * positive + damping", "metric = unit * (positive + damping)"),
         ("root = 1 / jnp.sqrt(metric)", "root = 1 / metric"),
         ("known & (f >= 0), f, 0)", "known, f, 0)"),
-        ("shard_axes) / size", "shard_axes)"),
+        ("shard_axes) / float(size)", "shard_axes)"),
     ),
     *_mutants(
         "_common/norms.py",

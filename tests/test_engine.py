@@ -1254,3 +1254,64 @@ def test_random_programs(seed):
     loss_fn, params, batch = random_program(seed)
     sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(params, batch)
     oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, params, batch))
+
+
+def rounded_weight_gradient(w, x):
+    @jax.custom_vjp
+    def dense(w, x):
+        return x @ w
+
+    def backward(saved, g):
+        w, x = saved
+        return (4 * x.T @ g).astype(jnp.int32).astype(jnp.float32) / 4, g @ w.T
+
+    dense.defvjp(lambda w, x: (x @ w, (w, x)), backward)
+    return jnp.sum(jnp.tanh(dense(w, x)))
+
+
+def rounded_at_each_step(w, x):
+    def step(total, x):
+        return total + (x @ w * 4).astype(jnp.int8).astype(jnp.float32) / 4, None
+
+    total, _ = lax.scan(step, jnp.zeros(4), x)
+    return jnp.sum(total * (x[0] @ w))
+
+
+def counted_in_whole_numbers(w, x):
+    def step(total, x):
+        return total + jnp.dot(x, x).astype(jnp.int8), None
+
+    total, _ = lax.scan(step, jnp.int8(0), x)
+    return jnp.sum(jnp.tanh(x @ w)) * total.astype(jnp.float32)
+
+
+def filled_at_each_step(w, x):
+    rows = jnp.array([0, 7, 1, 2])
+
+    def step(total, x):
+        y = jnp.take(x @ w, rows, mode="fill", fill_value=1.0)
+        return total + y, None
+
+    total, _ = lax.scan(step, jnp.zeros(4), x)
+    return jnp.sum(total**2)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        rounded_weight_gradient,
+        rounded_at_each_step,
+        counted_in_whole_numbers,
+        filled_at_each_step,
+    ],
+)
+def test_what_is_rounded_or_filled_is_no_linear_map(loss_fn):
+    """It is not the same whether it is done before or after a sum."""
+    w, x = normal(0, 4, 4), 2 * normal(1, 3, 5, 4)
+    run = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, has_value=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value, sums = run(w, x)
+    expected = jax.jit(jax.vmap(loss_fn, (None, 0)))(w, x).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, w, x))

@@ -498,3 +498,11 @@ def test_containers_are_kept(tx):
     expected, _ = compute(tx, {n: GRADS[n] for n in "kw"}, {n: PARAMS[n] for n in "kw"})
     # The order of the leaves is another, so the sum of squares may round otherwise.
     assert_close({"k": eps["z"][0], "w": eps["a"][0]}, expected)
+
+
+def test_the_mean_of_f_is_over_as_many_parameters_as_there_are():
+    """More than an index of 32 bits counts."""
+    ball = fisher_ellipsoid(0.1, squared_gradient())
+    params = [jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)] * 2
+    eps, _ = jax.eval_shape(lambda g: ball.update(g, ball.init(g), g), params)
+    assert eps == params

@@ -160,7 +160,7 @@ def _unit(diagonal: Any, moves: Any, shard_axes: AxisName) -> jax.Array:
             size += f.size * math.prod(map(jax.lax.axis_size, axes))
     if not amounts:
         return jnp.ones([])
-    mean = total(amounts, shard_axes) / size
+    mean = total(amounts, shard_axes) / float(size)
     # NaN before the division: a choice after it compilers make anew for each leaf, with
     # the sum over all of them.
     unit = Reciprocal.of(jnp.where(jnp.isfinite(mean), divisor(mean), jnp.nan))

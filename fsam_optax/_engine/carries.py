@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, holds_numbers, size
+from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, size
 from fsam_optax._engine.normal import moves_or_pads, windows_by_rows
-from fsam_optax._engine.primitives import LOOP, name_of, SUMS, UPDATE
+from fsam_optax._engine.primitives import holds_numbers, LOOP, name_of, SUMS, UPDATE
 from fsam_optax._engine.sources import is_linear, parameter_side
 
 
@@ -103,7 +103,7 @@ class Carries:
                 if v in done:
                     continue
                 if e is None:
-                    done[v] = jnp.sum(rows[v], 0)
+                    done[v] = jnp.sum(rows[v], 0, dtype=rows[v].dtype)
                 else:
                     done[v] = STACKED[name_of(e)][1](e, *_stacks(e, rows))
             env = {**same, **{v: done[v] for v in self.sources[k]}}

@@ -20,6 +20,7 @@ from fsam_optax._engine.primitives import (
     BARRIER,
     CALLS,
     CONTRACTIONS,
+    holds_numbers,
     KEEPS_ZEROS,
     LOOP,
     name_of,
@@ -87,11 +88,6 @@ def size(v: Any) -> int:
 def is_real(v: Any) -> bool:
     """Tells whether a variable or literal holds real floating-point numbers."""
     return jnp.issubdtype(v.aval.dtype, jnp.floating)
-
-
-def holds_numbers(v: Any) -> bool:
-    """Tells whether a variable is no index and no mask."""
-    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 class Dataflow:

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import is_real
-from fsam_optax._engine.primitives import BARRIER
+from fsam_optax._engine.primitives import BARRIER, holds_numbers
 from fsam_optax._engine.products import (
     Expander,
     Factor,
@@ -88,6 +88,8 @@ def _same(self, eqn):
 
 def _converted(self, eqn):
     """Of complex numbers to real ones: their real parts."""
+    if not holds_numbers(eqn.outvars[0]):
+        raise Mismatch("numbers rounded to whole ones")
     return self.expand(eqn.invars[0], REAL if is_real(eqn.outvars[0]) else None)
 
 

@@ -9,6 +9,8 @@ is named there or here.
 
 from typing import Any
 
+import jax.numpy as jnp
+
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "xla_call")
 REMATERIALISED = ("checkpoint", "remat", "remat2")
@@ -56,8 +58,20 @@ LINEAR_MOVES = (
 
 
 def is_move(eqn: Any) -> bool:
-    """Tells whether an equation is one of `LINEAR_MOVES`, of one operand."""
-    return name_of(eqn) in LINEAR_MOVES and len(eqn.invars) == 1
+    """Tells whether an equation is one of `LINEAR_MOVES`, of one operand.
+
+    Not if that is rounded to whole numbers on the way.
+    """
+    return (
+        name_of(eqn) in LINEAR_MOVES
+        and len(eqn.invars) == 1
+        and all(map(holds_numbers, (*eqn.invars, *eqn.outvars)))
+    )
+
+
+def holds_numbers(v: Any) -> bool:
+    """Tells whether a variable is no index, no mask and no whole number."""
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 def name_of(eqn: Any) -> str:

@@ -11,6 +11,7 @@ from fsam_optax._engine.jaxpr import Dataflow, loop_flow, size
 from fsam_optax._engine.primitives import (
     BARRIER,
     CONTRACTIONS,
+    holds_numbers,
     LINEAR_MOVES,
     LOOP,
     name_of,
@@ -199,7 +200,11 @@ def is_linear(flow: Dataflow, eqn: Any) -> bool:
     """Tells whether an equation is a linear map that all examples share."""
     linear = LINEAR_MAPS.get(name_of(eqn))
     if linear is not None:
-        return linear([flow.varies(v) for v in eqn.invars])
+        varies = [flow.varies(v) for v in eqn.invars]
+        # Rounded to whole numbers it is not linear, nor with what fills it up.
+        rounded = len(eqn.outvars) == 1 and not holds_numbers(eqn.outvars[0])
+        filled = eqn.params.get("fill_value") not in (None, 0)
+        return linear(varies) and not rounded and not filled
     return name_of(eqn) == LOOP and linear_loop(flow, eqn)
 
 
