@@ -821,6 +821,18 @@ def test_squares_are_not_negative_where_products_cancel():
     np.testing.assert_allclose(np.diag(sums), 0, atol=1e-6)
 
 
+def test_symmetric_and_skew_products_of_one_weight():
+    """The product of a pair of one of each changes its sign where it is transposed."""
+
+    def loss_fn(w, x):
+        return jnp.sum(jnp.sin(jnp.tanh(x @ (w + w.T)) @ (w - w.T)))
+
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(FIXED, X)
+    oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, FIXED, X))
+    (leaf,) = explain_loss(loss_fn, FIXED, X)
+    assert leaf.rule == PAIRS
+
+
 @pytest.mark.parametrize("by", ["outside", "inside"])
 def test_a_branch_that_is_not_taken_may_divide_by_zero(by):
     def loss_fn(w, x):
