@@ -110,13 +110,12 @@ def ratios(
     """
 
     def seconds(run, calls=1):
+        jax.block_until_ready(run())  # The memory of what ran before is given back.
         start = clock()
         for _ in range(calls):
             jax.block_until_ready(run())
         return (clock() - start) / calls
 
-    for run in runs.values():
-        seconds(run)  # a warm-up
     calls = {n: max(1, round(0.05 / max(seconds(r), 1e-6))) for n, r in runs.items()}
     times = {name: [] for name in runs}
     for _ in range(repeats):
