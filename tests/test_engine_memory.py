@@ -182,7 +182,7 @@ def test_the_second_gradient_takes_its_memory_when_it_begins():
 
     ball = fisher_ellipsoid(0.1, given())
     fisher_sam = gradients(ball, empirical_fisher=True)
-    assert fisher_sam < 1.15 * gradients(euclidean_ball(0.1))
+    assert fisher_sam < 1.25 * gradients(euclidean_ball(0.1))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older compiler")

@@ -246,7 +246,7 @@ def perturbation(
         products = [t * g for t, g in zip(ts, gs, strict=True)]
         safe = [_where(ok, n, 1) for ok, n in zip(usable, known, strict=True)]
         safe = with_derivative(safe, products, dual_ord, shard_axes)
-        dual_norms = map(jnp.where, usable, safe, known)
+        dual_norms = list(map(jnp.where, usable, safe, known))
         radii = [radius] * len(safe)
         if length is not None:
             factors = [length_at(length, n, count) for n in safe]
@@ -262,7 +262,8 @@ def perturbation(
                 per_array(radii), ts, products, per_array(units), strict=True
             )
         ]
-        return eps, sum(dual_norms, jnp.zeros([])), jnp.any(jnp.array(usable, bool))
+        dual_norm = sum(dual_norms, jnp.zeros([], widen(*dual_norms)))
+        return eps, dual_norm, jnp.any(jnp.array(usable, bool))
 
     def update_fn(updates, state, params=None, **extra_args):
         check_leaves(updates, "grads")
