@@ -7,6 +7,7 @@ that what else the machine does meanwhile falls on both.
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -108,12 +109,15 @@ def ratios(
     One figure is the mean of as many calls as take 50 ms: a short one alone says more
     about what else the machine does.
     """
+    # A CPU would run calls side by side; on an accelerator they stand in one queue.
+    each = jax.block_until_ready if jax.default_backend() == "cpu" else lambda x: x
 
     def seconds(run, calls=1):
         jax.block_until_ready(run())  # The memory of what ran before is given back.
         start = clock()
         for _ in range(calls):
-            jax.block_until_ready(run())
+            last = each(run())
+        jax.block_until_ready(last)
         return (clock() - start) / calls
 
     calls = {n: max(1, round(0.05 / max(seconds(r), 1e-6))) for n, r in runs.items()}
@@ -148,13 +152,18 @@ def compiled(fn: Callable, *args: Any, **options: Any) -> tuple[Any, dict[str, f
     }
 
 
-def programs(fns: Mapping[str, Callable], *args: Any) -> tuple[dict, dict]:
-    """Compiles several functions; returns runs without arguments, and what is known."""
-    runs, facts = {}, {}
-    for row, fn in fns.items():
-        program, facts[row] = compiled(fn, *args)
-        runs[row] = partial(program, *args)
-    return runs, facts
+def programs(
+    fns: Mapping[str, Callable], *args: Any, threads: int = 1
+) -> tuple[dict, dict]:
+    """Compiles several functions; returns runs without arguments, and what is known.
+
+    Their times of compilation say something where it is done in one thread.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        every = pool.map(lambda fn: compiled(fn, *args), fns.values())
+        found = dict(zip(fns, every, strict=True))
+    runs = {row: partial(program, *args) for row, (program, _) in found.items()}
+    return runs, {row: facts for row, (_, facts) in found.items()}
 
 
 def print_table(title: str, results: Mapping[str, Any]) -> None:

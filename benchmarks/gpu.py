@@ -17,6 +17,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,12 @@ RADII = {
     **{f"Fisher SAM, {name}, relative": 0.1 for name in ("squared", "empirical")},
 }
 RATE = 0.05
+PARTS = "accuracy", "cost", "step", "cifar10"
+THREADS = 12  # In which programs are compiled.
+LARGE = (  # What is timed of a step of a large model.
+    *("base", "SAM by hand", "SAM", "ASAM", "Fisher SAM, squared"),
+    *("Fisher SAM, empirical, one pass", "Fisher SAM, empirical, apart", "GSAM"),
+)
 
 
 def diagonals(model: cost.Problem) -> dict[str, Callable]:
@@ -78,7 +85,8 @@ def accuracy(make: Callable) -> dict[str, float]:
         params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
         return jnp.float32(apply(params, x))
 
-    def run(row, precision):
+    def run(case):
+        row, precision = case
         fn = narrow if precision == "bfloat16" else apply
         fns = diagonals(cost.Problem(fn, params, batch))
         chosen = None if precision == "default" else "highest"
@@ -89,9 +97,12 @@ def accuracy(make: Callable) -> dict[str, float]:
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         return max(float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs)
 
-    truth, every = run(NAIVE, "highest"), ("default", "highest", "bfloat16")
-    rows = [(row, precision) for precision in every for row in ("F", NAIVE)]
-    return {f"{row}, {p}": apart(run(row, p), truth) for row, p in rows}
+    every = "default", "highest", "bfloat16"
+    cases = [(row, precision) for precision in every for row in ("F", NAIVE)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(cases, pool.map(run, cases), strict=True))
+    truth = found[NAIVE, "highest"]
+    return {f"{row}, {p}": apart(f, truth) for (row, p), f in found.items()}
 
 
 def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
@@ -99,7 +110,7 @@ def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
     model, rows = make(), (NAIVE,) if naive else ("F", "gradient and F")
     every = diagonals(model)
     fns = {row: every[row] for row in ("gradient", *rows)}
-    runs, facts = cost.programs(fns, model.params, model.batch)
+    runs, facts = cost.programs(fns, model.params, model.batch, threads=THREADS)
     for row, found in cost.ratios(runs, repeats).items():
         facts[row] |= found
     lowered = jax.jit(fns["gradient"]).lower(model.params, model.batch)
@@ -113,10 +124,16 @@ def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
     return facts
 
 
-def cifar10(options, method, seed):
-    """Trains one network by one method."""
+def cifar10(options, seed: int) -> dict[str, float]:
+    """Returns the accuracy of each method, trained side by side."""
     problem = training.make_problem(options, seeds=[seed])
-    return training.train(method, problem, options, RADII[method], RATE)
+
+    def train(method):
+        found = training.train(method, problem, options, RADII[method], RATE)
+        return found["accuracy"][0][-1]
+
+    with ThreadPoolExecutor(len(RADII)) as pool:
+        return dict(zip(RADII, pool.map(train, RADII), strict=True))
 
 
 def print_tables(found: dict[str, dict[str, Any]]) -> None:
@@ -135,36 +152,49 @@ def print_tables(found: dict[str, dict[str, Any]]) -> None:
         "share of peak": lambda _, f: f"{f['share']:.0%}" if f.get("share") else "",
     }
     show.report("Fisher diagonals", rows, columns)
-    cost.print_table("Over the base step", found["step"])
-    last = {m: [f["accuracy"][0][-1] for f in of] for m, of in found["cifar10"].items()}
+    rows = dict.fromkeys(row for facts in found["step"].values() for row in facts)
+    entry = "{ms:.3g} ms, {ratio:.2f}".format_map
+    table = [
+        [r, *(entry(f[r]) if r in f else "" for f in found["step"].values())]
+        for r in rows
+    ]
+    show.table("Steps, over the base step", ["", *found["step"]], table, first=32)
+    trained = list(found["cifar10"].values())
+    last = {m: [of[m] for of in trained] for m in RADII if trained}
     columns = {
         "method": lambda method, _: method,
         "seeds": lambda _, values: len(values),
         "test accuracy, %": lambda _, values: show.cell(values, ".2f", 100),
-        "over base": lambda _, v: show.over(v, last["base"][: len(v)], "+.2f"),
+        "over base": lambda _, v: show.over(v, last["base"], "+.2f"),
     }
     show.report("CIFAR-10, ResNet-18 in bfloat16, equal gradients", last, columns)
 
 
-def cells(options, data: bool) -> Iterator[tuple[str, str, dict[str, Any], Callable]]:
+def step_cost(make: Callable, repeats: int, large: bool) -> dict:
+    """Returns what steps cost."""
+    return measure(make(), repeats, LARGE if large else (), threads=THREADS)
+
+
+def cells(options) -> Iterator[tuple[str, str, dict[str, Any], Callable]]:
     """Yields part, name, settings and function of cells, the most wanted first."""
     every, key = SMOKE if options.smoke else MODELS, {"repeats": options.repeats}
     small = [name for name in every if name != "gpt2"]
     for name in small:
         yield "accuracy", name, {"model": name}, partial(accuracy, every[name])
-    for naive, names in ((False, every), (True, small)):
+    # One gradient an example of the ResNet is the dearest of all.
+    last = sorted(every, key="resnet18".__eq__)
+    for naive, names in ((False, every), (True, last)):
         for name in names:
             args = every[name], options.repeats, naive, name == "gpt2"
             settings = {"model": name, "naive": naive, **key}
             yield "cost", name, settings, partial(fisher_cost, *args)
-    for name in [name for name in every if name in ("MLP", "transf. 64", "resnet18")]:
-        compute = partial(lambda make: measure(make(), options.repeats), every[name])
-        yield "step", name, {"model": name, **key}, compute
-    for seed in range(options.seeds if data else 0):
-        for method, rho in RADII.items():
-            key = {"method": method, "seed": seed, "rho": rho, "rate": RATE}
-            key |= {n: getattr(options, n) for n in ("epochs", "batch_size", "model")}
-            yield "cifar10", method, key, partial(cifar10, options, method, seed)
+    for name in [n for n in ("MLP", "transf. 64", "gpt2", "resnet18") if n in every]:
+        args = every[name], options.repeats, name in ("gpt2", "resnet18")
+        yield "step", name, {"model": name, **key}, partial(step_cost, *args)
+    settings = {n: getattr(options, n) for n in ("epochs", "batch_size", "model")}
+    for seed in range(options.seeds):
+        key = {"seed": seed, "radii": RADII, "rate": RATE, **settings}
+        yield "cifar10", str(seed), key, partial(cifar10, options, seed)
 
 
 # What `training` wants to know beside.
@@ -178,6 +208,7 @@ FIXED = {"data": "cifar10", "train_size": None, "test_size": None, "augment": Tr
         **{"epochs": 1, "batch_size": 32, "seeds": 1, "repeats": 2, "minutes": 30.0},
     },
     data_dir=pathlib.Path("data/cifar10"),
+    parts={"default": [*PARTS], "choices": PARTS, "help": "what to do"},
     minutes={"default": 9.0, "type": command_line.positive, "help": "when to end"},
     repeats=20,
     epochs={"default": 8, "help": "base runs twice as many"},
@@ -187,16 +218,17 @@ FIXED = {"data": "cifar10", "train_size": None, "test_size": None, "augment": Tr
 )
 def main(run: harness.Run) -> None:
     options, start = run.options, time.perf_counter()
-    data = options.smoke or any(options.data_dir.rglob("*"))
-    if not data:
+    if not options.smoke and not any(options.data_dir.rglob("*")):
         harness.say(f"No CIFAR-10 under {options.data_dir}: part (d) is left out")
+        options.parts = [part for part in options.parts if part != "cifar10"]
     facts: Any = collections.defaultdict(dict)
     took: dict[str, float] = {}
-    for part, name, settings, compute in cells(options, data):
+    for part, name, settings, compute in cells(options):
         kept, before = run.holds(part=part, **settings), time.perf_counter()
         left = 60 * options.minutes - (before - start)
-        if not kept and left < 1.2 * took.get(f"{part}, {name}", took.get(part, 0)):
-            harness.say(f"No time for {part}, {name}")
+        expected = 1.2 * took.get(f"{part}, {name}", took.get(part, 0))
+        if not kept and (part not in options.parts or left < expected):
+            harness.say(f"Left out: {part}, {name}")
             continue
         try:
             found = run.cell(compute, part=part, **settings)
@@ -205,10 +237,7 @@ def main(run: harness.Run) -> None:
             continue
         if not kept:
             took[part] = took[f"{part}, {name}"] = time.perf_counter() - before
-        if part == "cifar10":
-            facts[part].setdefault(name, []).append(found)
-        else:
-            facts[part][name] = found | facts[part].get(name, {})
+        facts[part][name] = found | facts[part].get(name, {})
     print_tables(facts)
 
 

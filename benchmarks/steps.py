@@ -1,6 +1,7 @@
 """Training steps to be timed: ours, and beside a method the smallest by hand."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -162,20 +163,28 @@ def make_steps(model: Problem) -> Steps:
 def measure(
     model: Problem,
     repeats: int,
-    rows: Container[str] = (),
-    leave_out: Container[str] = (),
+    rows: Collection[str] = (),
+    leave_out: Collection[str] = (),
+    threads: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Returns what a step of each row costs; whole cycles of the cyclic ones."""
-    runs, facts, counts = {}, {}, {}
-    for row, (init, step) in make_steps(model).items():
-        if (not rows or row in rows) and row not in leave_out:
-            carry = jax.tree.map(jnp.array, (model.params, init(model.params)))
-            args = step, *carry, model.batch
-            program, facts[row] = compiled(*args, donate_argnums=(0, 1))
-            counts[row] = CYCLE if row in CYCLIC else 1
-            runs[row] = _training(program, carry, model.batch, counts[row])
-    for row, found in ratios(runs, repeats).items():
-        facts[row] |= {k: np.array(v) / counts[row] for k, v in found.items()}
+    every = make_steps(model)
+    chosen = [row for row in rows or every if row not in leave_out]
+    counts = {row: CYCLE if row in CYCLIC else 1 for row in chosen}
+
+    def prepared(row):
+        init, step = every[row]
+        carry = jax.tree.map(jnp.array, (model.params, init(model.params)))
+        args = step, *carry, model.batch
+        program, known = compiled(*args, donate_argnums=(0, 1))
+        return _training(program, carry, model.batch, counts[row]), known
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(chosen, pool.map(prepared, chosen), strict=True))
+    runs = {row: run for row, (run, _) in found.items()}
+    facts = {row: known for row, (_, known) in found.items()}
+    for row, timed in ratios(runs, repeats).items():
+        facts[row] |= {k: np.array(v) / counts[row] for k, v in timed.items()}
     return facts
 
 
