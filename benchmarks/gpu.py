@@ -2,9 +2,10 @@
 
 In order of value, each part resumable, and written as it ends: (a) how near the sums of
 squares of the engine are to `vmap(grad)` squared, in the precisions of the device; (b)
-what a Fisher diagonal costs, in milliseconds and as a share of the peak; (c) what a
-step costs; (d) CIFAR-10 by a ResNet-18 in bfloat16 at equal gradients, one seed after
-the other, as many as fit. No cell begins that is not likely to end in --minutes.
+what a Fisher diagonal costs, in milliseconds and as a share of the peak, and naively;
+(c) what a step costs; (d) CIFAR-10 by a ResNet-18 in bfloat16 at equal gradients, one
+seed after the other, as many as fit. No cell begins that is not likely to end in
+--minutes.
 
     python benchmarks/gpu.py --data-dir data/cifar10     # make gpu
 
@@ -16,7 +17,7 @@ import collections
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -44,10 +45,10 @@ NAIVE = "vmap(grad) squared"
 MODELS: dict[str, Callable[[], cost.Problem]] = {
     "MLP": lambda: problem(MLP(), (784,), 512),
     "CNN": partial(cost.cnn, 512),
-    "resnet18": lambda: problem(ResNet(64, nn.Conv, groups=8), (32, 32, 3), 512),
     "transf. 64": lambda: problem(Transformer(), (64,), 256),
     "transf. 1024": lambda: problem(Transformer(), (1024,), 16),
     "gpt2": lambda: gpt2(8, 512, dtype=jnp.bfloat16),
+    "resnet18": lambda: problem(ResNet(64, nn.Conv, groups=8), (32, 32, 3), 512),
 }
 SMOKE = {
     "MLP": cost.SMOKE["tiny"],
@@ -59,9 +60,9 @@ RADII = {
     **{f"Fisher SAM, {name}, relative": 0.1 for name in ("squared", "empirical")},
 }
 RATE = 0.05
-PARTS = "accuracy", "cost", "step", "cifar10"
+PARTS = "accuracy", "cost", "naive", "step", "cifar10"
 THREADS = 12  # In which programs are compiled.
-LARGE = (  # What is timed of a step of a large model.
+FEW = (  # What is timed of a step of a large model.
     *("base", "SAM by hand", "SAM", "ASAM", "Fisher SAM, squared"),
     *("Fisher SAM, empirical, one pass", "Fisher SAM, empirical, apart", "GSAM"),
 )
@@ -77,12 +78,15 @@ def diagonals(model: cost.Problem) -> dict[str, Callable]:
 
 
 def accuracy(make: Callable) -> dict[str, float]:
-    """Returns the relative distance from vmap(grad) at the highest precision."""
+    """Returns relative distances: from vmap(grad) at float32, and of F from its own."""
     apply, params, batch = make()
     batch = jax.tree.map(lambda x: x[:32], batch)
 
     def narrow(params, x):
-        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        params, x = jax.tree.map(
+            lambda w: w.astype(jnp.bfloat16) if w.dtype == jnp.float32 else w,
+            (params, x),
+        )
         return jnp.float32(apply(params, x))
 
     def run(case):
@@ -100,14 +104,16 @@ def accuracy(make: Callable) -> dict[str, float]:
     every = "default", "highest", "bfloat16"
     cases = [(row, precision) for precision in every for row in ("F", NAIVE)]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(cases, pool.map(run, cases), strict=True))
-    truth = found[NAIVE, "highest"]
-    return {f"{row}, {p}": apart(f, truth) for (row, p), f in found.items()}
+        made = dict(zip(cases, pool.map(run, cases), strict=True))
+    truth = made[NAIVE, "highest"]
+    found = {f"{row}, {p}": apart(f, truth) for (row, p), f in made.items()}
+    both = {p: apart(made["F", p], made[NAIVE, p]) for p in every}
+    return found | {f"between both, {p}": x for p, x in both.items()}
 
 
-def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
-    """Returns what Fisher diagonals cost, and the gradient's share of the peak."""
-    model, rows = make(), (NAIVE,) if naive else ("F", "gradient and F")
+def fisher_cost(name: str, make: Callable, repeats: int, rows: Sequence[str]) -> dict:
+    """Returns what rows cost beside the gradient, and its share of the peak."""
+    model = make()
     every = diagonals(model)
     fns = {row: every[row] for row in ("gradient", *rows)}
     runs, facts = cost.programs(fns, model.params, model.batch, threads=THREADS)
@@ -115,13 +121,19 @@ def fisher_cost(make: Callable, repeats: int, naive: bool, large: bool) -> dict:
         facts[row] |= found
     lowered = jax.jit(fns["gradient"]).lower(model.params, model.batch)
     flops = (lowered.cost_analysis() or {}).get("flops", float("nan"))
-    if large:  # XLA counts the body of a loop once.
+    if name == "gpt2":  # XLA counts the body of a loop once.
         size = sum(x.size for x in jax.tree.leaves(model.params))
         flops = 6 * size * model.batch[1].size
     kind, spent = jax.devices()[0].device_kind, facts["gradient"]["ms"] / 1e3
-    peak = [peaks[not large] for name, peaks in PEAK.items() if name in kind]
+    peak = [peaks[name != "gpt2"] for device, peaks in PEAK.items() if device in kind]
     facts["gradient"]["share"] = flops / spent / peak[0] if peak else None
     return facts
+
+
+def step_cost(name: str, make: Callable, repeats: int) -> dict:
+    """Returns what steps cost."""
+    few = FEW if name in ("gpt2", "resnet18") else ()
+    return measure(make(), repeats, few, threads=THREADS)
 
 
 def cifar10(options, seed: int) -> dict[str, float]:
@@ -143,7 +155,8 @@ def print_tables(found: dict[str, dict[str, Any]]) -> None:
     title = "Relative distance from vmap(grad) squared, highest precision"
     rows = [[n, *(f"{facts[n]:.0e}" for facts in near.values())] for n in names]
     show.table(title, ["", *near], rows)
-    rows = {f"{m}: {r}": f for m, of in found["cost"].items() for r, f in of.items()}
+    timed = {m: of | found["naive"].get(m, {}) for m, of in found["cost"].items()}
+    rows = {f"{m}: {r}": f for m, of in timed.items() for r, f in of.items()}
     columns = {
         "": lambda row, _: row,
         "ms": lambda _, f: f"{f['ms']:.3g}",
@@ -170,31 +183,29 @@ def print_tables(found: dict[str, dict[str, Any]]) -> None:
     show.report("CIFAR-10, ResNet-18 in bfloat16, equal gradients", last, columns)
 
 
-def step_cost(make: Callable, repeats: int, large: bool) -> dict:
-    """Returns what steps cost."""
-    return measure(make(), repeats, LARGE if large else (), threads=THREADS)
+# What computes a cell of a model, of its name, what makes it, and repeats.
+COMPUTE = {
+    "accuracy": lambda name, make, _: accuracy(make),
+    "cost": partial(fisher_cost, rows=("F", "gradient and F")),
+    "naive": partial(fisher_cost, rows=(NAIVE,)),
+    "step": step_cost,
+}
 
 
 def cells(options) -> Iterator[tuple[str, str, dict[str, Any], Callable]]:
-    """Yields part, name, settings and function of cells, the most wanted first."""
-    every, key = SMOKE if options.smoke else MODELS, {"repeats": options.repeats}
-    small = [name for name in every if name != "gpt2"]
-    for name in small:
-        yield "accuracy", name, {"model": name}, partial(accuracy, every[name])
-    # One gradient an example of the ResNet is the dearest of all.
-    last = sorted(every, key="resnet18".__eq__)
-    for naive, names in ((False, every), (True, last)):
-        for name in names:
-            args = every[name], options.repeats, naive, name == "gpt2"
-            settings = {"model": name, "naive": naive, **key}
-            yield "cost", name, settings, partial(fisher_cost, *args)
-    for name in [n for n in ("MLP", "transf. 64", "gpt2", "resnet18") if n in every]:
-        args = every[name], options.repeats, name in ("gpt2", "resnet18")
-        yield "step", name, {"model": name, **key}, partial(step_cost, *args)
-    settings = {n: getattr(options, n) for n in ("epochs", "batch_size", "model")}
-    for seed in range(options.seeds):
-        key = {"seed": seed, "radii": RADII, "rate": RATE, **settings}
-        yield "cifar10", str(seed), key, partial(cifar10, options, seed)
+    """Yields part, name, settings and function of each cell."""
+    models = SMOKE if options.smoke else MODELS
+    trained = {n: getattr(options, n) for n in ("epochs", "batch_size", "model")}
+    for part in options.parts:
+        for name, make in models.items() if part in COMPUTE else ():
+            # What is computed in bfloat16 anyway has no truth to be compared with.
+            if (part, name) != ("accuracy", "gpt2"):
+                key = {} if part == "accuracy" else {"repeats": options.repeats}
+                compute = partial(COMPUTE[part], name, make, options.repeats)
+                yield part, name, {"model": name, **key}, compute
+        for seed in range(options.seeds if part == "cifar10" else 0):
+            key = {"seed": seed, "radii": RADII, "rate": RATE, **trained}
+            yield part, str(seed), key, partial(cifar10, options, seed)
 
 
 # What `training` wants to know beside.
@@ -208,7 +219,7 @@ FIXED = {"data": "cifar10", "train_size": None, "test_size": None, "augment": Tr
         **{"epochs": 1, "batch_size": 32, "seeds": 1, "repeats": 2, "minutes": 30.0},
     },
     data_dir=pathlib.Path("data/cifar10"),
-    parts={"default": [*PARTS], "choices": PARTS, "help": "what to do"},
+    parts={"default": [*PARTS], "choices": PARTS, "help": "in order"},
     minutes={"default": 9.0, "type": command_line.positive, "help": "when to end"},
     repeats=20,
     epochs={"default": 8, "help": "base runs twice as many"},
@@ -237,7 +248,7 @@ def main(run: harness.Run) -> None:
             continue
         if not kept:
             took[part] = took[f"{part}, {name}"] = time.perf_counter() - before
-        facts[part][name] = found | facts[part].get(name, {})
+        facts[part][name] = found
     print_tables(facts)
 
 

@@ -1,7 +1,5 @@
 """Sharpness-aware minimisation in three geometries, as plain Optax."""
 
-from importlib.metadata import version as _version
-
 from fsam_optax import variance as variance
 from fsam_optax._ball.geometries import (
     adaptive_ellipsoid as adaptive_ellipsoid,
@@ -197,4 +195,4 @@ __all__ = [
     "variance",
     "wsam",
 ]
-__version__ = _version("fsam_optax")
+__version__ = "0.1.0"

@@ -1,13 +1,12 @@
 """Whether a tag, the version and the changelog agree: `make release-check TAG=v1.2.3`.
 
-The version is written once, in pyproject.toml. `__version__` reads it from the metadata
-of the installed package, and CITATION.cff leaves it out.
+The version is written once, as `__version__`. The build reads it there, a checkout that
+is not installed has it, and CITATION.cff leaves it out.
 """
 
 import pathlib
 import re
 import sys
-import tomllib
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -17,7 +16,7 @@ def problems(tag, version, changelog):
     """Returns what keeps a version from being released, as a list of sentences."""
     found = []
     if tag != f"v{version}":
-        found.append(f"The tag {tag} is not v{version}, the version of pyproject.toml.")
+        found.append(f"The tag {tag} is not v{version}, the version of the package.")
     sections = re.split(r"^## ", changelog, flags=re.MULTILINE)[1:]
     unreleased, released = [], []
     for section in sections:
@@ -34,8 +33,9 @@ def problems(tag, version, changelog):
 
 
 def version():
-    """Returns the version that pyproject.toml declares."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    """Returns the version that the package declares."""
+    source = (ROOT / "fsam_optax" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
 
 
 if __name__ == "__main__":

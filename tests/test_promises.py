@@ -90,7 +90,7 @@ def test_a_promised_test_that_does_not_exist_is_found():
         assert missing(table.format(cell), files) == [absent], cell
 
 
-def test_the_version_is_that_of_pyproject():
+def test_the_version_is_that_of_what_is_installed():
     assert fsam_optax.__version__ == importlib.metadata.version("fsam_optax")
     assert fsam_optax.__version__ == release.version()
     # Nothing else names it that could disagree.

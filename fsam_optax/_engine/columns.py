@@ -19,11 +19,11 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
+from fsam_optax._engine.sources import DEFAULT_CHUNK_BYTES
 from fsam_optax._engine.sums import (
     added_up,
     apart,
     CACHE,
-    DEFAULT_CHUNK_BYTES,
     widened,
 )
 

@@ -184,7 +184,12 @@ def _rewritten(program, what, report):
             windows += [laid_out(eqn)] if flow.varies(eqn.outvars[0]) else []
     activations = (size(v) for v in kept if flow.varies(v))
     limit = max(largest(flow, kept), *windows, *activations)
-    what = dataclasses.replace(what, limit=limit)
+    backward = (e for e in jaxpr.eqns if forward.isdisjoint(e.outvars))
+    read_back = {
+        v for e in backward for v in e.invars if flow.varies(v) and v in forward
+    }
+    residuals = sum(size(v) * v.aval.dtype.itemsize for v in read_back)
+    what = dataclasses.replace(what, limit=limit, residuals=residuals)
     plan = make_plan(flow, consts, wanted, outputs, what)
 
     columns = jaxpr.invars[len(known) :]
@@ -221,7 +226,7 @@ def _as_it_is(program, what, report):
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in h)
     numbers = at_a_time(made.number, each, 0, held, 0, what.examples, what.chunk_bytes)
     share = what.examples if fits(held, what.examples, each) else None
-    steps = Steps(held, what.chunk_bytes, what.examples)
+    steps = Steps(held, what.budget, what.examples)
     rule = looped(lambda *x: fn(*x)[n_outputs:], gradients, what, steps)
     if report is not None:
         report[:] = [[Used("fallback", math.inf, 1.0)] for _ in gradients]

@@ -131,7 +131,7 @@ def _one_group(site, groups, operands):
         sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
         work += sum(n) * sides
         held = 2 * spread * group.dtype.itemsize
-        steps = Steps(held, what.chunk_bytes, what.examples, apart=True)
+        steps = Steps(held, what.budget, what.examples, apart=True)
         reduce = looped(fn, [like], what, steps)
     keeps = _keeps(site, group)
     return Source(
@@ -173,7 +173,7 @@ def _by_example(site, group):
     if positions == 1:
         return "outer product", work, mapped(one, None), 0
     held = 2 * batch * positions**2 * group.dtype.itemsize
-    steps = Steps(held, what.chunk_bytes, what.examples, apart=True)
+    steps = Steps(held, what.budget, what.examples, apart=True)
     return "Gram matrices", work, mapped(one, steps), held
 
 
@@ -211,7 +211,7 @@ def _several(site, groups, operands, large=False):
         products = any(len(g.sides) == 2 and sum(g.positions()) > 1 for g in groups)
         prepare, fn = _late(groups, operands, made(varying, False), fn)
     held = entries * groups[0].dtype.itemsize
-    steps = Steps(held, what.chunk_bytes, what.examples, apart=products)
+    steps = Steps(held, what.budget, what.examples, apart=products)
     reduce = looped(fn, [like], what, steps)
     return Source("sum of products", work, operands, reduce, held, prepare, waits=waits)
 

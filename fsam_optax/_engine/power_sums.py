@@ -71,11 +71,12 @@ def power_sums(
         chunk_bytes: Bytes that a loop over examples may hold at a time on each device,
             for each parameter whose gradients are formed a few at a time, and that the
             backward passes of the cotangents may hold, of which at least one is run at
-            a time. None for 64 MiB, and for the cotangents as much as keeps the whole
-            within twice the memory of one gradient, or within about 64 MiB if that is
-            more. A program that is lowered for a CPU forms products of one example at
-            a time whatever this allows, and with None it pulls back no more cotangents
-            at a time than make it faster there: few, often one.
+            a time. None for 64 MiB, or a sixteenth of what a gradient keeps for its
+            backward pass if that is more; and for the cotangents as much as keeps the
+            whole within twice the memory of one gradient, or within about 64 MiB if
+            that is more. A program that is lowered for a CPU forms products of one
+            example at a time whatever this allows, and with None it pulls back no more
+            cotangents at a time than make it faster there: few, often one.
 
     Returns:
         For each power a pytree like `params`: the sum, not the mean; float32, or the

@@ -20,6 +20,9 @@ from fsam_optax._engine.primitives import (
 from fsam_optax._engine.work import operations
 
 
+DEFAULT_CHUNK_BYTES = 64 << 20
+
+
 @dataclass(frozen=True)
 class Summation:
     """What is summed, and over what.
@@ -35,6 +38,7 @@ class Summation:
         by_example: Whether the squares of each example are summed over its entries, for
             its norm, instead of over the examples.
         uniform: Whether all entries count the same then.
+        residuals: Bytes of an example that a gradient keeps for its backward pass.
     """
 
     powers: tuple[int, ...]
@@ -44,6 +48,18 @@ class Summation:
     limit: int = 1
     by_example: bool = False
     uniform: bool = True
+    residuals: int = 0
+
+    @property
+    def budget(self) -> int:
+        """Returns the bytes that a step of a loop over examples may hold on a device.
+
+        Where a gradient holds much more than 64 MiB, steps of them would be so many
+        that a GPU spends its time on starting them.
+        """
+        if self.chunk_bytes is not None:
+            return self.chunk_bytes
+        return max(DEFAULT_CHUNK_BYTES, self.examples * self.residuals // 16)
 
     @property
     def per_entry(self) -> float:

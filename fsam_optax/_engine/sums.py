@@ -17,7 +17,6 @@ from jax import lax
 from fsam_optax._engine.waiting import after, on_one_device, zeros_after
 
 
-DEFAULT_CHUNK_BYTES = 64 << 20
 CACHE = 16 << 20  # Of a CPU.
 
 
@@ -87,7 +86,7 @@ class Steps(NamedTuple):
 
     Attributes:
         held: Bytes that one example and cotangent holds.
-        budget: Bytes that a step may hold on each device; None for 64 MiB.
+        budget: Bytes that a step may hold on each device.
         share: How many examples each device has. A step takes as many of them on each,
             so that none has to leave its device.
         apart: Whether XLA:CPU should take one example and cotangent at a time, whatever
@@ -96,14 +95,13 @@ class Steps(NamedTuple):
     """
 
     held: int
-    budget: int | None
+    budget: int
     share: int
     apart: bool = False
 
     def rows(self, length: int, cotangents: int) -> dict[str, int]:
         """Returns the examples of so many in a step, by platform; 0 for `apart`."""
-        budget = DEFAULT_CHUNK_BYTES if self.budget is None else self.budget
-        most = max(1, budget // (self.held * cotangents or 1))
+        most = max(1, self.budget // (self.held * cotangents or 1))
         # As few steps as the budget allows, as equal as can be.
         number = -(-length // -(-length // most)) if length else 1
         apart = self.apart and length * cotangents > 1

@@ -109,7 +109,7 @@ def joint(
     wide = max(widened(site.like.dtype).itemsize for site in sites)
     held = sum(map(_working_size, eqns)) * wide
     products = any(name_of(e) in CONTRACTIONS for e in eqns)
-    steps = Steps(held, what.chunk_bytes, what.examples, apart=products)
+    steps = Steps(held, what.budget, what.examples, apart=products)
     reduce = looped(fn, [site.like for site in sites], what, steps)
     found = []
     for k, (site, rule) in enumerate(zip(sites, rules, strict=True)):
