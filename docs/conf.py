@@ -13,13 +13,13 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 sys.path.insert(0, str(HERE.parent))
 
-import site_pages  # noqa: E402
+import fsam_optax  # noqa: E402
 
 
 project = "fsam_optax"
 author = "The fsam_optax authors"
 copyright = "the fsam_optax authors, Apache-2.0"
-version = release = site_pages.version()
+version = release = fsam_optax.__version__
 
 extensions = [
     "myst_nb",

@@ -36,12 +36,6 @@ PLURAL = re.compile(r"(`[^`]+`)(\w?)")
 SPECIAL = re.compile(r"(`+[^`]*`+)|([|*])|(?<=\w)(_)(?=\W|$)")
 
 
-def version() -> str:
-    """Returns the version in `pyproject.toml`."""
-    text = (ROOT / "pyproject.toml").read_text()
-    return re.findall(r'^version = "(.*)"', text, re.MULTILINE)[0]
-
-
 def check(app: Sphinx) -> None:
     """Fails the build if the groups are not the public names."""
     if wrong := mistakes():
