@@ -19,7 +19,6 @@ laplace-torch runs with its default backend, curvlinops, and with ASDL.
 import copy
 import importlib
 import itertools
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -37,8 +36,6 @@ from torch import nn
 
 import fsam_optax as fsam
 
-
-sys.path.append(sys.path.pop(0))  # A recipe in this folder is called laplace, too.
 
 EXACT, EMPIRICAL = KINDS = ("exact", "empirical")
 OURS, SQUARED = "fsam_optax", "squared gradient"

@@ -212,11 +212,12 @@ def start(function, arguments=None, *, defaults=lambda _: {}, smoke=(), **option
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     module = sys.modules[function.__module__]
-    name = pathlib.Path(module.__file__ or "").stem
+    path = pathlib.Path(module.__file__ or "").resolve()
+    name, script = path.stem, os.path.relpath(path, HERE.parent)
     options["out"] = {"default": HERE, "help": "folder of all that is made"}
     asked = f"{name}.py", module.__doc__, arguments
     found = command_line.read(*asked, options, defaults, dict(smoke))
-    found.command = shlex.join(["python", f"benchmarks/{name}.py", *arguments])
+    found.command = shlex.join(["python", script, *arguments])
     if found.smoke and found.out and found.out.resolve().is_relative_to(HERE):
         raise SystemExit("--out: what smoke mode writes does not belong to the results")
     at = found.out or pathlib.Path(tempfile.mkdtemp(prefix=f"{name}-smoke-"))

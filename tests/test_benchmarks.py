@@ -1,4 +1,4 @@
-"""The experiments: smoke runs, and the parts that have an oracle."""
+"""The experiments and recipes: smoke runs, and the parts that have an oracle."""
 
 import importlib
 import itertools
@@ -16,17 +16,23 @@ import pytest
 import fsam_optax as fsam
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS, RECIPES = FOLDERS = ROOT / "benchmarks", ROOT / "docs" / "recipes"
 RESULTS = BENCHMARKS / "results"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a benchmark; one that computes in float64 does not pass that on."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    """Imports a script; one that computes in float64 does not pass that on."""
     before = jax.config.jax_enable_x64
-    yield importlib.import_module
+
+    def load(name):
+        [folder] = (f for f in FOLDERS if (f / f"{name}.py").exists())
+        monkeypatch.syspath_prepend(folder)
+        return importlib.import_module(name)
+
+    yield load
     jax.config.update("jax_enable_x64", before)
 
 
@@ -64,17 +70,16 @@ def test_rank_correlation_is_that_of_scipy(script):
 
 # What is on the harness: everything once, and a second call computes nothing.
 
+SOURCES = {path: path.read_text() for folder in FOLDERS for path in folder.glob("*.py")}
 SCRIPTS = sorted(
     path.stem
-    for path in BENCHMARKS.glob("*.py")
-    if "@harness.experiment(" in path.read_text()
+    for path, text in SOURCES.items()
+    if "@harness.experiment(" in text and path.stem != "harness"
 )
-
-
 PEERS = {"diagonal_peers": "torch"}  # in an environment of its own
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "harness"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_in_smoke_mode(script, tmp_path, capsys, monkeypatch, name):
     pytest.importorskip(PEERS.get(name, "jax"))
     module = script(name)
@@ -86,6 +91,9 @@ def test_in_smoke_mode(script, tmp_path, capsys, monkeypatch, name):
     before = file.read_text()
     cells = json.loads(before)["cells"]
     assert cells and all(cell["result"] for cell in cells)
+    path = Path(module.__file__).relative_to(ROOT).as_posix()
+    made = {cell["made"]["command"] for cell in cells}
+    assert made == {f"python {path} --smoke --out {tmp_path}"}
     for picture in tmp_path.glob("*.png"):
         assert picture.stat().st_size > 10_000
     monkeypatch.setattr(script("show"), "save", lambda *args: None)
@@ -349,11 +357,29 @@ def test_the_defaults_of_the_main_job_are_those_of_its_tuning(script, data):
 
 
 def test_no_experiment_imports_another():
-    experiments = [name for name in SCRIPTS if name != "harness"]
-    assert len(experiments) > 12
-    for path in BENCHMARKS.glob("*.py"):
-        found = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
-        assert not set(found) & set(experiments), path
+    assert len(SCRIPTS) > 12
+    for path, text in SOURCES.items():
+        found = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
+        assert not set(found) & set(SCRIPTS), path
+
+
+def test_a_recipe_is_a_page_with_its_script():
+    recipes = [path for path in RECIPES.glob("*.py") if path.stem in SCRIPTS]
+    assert len(recipes) > 6
+    for path in recipes:
+        command = f"    python docs/recipes/{path.name}"
+        assert command in path.with_suffix(".md").read_text(), path
+
+
+def test_commands_of_results_name_scripts_that_are_there():
+    commands = [
+        cell["made"]["command"]
+        for file in RESULTS.glob("*.json")
+        for cell in json.loads(file.read_text())["cells"]
+    ]
+    found = {re.findall(r"python (\S+)", command)[0] for command in commands}
+    assert len(found) > 18
+    assert all((ROOT / path).is_file() for path in found), found
 
 
 def test_what_was_tuned_names_the_points_it_was_offered(script):

@@ -5,12 +5,17 @@ loss would rise if its Hessian were the diagonal F. Compared, at one shot and af
 training of what is left: the exact F, the empirical one, the mean square of batch
 gradients, the magnitude, and chance. None has anything to be tuned.
 
-    python benchmarks/pruning.py
-    python benchmarks/pruning.py --data fashion-mnist --pool 2 --batches 32 --seeds 5
+    python docs/recipes/pruning.py
+    python docs/recipes/pruning.py --data fashion-mnist --pool 2 --batches 32 --seeds 5
 """
 
+import pathlib
+import sys
 from functools import cache, partial
 from operator import itemgetter
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import datasets
 import diagonals

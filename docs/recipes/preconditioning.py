@@ -7,11 +7,16 @@ counted, and chooses its learning rate and one more number from a grid of 24 by 
 on held-out examples, on other seeds. Two problems: a network on handwritten digits,
 and a logistic regression on measurements in their raw units, 1e-3 to 1e3.
 
-    python benchmarks/preconditioning.py
+    python docs/recipes/preconditioning.py
 """
 
+import pathlib
+import sys
 from functools import partial
 from typing import Any
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import datasets
 import harness

@@ -6,7 +6,7 @@ on the German ones, and it forgets its English. Compared at equal gradients and 
 equal tuning: Adam, SAM and Fisher SAM; and, with Adam, penalties by several diagonals
 F, on the adapter or on the weights that it changes.
 
-    python benchmarks/language_model.py --data-dir FOLDER
+    python docs/recipes/language_model.py --data-dir FOLDER
 
 The folder holds train, val and test_2016_flickr, each as `.de.gz` and `.en.gz`, one
 sentence a line. Smoke mode makes up its text.
@@ -15,7 +15,11 @@ sentence a line. Smoke mode makes up its text.
 import itertools
 import operator
 import pathlib
+import sys
 from functools import cache, partial
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import captions
 import diagonals

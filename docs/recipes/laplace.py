@@ -6,11 +6,16 @@ that much code takes for it. Predictions are those of the linearised model; besi
 the network alone, with a temperature (a noise, in regression) of its own. The numbers
 are chosen by the marginal likelihood of the training data, or by held-out examples.
 
-    python benchmarks/laplace.py
+    python docs/recipes/laplace.py
 """
 
 import itertools
+import pathlib
+import sys
 from functools import partial
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import command_line
 import datasets

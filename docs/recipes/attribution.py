@@ -7,10 +7,15 @@ g_test^T (F + damping)^-1 g_n over a half tell the loss on a test digit there? F
 exact diagonal, the empirical one, the whole matrix, or none. The damping of each is
 chosen on other seeds from the same grid.
 
-    python benchmarks/attribution.py
+    python docs/recipes/attribution.py
 """
 
+import pathlib
+import sys
 from functools import partial
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import datasets
 import harness

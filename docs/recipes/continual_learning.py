@@ -5,13 +5,18 @@ it, by what F says that they need. Compared are the exact F, the empirical one, 
 mean square of batch gradients that much code calls Fisher; lambda is chosen on
 held-out images from the same grid for each.
 
-    python benchmarks/continual_learning.py
-    python benchmarks/continual_learning.py --scenarios split --seeds 5 \\
+    python docs/recipes/continual_learning.py
+    python docs/recipes/continual_learning.py --scenarios split --seeds 5 \\
       --data fashion-mnist --data-dir data --pool 2
 """
 
+import pathlib
+import sys
 from functools import partial
 from typing import Any
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import datasets
 import diagonals

@@ -5,12 +5,17 @@ other way, and their weights are merged: w = sum_k l_k F_k w_k / sum_k l_k F_k. 
 are F = 1, the exact F, the empirical one and the mean square of batch gradients, each
 with the shares (l, 1 - l) that are best on held-out images, and with l = 1/2.
 
-    python benchmarks/merging.py
-    python benchmarks/merging.py --data fashion-mnist --pool 2 --seeds 5 \\
+    python docs/recipes/merging.py
+    python docs/recipes/merging.py --data fashion-mnist --pool 2 --seeds 5 \\
         --scenarios classes shifted
 """
 
+import pathlib
+import sys
 from functools import cache, partial
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import datasets
 import diagonals
