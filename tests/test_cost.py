@@ -299,6 +299,51 @@ def test_the_compiled_program_grows_with_the_number_of_arrays(name):
     assert size(40) < 2.2 * size(20)
 
 
+@pytest.mark.parametrize("name", ["oracle", "family"])
+def test_no_step_waits_for_the_host_on_an_accelerator(name):
+    """No loop hangs on a number that the device has to tell first."""
+    if name == "oracle":
+        empirical = fisher_ellipsoid(0.1, given())
+        step, state = with_oracle(empirical, empirical_fisher=True)
+    else:
+        descent = fsam_optax.surrogate_gap(0.1)
+        step, state = with_optimizer(adaptive_ellipsoid(0.5), descent=descent)
+    traced = jax.jit(step).trace(PARAMS, state)
+    on_cpu, text = (
+        traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda")
+    )
+    assert "stablehlo.while" in on_cpu
+    assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0, jnp.nan, jnp.inf])
+def test_norms_are_the_same_on_an_accelerator(monkeypatch, size):
+    """To the last digit, in range or out of it; beside an array that is in range."""
+
+    def norms(g):
+        def linear(w, slopes):
+            return sum(map(jnp.vdot, slopes, w))
+
+        f = value_and_grad(linear, adaptive_ellipsoid(0.5))
+        return f(g, f.init(g), g)[2].metrics
+
+    g = [jnp.arange(1.0, 12) / 7, size * (1 + jnp.arange(6.0) / 7)]
+    expected = jax.jit(norms)(g)
+    by_platform = jax.lax.platform_dependent
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *args, default, **_: by_platform(*args, default=default),
+    )
+    # Of other shapes, so that nothing is taken from what was traced before.
+    g = [x[:, None] for x in g]
+    assert "while" not in str(jax.make_jaxpr(norms)(g))
+    found = jax.jit(norms)(g)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.long
 def test_metrics_can_be_left_out():
     ball = euclidean_ball(0.05)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fsam_optax._common.late import all_finite
 from fsam_optax._common.mapped_axes import (
     axes_of_shards,
     axes_over_which_differs,
@@ -140,7 +141,8 @@ def norm(
     For a known order up to 2 it takes one pass over the leaves and one sum over
     devices. Only if the sum of powers left the range in which it is accurate (gradients
     of 1e30, of 1e-30, or 0) is it taken again of scaled leaves; under `jax.vmap`, if
-    one of the sums did. Another order takes a pass and a maximum over devices more.
+    one of the sums did; on an accelerator always, as a choice of the host would hold it
+    up. Another order takes a pass and a maximum over devices more.
 
     Args:
         leaves: Real arrays, or pairs of factors, whose products are not written down.
@@ -154,7 +156,7 @@ def norm(
     leaves = [x for x in leaves if _factors(x)[0].size]
     if not leaves:
         return jnp.zeros([], widen())
-    (value,), _ = _any_norm(leaves, ord, shard_axes, False)
+    (value,) = _any_norm(leaves, ord, shard_axes, False)
     return value
 
 
@@ -165,18 +167,16 @@ def norms(
 
     Returns:
         Scalars (for each entry of a vector, compilers make a program), and whether all
-        are finite (asked of them, compilers ask again wherever the answer is used).
+        are finite.
     """
     leaves = list(leaves)
-    if not leaves:
-        return [], jnp.array(True)
-    values, found = _any_norm(leaves, ord, shard_axes, True)
-    return values, jnp.isfinite(found)
+    values = _any_norm(leaves, ord, shard_axes, True) if leaves else []
+    return values, all_finite(values)
 
 
 def _any_norm(
     leaves: list[Leaf], ord: Any, shard_axes: AxisName, apart: bool
-) -> tuple[list[jax.Array], jax.Array]:
+) -> list[jax.Array]:
     known = isinstance(ord, int | float)
     return (_compiled_norm if known else _norm)(leaves, ord, shard_axes, apart)
 
@@ -201,32 +201,27 @@ def _scaled(factors: tuple[jax.Array, ...], unit: jax.Array) -> jax.Array:
 
 def _norm(
     leaves: list[Leaf], ord: Any, shard_axes: AxisName, apart: bool
-) -> tuple[list[jax.Array], jax.Array]:
-    """Returns norms, of all leaves or of each; and a number, finite if they are."""
+) -> list[jax.Array]:
+    """Returns the norm of all leaves, or of each."""
     dtype = widen(*jax.tree.leaves(leaves))
     products = [tuple(x.astype(dtype) for x in _factors(leaf)) for leaf in leaves]
-    number = len(leaves) if apart else 1
 
     def powers(leaves, units):
         each = units if apart else units * len(leaves)
         scaled = map(_scaled, leaves, each)
         terms = [jnp.sum(_power(x, ord)) for x in scaled]
-        if not apart:
-            return [total(terms, shard_axes)]
-        terms = totals(terms, shard_axes)
-        return [*terms, jnp.sum(jnp.stack(terms) / (2 * number))]
+        return totals(terms, shard_axes) if apart else [total(terms, shard_axes)]
 
     if isinstance(ord, int | float) and ord <= 2:
-        more = int(apart)
-        found, units = in_range_sums(powers, number, more, shard_axes, products)
+        number = len(leaves) if apart else 1
+        found, units = in_range_sums(powers, number, apart, shard_axes, products)
     else:
         # Higher powers may leave their range in any unit but this.
         formed = [_scaled(x, jnp.ones([], dtype)) for x in products]
         units = largest(formed, shard_axes)
         units = [unit_of(x) for x in (units if apart else [jnp.max(units)])]
         found = powers([(x,) for x in _opaque(formed)], units)
-    pairs = zip(units, found[:number], strict=True)
-    return [u * root(x, ord) for u, x in pairs], found[-1]
+    return [u * root(x, ord) for u, x in zip(units, found, strict=True)]
 
 
 # As a unit: on its own, a loop compiles anew at every call outside of jit.
@@ -273,49 +268,59 @@ Sums = Callable[[Any, list[jax.Array]], list[jax.Array]]
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def in_range_sums(
-    sums: Sums, number: int, more: int, shard_axes: AxisName, leaves: Any
+    sums: Sums, number: int, apart: bool, shard_axes: AxisName, leaves: Any
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns `sums(leaves, units)` and the units of length: 1 if all are in range.
 
-    A loop of one round, or two. A branch instead of the second round would hold the
-    sums once more, which takes as long to compile though it hardly ever runs.
-
     Args:
-        sums: Sums over leaves divided by units, the first ones of their squares or of
-            lower powers.
-        number: How many of these, each with a unit of its own.
-        more: How many sums there are beside.
+        sums: Sums over leaves divided by units, of their squares or of lower powers.
+        number: How many sums there are.
+        apart: Whether each has a unit of its own, instead of that of the first.
         shard_axes: The axes that the sums are taken over.
         leaves: Arrays; the sums are in float32 or the widest of their dtypes.
     """
-    dtype = widen(*jax.tree.leaves(leaves))
-    one = vary(jnp.ones([], dtype), axes_of_shards(leaves, shard_axes))
-    start = jnp.zeros([], jnp.int32), [one] * number, [one] * (number + more)
-    leaves = _opaque(leaves)
+    one = jnp.ones([], widen(*jax.tree.leaves(leaves)))
+    one = vary(one, axes_of_shards(leaves, shard_axes))
+    scaled = number if apart else 1  # How many of the sums have a unit.
 
-    def unfinished(state):
-        rounds, _, found = state
-        right = [_in_range(x) for x in found[:number]]
-        right = right[0] if number == 1 else jnp.all(jnp.stack(right))
-        return (rounds == 0) | ((rounds == 1) & ~right)
+    def rounds(leaves):
+        """Takes them once, and once more if one left the range.
 
-    def evaluate(state):
-        rounds, _, found = state
-        units = [_yardstick(x) for x in found[:number]]
-        return rounds + 1, units, sums(leaves, units)
+        By a loop: a branch instead of the second round would hold the sums twice, which
+        takes as long to compile though it hardly ever runs.
+        """
 
-    _, units, found = jax.lax.while_loop(unfinished, evaluate, start)
-    return found, units
+        def unfinished(state):
+            count, _, found = state
+            right = [_in_range(x) for x in found[:scaled]]
+            right = right[0] if scaled == 1 else jnp.all(jnp.stack(right))
+            return (count == 0) | ((count == 1) & ~right)
+
+        def evaluate(state):
+            count, _, found = state
+            units = [_yardstick(x) for x in found[:scaled]]
+            return count + 1, units, sums(leaves, units)
+
+        start = jnp.zeros([], jnp.int32), [one] * scaled, [one] * number
+        _, units, found = jax.lax.while_loop(unfinished, evaluate, start)
+        return found, units
+
+    def twice(leaves):
+        """Takes them twice: to leave it out, an accelerator would ask the host."""
+        units = [_yardstick(x) for x in sums(leaves, [one] * scaled)[:scaled]]
+        return sums(leaves, units), units
+
+    return jax.lax.platform_dependent(_opaque(leaves), cpu=rounds, default=twice)
 
 
 @functools.partial(in_range_sums.defjvp, symbolic_zeros=True)
-def _in_range_sums_jvp(sums, number, more, shard_axes, primals, tangents):
+def _in_range_sums_jvp(sums, number, apart, shard_axes, primals, tangents):
     def change_of(x, dx):
         # Zeros that jax 0.7 makes by itself are not typed as varying where x is.
         zero = isinstance(dx, jax.custom_derivatives.SymbolicZero)
         return vary_like(jnp.zeros_like(x), x) if zero else dx
 
-    found, units = in_range_sums(sums, number, more, shard_axes, *primals)
+    found, units = in_range_sums(sums, number, apart, shard_axes, *primals)
     tangents = jax.tree.map(change_of, primals, tangents)
     _, change = jax.jvp(lambda leaves: sums(leaves, units), primals, tangents)
     return (found, units), (change, [jnp.zeros_like(u) for u in units])

@@ -63,7 +63,7 @@ def _norm_and_cosine(
         return [total(squares, shard_axes), total(products, shard_axes)]
 
     (squares, products), (x_unit,) = in_range_sums(
-        sums, 1, 1, shard_axes, (pairs, y_unit)
+        sums, 2, False, shard_axes, (pairs, y_unit)
     )
     x_norm = x_unit * root(squares)
     cosine = products / divisor(x_norm * (y_norm * factor(x_unit, y_unit)))
@@ -108,7 +108,7 @@ def _component(
         products = [product(x, y) for x, y in pairs]
         return [total(squares, shard_axes), total(products, shard_axes)]
 
-    (squares, products), _ = in_range_sums(sums, 1, 1, shard_axes, pairs)
+    (squares, products), _ = in_range_sums(sums, 2, False, shard_axes, pairs)
     return jnp.where(squares > 0, products / divisor(squares), 0)
 
 
@@ -145,5 +145,7 @@ def _distances(
         squares = totals(squares, shard_axes)
         return [functools.reduce(jnp.add, squares), *squares]
 
-    (whole, *squares), (unit,) = in_range_sums(sums, 1, len(pairs), shard_axes, pairs)
+    number = 1 + len(pairs)
+    found, (unit,) = in_range_sums(sums, number, False, shard_axes, pairs)
+    whole, *squares = found
     return unit * root(whole), [unit * root(x) for x in squares]
