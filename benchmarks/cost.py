@@ -115,9 +115,9 @@ def ratios(
     def seconds(run, calls=1):
         jax.block_until_ready(run())  # The memory of what ran before is given back.
         start = clock()
-        for _ in range(calls):
-            last = each(run())
-        jax.block_until_ready(last)
+        for _ in range(calls - 1):
+            each(run())
+        jax.block_until_ready(run())
         return (clock() - start) / calls
 
     calls = {n: max(1, round(0.05 / max(seconds(r), 1e-6))) for n, r in runs.items()}

@@ -182,7 +182,7 @@ def measure(
     with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(chosen, pool.map(prepared, chosen), strict=True))
     runs = {row: run for row, (run, _) in found.items()}
-    facts = {row: known for row, (_, known) in found.items()}
+    facts: dict[str, dict] = {row: known for row, (_, known) in found.items()}
     for row, timed in ratios(runs, repeats).items():
         facts[row] |= {k: np.array(v) / counts[row] for k, v in timed.items()}
     return facts
