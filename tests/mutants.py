@@ -404,6 +404,11 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "_engine/sources.py",
+        "engine_memory",
+        ("self.examples * self.residuals // 16", "0"),
+    ),
+    *_mutants(
         "_engine/sums.py",
         "engine_devices",
         (

@@ -276,6 +276,27 @@ def test_a_budget_is_a_number_of_bytes(wrong):
         fisher_exact(dense, categorical, chunk_bytes=wrong)
 
 
+def test_a_step_may_hold_a_sixteenth_of_what_a_gradient_keeps():
+    """Lowered, not run: its x and x w of 16384 examples are 2 GiB."""
+
+    def squares(w, x, **options):
+        def model(w, x):
+            return (x @ w) ** 2
+
+        return power_sums(model, w, x, lambda h, _: h[None], **options)
+
+    def program(n, **options):
+        shapes = (64, 64), (n, 256, 64)
+        args = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        traced = jax.jit(functools.partial(squares, **options)).trace(*args)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    kept = 2 * 4 * 256 * 64
+    assert program(16384) == program(16384, chunk_bytes=16384 * kept // 16)
+    assert program(16384) != program(16384, chunk_bytes=64 << 20)
+    assert program(4096) == program(4096, chunk_bytes=64 << 20)
+
+
 def test_the_loop_over_examples_is_chosen_for_the_platform():
     """Single examples on CPUs, whatever the machine that lowers the program."""
 
