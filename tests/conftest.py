@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 
 # Before jax starts: eight CPU devices for the tests of sharding, and less time for
@@ -207,6 +208,18 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     """What was imported stays, and is not looked through for garbage."""
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """Ends a process of xdist at once, when it has reported all: it runs for no one.
+
+    To take thousands of programs and traces down, one by one, takes seconds.
+    """
+    if hasattr(config, "workerinput"):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
