@@ -7,7 +7,8 @@ import numpy as np
 
 def loss_power_sums(loss_fn, params, batch, powers=(2,), weights=None):
     grads = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))(params, batch)
-    return _sums(jax.tree.map(lambda g: g[:, None], grads), powers, weights)
+    grads = jax.tree.map(lambda g: np.asarray(g)[:, None], grads)
+    return _sums(grads, powers, weights)
 
 
 def power_sums(
@@ -28,7 +29,7 @@ def _sums(grads, powers, weights):
     """Sums leaves of shape (examples, cotangents, ...)."""
 
     def total(g, p):
-        g = np.asarray(g.astype(jnp.promote_types(g.dtype, jnp.float32)), np.float64)
+        g = np.asarray(g).astype(np.float64)
         w = np.ones(len(g)) if weights is None else np.asarray(weights, np.float64)
         return np.einsum("n,nk...->...", w, g**p)
 

@@ -165,6 +165,10 @@ def test_fault_28_training_resumes_bit_for_bit(tmp_path, how, front_end):
 # What comes from where
 
 
+def length(eps):
+    return np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(eps)])
+
+
 def ball(rho):
     return optax.with_extra_args_support(fsam.euclidean_ball(rho))
 
@@ -183,17 +187,18 @@ def test_fault_28_rho_is_that_of_the_code_and_its_count_that_of_the_checkpoint(
     restored = load("orbax", tmp_path / "state", ball(rho).init(PARAMS))
     np.testing.assert_allclose(restored.rho, 0.1, rtol=1e-6)  # a report of the past
     eps, state = update(ball(rho), restored)
-    np.testing.assert_allclose(optax.tree.norm(eps), expected, rtol=1e-6)
+    np.testing.assert_allclose(length(eps), expected, rtol=1e-6)
     assert state.count == 2
 
 
+@pytest.mark.long
 def test_fault_28_an_injected_rho_is_that_of_the_checkpoint(tmp_path):
     injected = optax.inject_hyperparams(fsam.euclidean_ball)
     save("orbax", tmp_path / "state", injected(rho=0.1).init(PARAMS))
     other = injected(rho=0.3)
     restored = load("orbax", tmp_path / "state", other.init(PARAMS))
     eps, _ = update(other, restored)
-    np.testing.assert_allclose(optax.tree.norm(eps), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(length(eps), 0.1, rtol=1e-6)
 
 
 def test_fault_28_the_key_is_that_of_the_checkpoint(tmp_path):

@@ -308,7 +308,7 @@ STEPS = {
 }
 
 
-@pytest.mark.short("optimizer", "oracle")
+@pytest.mark.short("optimizer")
 @pytest.mark.parametrize("name", STEPS)
 def test_of_training_through_a_step_that_finds_no_gradient(name):
     """By w, rho and the learning rate. The last two steps hardly move w."""

@@ -178,7 +178,7 @@ PASSES = {name: functools.partial(estimate, name) for name in ESTIMATORS} | {
 REDUCED = {"i2": 2, "i2, exact": 2, "one pass": 2, "norms": 0}
 
 
-@pytest.mark.short("exact, by column", "i2, exact", "one pass", "norms")
+@pytest.mark.short("i2, exact", "one pass", "norms")
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_divides_its_work_and_reduces_once(count, name):
     """However many cotangents an example has, and however few there are at a time."""

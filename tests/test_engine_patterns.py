@@ -687,10 +687,8 @@ def operations(fn, *args):
     "biases_in_a_linear_loop",
     "branch_by_a_parameter",
     "product_of_layers",
-    "model_with_a_branch",
     "checkpointed_layers_by_number",
     "recurrence_of_norm_one_checkpointed",
-    "buckets_of_positions",
     "small_table",
     "word2vec",
     "weight_norm",
@@ -701,17 +699,11 @@ def operations(fn, *args):
     "columns_looked_up_one_by_one_under_vmap",
     "cumulated",
     "tables_looked_up_under_vmap",
-    "product_of_rows",
     "dora_on_tokens",
-    "loha",
     "layers_run_through_twice",
     "symmetric_by_index",
     "known_branch",
     "toeplitz",
-    "cayley",
-    "branch_by_the_example",
-    "lora_of_layers",
-    "convolution_with_weight_norm",
     "positions_from_a_start",
     "tensor_train",
     "map_over_tokens",
@@ -924,6 +916,7 @@ def test_a_norm_of_weights_that_inputs_are_parallel_to():
     oracles.assert_close(several[0], expected, tolerance=5e-5)
 
 
+@pytest.mark.short("small", "large", "array", "vector")
 @pytest.mark.parametrize(
     "scales",
     [
@@ -951,6 +944,7 @@ def test_fourth_powers_of_gradients_that_are_scaled_into_range(scales):
     oracles.assert_close(sums, expected)
 
 
+@pytest.mark.short("None", "fill")
 @pytest.mark.parametrize("mode", [None, "clip", "fill"])
 def test_windows_beyond_the_table(mode):
     """A slice moves inside as a whole; a gather is clipped, or dropped as a whole."""
@@ -1040,7 +1034,7 @@ USES = {
 }
 
 
-@pytest.mark.short("1", "3", "6", "7", "10")
+@pytest.mark.short("1", "7")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
 @pytest.mark.parametrize("seed", range(14))
 def test_random_parametrisations(seed):

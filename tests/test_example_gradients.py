@@ -118,8 +118,6 @@ RULES = {
 @pytest.mark.short(
     "kron",
     "symmetric_by_index",
-    "recurrent_embedding_and_convolution",
-    "scanned_layers_with_a_shared_scale",
     "shared_dense",
     "used_twice",
     "large_table",
@@ -139,7 +137,7 @@ def test_rules(name):
     assert_close(squares, in_full(loss_fn, params, batch))
 
 
-@pytest.mark.short("5", "7")
+@pytest.mark.short("7")
 @pytest.mark.filterwarnings("ignore:The gradients of single examples are formed")
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs(seed):

@@ -120,7 +120,7 @@ def as_oracle(f, base):
 BASE = optax.sgd(0.1, momentum=0.9)
 
 
-@pytest.mark.short("looksam")
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_both_front_ends_agree_bit_for_bit(name):
     perturbation, options = METHODS[name]
@@ -235,6 +235,7 @@ def test_plain_steps_take_no_second_gradient(every, counts):
     assert gradients_taken(tx, 6) == counts
 
 
+@pytest.mark.long
 def test_each_method_takes_the_gradients_it_should():
     assert gradients_taken(fsam_optax.gsam(BASE, 0.1, 0.4), 2) == [1, 1]
     assert gradients_taken(fsam_optax.looksam(BASE, 0.1, 0.4, 2), 2) == [1, 0]

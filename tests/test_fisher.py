@@ -84,7 +84,12 @@ def make(name):
     return ESTIMATORS[name]
 
 
-@pytest.fixture(params=SAMPLED)
+@pytest.fixture(
+    params=[
+        pytest.param(x, marks=[pytest.mark.long] if x in ("i1", "i2") else [])
+        for x in SAMPLED
+    ]
+)
 def sampled(request):
     return request.param
 
@@ -245,7 +250,7 @@ def with_fixed_label(model, likelihood, estimator, y, **options):
     return jax.tree.map(lambda d: d * jnp.sum(p), estimate)
 
 
-@pytest.mark.short("fisher_i2-sequence", "fisher_i1-binary")
+@pytest.mark.short("fisher_i2-sequence")
 @pytest.mark.parametrize(
     ("estimator", "case"),
     [
@@ -281,6 +286,7 @@ def test_hutchinson_is_unbiased_over_signs(case):
     close(mean_over_leading(jax.jit(jax.vmap(share))(signs)), truth(*case))
 
 
+@pytest.mark.long
 def test_gnb_is_unbiased_over_the_labels_of_the_batch():
     labels = all_labels((3,), 3)
     log_prob = jax.vmap(categorical.log_prob, (None, 0))(tanh_net(PARAMS, X), labels)
@@ -305,7 +311,7 @@ def test_gnb_is_the_scaled_square_of_the_gradient_at_the_drawn_labels():
     close(evaluate(fisher_gnb(tanh_net, fixed, key=KEY)), expected)
 
 
-@pytest.mark.short("gnb")
+@pytest.mark.long
 @pytest.mark.parametrize("make", ["i1", "hutchinson", "gnb", "i2, probed"])
 def test_the_draws_themselves_are_unbiased(make):
     """Over many seeds, each entry is within 5 standard errors of the exact one."""
@@ -779,7 +785,7 @@ def test_no_gradient_flows_through(make):
 # Keys and state.
 
 
-@pytest.mark.short("i2", "gnb")
+@pytest.mark.short("gnb")
 def test_three_updates_are_one_trace(name):
     run(name, steps=1)
     traces = compiled(name)[-1]
@@ -921,7 +927,7 @@ def test_each_group_gets_its_own_estimator(labels):
     close(evaluate(estimator), {k: (body if k[1] == "1" else head)[k] for k in PARAMS})
 
 
-@pytest.mark.short("exact")
+@pytest.mark.long
 @pytest.mark.parametrize("make", ["exact", "hutchinson", "i2"])
 def test_groups_work_with_caches_and_averages(make):
     estimator = ESTIMATORS[make](tanh_net, categorical)

@@ -262,10 +262,15 @@ def test_lookahead():
         f(both, f.init(params), X)
     tx = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)
     state, opt_state = f.init(params), tx.init(both)
-    for _ in range(4):
+
+    @jax.jit
+    def step(both, state, opt_state):
         _, grads, state = f(both.fast, state, X)
         updates, opt_state = tx.update(grads, opt_state, both)
-        both = optax.apply_updates(both, updates)
+        return optax.apply_updates(both, updates), state, opt_state
+
+    for _ in range(4):
+        both, state, opt_state = step(both, state, opt_state)
     assert loss(both.slow, X) < loss(params, X)
 
 

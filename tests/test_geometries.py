@@ -42,19 +42,18 @@ def assert_equal(tree, expected):
 def test_rescaling_of_weights_takes_the_perturbation_along(ord, flips):
     rng = np.random.default_rng(2)
     scales = {
-        n: jnp.asarray(
-            np.exp2(rng.integers(-6, 7, s)) * (rng.choice([-1, 1], s) if flips else 1),
-            jnp.float32,
+        n: np.float32(
+            np.exp2(rng.integers(-6, 7, s)) * (rng.choice([-1, 1], s) if flips else 1)
         )
         for n, s in SHAPES.items()
     }
     tx = adaptive_ellipsoid(RHO, eta=0.0, ord=ord, normalize=lambda *_: True)
-    params = {n: scales[n] * PARAMS[n] for n in SHAPES}
-    grads = {n: GRADS[n] / scales[n] for n in SHAPES}
+    params = {n: scales[n] * np.asarray(PARAMS[n]) for n in SHAPES}
+    grads = {n: np.asarray(GRADS[n]) / scales[n] for n in SHAPES}
     eps, state = compute(tx, grads, params)
     expected, expected_state = compute(tx)
     # Powers of two: each product with them is exact.
-    assert_equal(eps, {n: scales[n] * expected[n] for n in SHAPES})
+    assert_equal(eps, {n: scales[n] * np.asarray(expected[n]) for n in SHAPES})
     assert state.dual_norm == expected_state.dual_norm
 
 

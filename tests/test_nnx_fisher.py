@@ -100,6 +100,7 @@ def test_data_set_is_one_batch():
     )
 
 
+@pytest.mark.long
 def test_explanations_name_the_variables():
     model = Net(dropout=True)
     found = list(fsam_nnx.explain(NLL, model, BATCH))
@@ -210,7 +211,7 @@ def test_each_example_has_a_mask_of_its_own():
 
     loss = fsam_nnx.negative_log_likelihood(apply_with, categorical, has_aux=True)
     rngs = nnx.Rngs(dropout=1)
-    _, aux = loss(Net(), BATCH, rngs, nnx.Dropout(0.5))
+    _, aux = nnx.jit(loss)(Net(), BATCH, rngs, nnx.Dropout(0.5))
     assert rngs.dropout.count[...] == 1
     assert len(np.unique(aux["mask"], axis=0)) > 4
     f = fsam_nnx.value_and_grad(loss, fsam_optax.euclidean_ball(0.1), has_aux=True)

@@ -140,7 +140,7 @@ def assert_worst_case(eps, state, rho, grads, scale, ord=2):
     np.testing.assert_allclose(length, rho, rtol=1e-5)
 
 
-@fuzz(15)
+@fuzz(10)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.sampled_from([0.0, 0.05, 2.0]))
 def test_perturbations_of_any_tree_and_magnitude(problem, geometry, rho):
     params, grads, nest = problem
@@ -153,6 +153,7 @@ def test_perturbations_of_any_tree_and_magnitude(problem, geometry, rho):
         assert not oracles.flat(eps).any()
 
 
+@pytest.mark.long
 @fuzz(8)
 @given(problems(height=30))
 def test_asam_of_weights_of_any_magnitude(problem):
@@ -169,6 +170,7 @@ def test_asam_of_weights_of_any_magnitude(problem):
         np.testing.assert_allclose(state.dual_norm, dual_norm, rtol=1e-4)
 
 
+@pytest.mark.long
 @fuzz(12)
 @given(problems(), EXPONENTS, st.data(), st.sampled_from([None, 1e-3, 0.0]))
 def test_fisher_sam_with_a_diagonal_of_any_magnitude(problem, exponent, data, damping):
@@ -203,6 +205,7 @@ def test_eps_is_homogeneous_in_the_gradient_as_its_length_is(problem, geometry, 
             )
 
 
+@pytest.mark.long
 @fuzz(8)
 @given(problems(), st.sampled_from(list(GEOMETRIES)), st.integers(-20, 20))
 def test_neither_nesting_nor_the_scale_of_the_loss_matters(problem, geometry, power):

@@ -162,14 +162,19 @@ def test_trains_as_by_hand_to_the_last_digits(x64, method):
     )
     tx = sharpness_aware(optax.sgd(0.2, momentum=0.9, nesterov=True), make(0.3))
     state = tx.init(params)
-    for batch in batches:
+
+    @jax.jit
+    def step(params, state, batch):
         updates, state = tx.update(
             gradient(params, batch),
             state,
             params,
-            grad_fn=lambda p, batch=batch: gradient(p, batch),
+            grad_fn=lambda p: gradient(p, batch),
         )
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for batch in batches:
+        params, state = step(params, state, batch)
     assert_close(params, expected, rtol=1e-13)
 
 

@@ -38,7 +38,7 @@ def cut(batch, parts):
 # The two front ends are one method
 
 
-@pytest.mark.short("layer-False-1")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("geometry", "jit", "every"),
     [(geometry, False, 1) for geometry in PERTURBATIONS]

@@ -72,8 +72,11 @@ def prefer(
         ...     return (x * params["body"][None]) ** 3 * params["head"][None]
         >>> params, x = {"body": jnp.ones(1), "head": jnp.ones(1)}, jnp.ones((4, 1))
         >>> names = {"body": "body", "head": "head"}
-        >>> args = (model, gaussian(), params, x)
-        >>> best = prefer(names, fisher_variance_i1(*args), fisher_variance_i2(*args))
+        >>> @jax.jit
+        ... def variances(params, x):
+        ...     args = (model, gaussian(), params, x)
+        ...     return fisher_variance_i1(*args), fisher_variance_i2(*args)
+        >>> best = prefer(names, *variances(params, x))
         >>> print(best)
         {'body': 'i2', 'head': 'i2'}
         >>> estimators = {
