@@ -444,6 +444,13 @@ def slices_that_overlap(params, x):
     )
 
 
+@program({"w": normal(0, 6, 6)}, normal(1, B, 3), PAIRS)
+def strides_that_meet(params, x):
+    return jnp.sum(jnp.tanh(x @ params["w"][:3])) + jnp.sum(
+        jnp.sin(x @ params["w"][1::2])
+    )
+
+
 FALLBACKS = {}
 
 
@@ -473,6 +480,7 @@ def rounded(params, x):
     "embedding_of_two_indices",
     "slices_that_leave_rows_out",
     "slices_that_overlap",
+    "strides_that_meet",
 )
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_equals_gradients_formed_in_full(name):
