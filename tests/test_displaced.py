@@ -151,9 +151,14 @@ def test_without_params(x64):
     tx = displaced(base, ball)
     params = params_of("float64")
     state = tx.init(params)
-    for _ in range(8):
+
+    @jax.jit
+    def step(params, state):
         updates, state = tx.update(gradient(params), state)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(8):
+        params, state = step(params, state)
     w, _ = two_points(params_of("float64"), base, ball, 8)
     assert_close(eval_params(state, params), w, rtol=1e-12)
 

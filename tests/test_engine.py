@@ -1194,7 +1194,7 @@ def test_errors_name_what_is_wrong(change, error, match):
         "cotangents": factor,
     } | change
     with pytest.raises(error, match=match):
-        power_sums(**arguments)
+        jax.eval_shape(lambda: power_sums(**arguments))
 
 
 def test_a_loss_must_be_a_scalar():

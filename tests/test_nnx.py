@@ -409,7 +409,7 @@ def test_wrong_calls_are_explained():
     model, batch = Net(nnx.Rngs(0)), make_batch()
     f = fsam_nnx.value_and_grad(loss_fn, BALL, has_aux=True)
     with pytest.raises(TypeError, match="has_aux"):
-        f(model, f.init(model), batch)
+        nnx.jit(f)(model, f.init(model), batch)
     f = fsam_nnx.value_and_grad(loss_fn, BALL)
     with pytest.raises(TypeError, match=r"graph node in it.*further argument"):
         f(model, f.init(model), (batch, nnx.Rngs(0)))
