@@ -358,7 +358,7 @@ def test_ensembles_of_scans_of_conds_agree_with_loops(tx):
     members = [jax.tree.map(lambda w, c=c: c * w, PARAMS) for c in (1.0, 0.0, 0.5)]
     members = [(params, tx.init(params)) for params in members]
     ensemble = jax.vmap(lambda carry: jax.lax.scan(step, carry, jnp.array(scales)))
-    carries, results = jax.jit(ensemble)(stack(*members))
+    carries, results = jax.device_get(jax.jit(ensemble)(stack(*members)))
     for i, carry in enumerate(members):
         for j, scale in enumerate(scales):
             carry, expected = (body if scale > 0 else skip)(carry, scale)
