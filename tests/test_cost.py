@@ -300,7 +300,7 @@ def test_the_compiled_program_grows_with_the_number_of_arrays(name):
 
 
 @pytest.mark.parametrize("name", ["oracle", "family"])
-def test_no_step_waits_for_the_host_on_an_accelerator(name):
+def test_no_norm_waits_for_the_host_on_an_accelerator(name):
     """No loop hangs on a number that the device has to tell first."""
     if name == "oracle":
         empirical = fisher_ellipsoid(0.1, given())

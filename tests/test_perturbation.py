@@ -219,6 +219,11 @@ def test_norms_that_only_together_leave_float32():
     eps, state = compute(fsam_optax.euclidean_ball(RHO, per_leaf=True), grads, grads)
     assert state.skipped == 0
     np.testing.assert_allclose(eps["a"], np.full(3, RHO / np.sqrt(3)), rtol=1e-6)
+    # One whose own norm does, 2e39, has no direction.
+    grads["b"] = jnp.full(100, 2e38)
+    eps, state = compute(fsam_optax.euclidean_ball(RHO, per_leaf=True), grads, grads)
+    assert state.skipped == 1
+    assert not np.any(oracles.flat(eps))
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])

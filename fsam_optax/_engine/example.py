@@ -184,15 +184,11 @@ def _rewritten(program, what, report):
             windows += [laid_out(eqn)] if flow.varies(eqn.outvars[0]) else []
     activations = (size(v) for v in kept if flow.varies(v))
     limit = max(largest(flow, kept), *windows, *activations)
-    backward = (e for e in jaxpr.eqns if forward.isdisjoint(e.outvars))
-    read_back = {
-        v for e in backward for v in e.invars if flow.varies(v) and v in forward
-    }
-    residuals = sum(size(v) * v.aval.dtype.itemsize for v in read_back)
+    columns = jaxpr.invars[len(known) :]
+    residuals = _residual_bytes(flow, kept - set(columns), forward)
     what = dataclasses.replace(what, limit=limit, residuals=residuals)
     plan = make_plan(flow, consts, wanted, outputs, what)
 
-    columns = jaxpr.invars[len(known) :]
     numbers, share = {"default": made.number}, None
     if made.number > 1:
         each, beside = held_by_column(flow, columns, plan.needed)
@@ -213,6 +209,16 @@ def _rewritten(program, what, report):
     if report is not None:
         report[:] = [plan.rules(k) for k in range(len(wanted))]
     return sums, h
+
+
+def _residual_bytes(flow, kept, forward):
+    """Returns the bytes of an example that the backward pass reads of the forward one.
+
+    What loops stack for it leads to no output.
+    """
+    backward = (e for e in flow.jaxpr.eqns if forward.isdisjoint(e.outvars))
+    read_back = {v for e in backward for v in e.invars if flow.varies(v) and v in kept}
+    return sum(size(v) * v.aval.dtype.itemsize for v in read_back)
 
 
 def _as_it_is(program, what, report):
