@@ -282,6 +282,7 @@ def in_range_sums(
     one = jnp.ones([], widen(*jax.tree.leaves(leaves)))
     one = vary(one, axes_of_shards(leaves, shard_axes))
     scaled = number if apart else 1  # How many of the sums have a unit.
+    sums = jax.jit(sums)  # Traced once.
 
     def rounds(leaves):
         """Takes them once, and once more if one left the range.
