@@ -56,10 +56,13 @@ def reduced_together(
         summed: See `reduced`.
     """
 
+    # Programs keep the operation, which must not keep what was traced.
+    counts = [(fn, len(given)) for fn, given in calls.values()]
+
     def reduce(has, weight, *operands):
         found, start = [], 0
-        for fn, given in calls.values():
-            own = slice(start, start := start + len(given))
+        for fn, count in counts:
+            own = slice(start, start := start + count)
             found.append(fn((has[0], *has[1:][own]), weight, *operands[own]))
         return found
 
