@@ -55,7 +55,6 @@ def reduced_together(
         axes: See `reduced`.
         summed: See `reduced`.
     """
-
     # Programs keep the operation, which must not keep what was traced.
     counts = [(fn, len(given)) for fn, given in calls.values()]
 
