@@ -46,8 +46,8 @@ import oracles
 import pytest
 
 
-# All programs are written in one context of MLIR: one for each, as for users, takes a
-# fifth of the time and most of the memory. What makes them is not public. Where a version
+# All programs are written in one context of MLIR. One for each, as for users, takes a
+# fifth of the time and most of the memory. What makes them is not public: if a version
 # of jax has it elsewhere, each program has its own.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     with contextlib.suppress(ImportError, AttributeError):
