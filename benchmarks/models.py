@@ -95,6 +95,29 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)).astype(jnp.float32))
 
 
+class ResNet9(nn.Module):
+    """Page, How to train your ResNet, 2018; GroupNorm in the place of BatchNorm."""
+
+    width: int = 64
+    groups: int = 8
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        def layer(x, factor):
+            size = factor * self.width, (3, 3)
+            x = Conv(*size, use_bias=False, dtype=self.dtype)(x)
+            return nn.relu(nn.GroupNorm(self.groups, dtype=self.dtype)(x))
+
+        x = layer(x, 1)
+        for factor, residual in ((2, True), (4, False), (8, True)):
+            x = nn.max_pool(layer(x, factor), (2, 2), (2, 2))
+            if residual:
+                x += layer(layer(x, factor), factor)
+        x = x.max((1, 2)).astype(jnp.float32)
+        return nn.Dense(10, use_bias=False)(x) / 8
+
+
 class Block(nn.Module):
     """Pre-norm attention and two dense layers; causal for language models."""
 
@@ -155,6 +178,7 @@ MODELS = {
     "mlp": partial(MLP, (128, 128)),
     "cnn": CNN,
     "resnet": partial(ResNet, groups=4),
-    # ResNet-18 itself, products in bfloat16.
+    # In their own widths, products in bfloat16.
+    "resnet9": partial(ResNet9, dtype=jnp.bfloat16),
     "resnet18": partial(ResNet, width=64, groups=8, dtype=jnp.bfloat16),
 }

@@ -1,7 +1,7 @@
 """Training of image classifiers on the device, all networks at once, by any method."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,13 +105,23 @@ def train(
 ) -> dict[str, Any]:
     """Trains all networks; returns curves of shape (networks, epochs).
 
-    Radius and learning rate are one for all, or one for each. All methods spend the
-    same gradients, so that one of a single gradient a step runs twice the epochs.
+    Radius and learning rate are one for all, or one for each.
+    """
+    return trainer(method, problem, options)(problem.keys, problem.params, rho, rate)
+
+
+def trainer(method: str, problem: Problem, options: argparse.Namespace) -> Callable:
+    """Returns what trains networks of these keys and parameters, compiled once.
+
+    All methods spend the same gradients, so that one of a single gradient a step runs
+    twice the epochs.
     """
     passes = methods.METHODS[method].passes
     epochs, size = options.epochs * 2 // passes, options.batch_size
     steps = len(problem.labels) // size
     schedule = optax.cosine_decay_schedule(1.0, epochs * steps)
+    # As arguments: constants of a program are compiled into it.
+    arrays = {name: getattr(problem, name) for name in ("images", "labels", "test")}
 
     def stepper(rho, rate):
         decay = optax.add_decayed_weights(5e-4)
@@ -121,34 +131,41 @@ def train(
     def init(params, rho, rate):
         return params, stepper(rho, rate).init(params)
 
-    def epoch(carry, key, rho, rate):
+    def epoch(carry, key, arrays, rho, rate):
+        given = problem._replace(**arrays)
+
         def step(carry, inputs):
             rows, key = inputs
-            images = problem.images[rows]
+            images = given.images[rows]
             if options.augment:
-                images = augment(problem.data, key, images)
-            batch = standardize(problem, images), problem.labels[rows]
+                images = augment(given.data, key, images)
+            batch = standardize(given, images), given.labels[rows]
             loss, *carry = stepper(rho, rate).step(*carry, batch)
             return tuple(carry), loss
 
         order_key, augment_key = jax.random.split(key)
-        rows = jax.random.permutation(order_key, len(problem.labels))[: steps * size]
+        rows = jax.random.permutation(order_key, len(given.labels))[: steps * size]
         inputs = rows.reshape(steps, size), jax.random.split(augment_key, steps)
         carry, losses = jax.lax.scan(step, carry, inputs)
         weights = stepper(rho, rate).weights(*carry)
-        return carry, (jnp.mean(losses), *score(problem, weights))
+        return carry, (jnp.mean(losses), *score(given, weights))
 
-    init, epoch = jax.jit(jax.vmap(init)), jax.jit(jax.vmap(epoch))
-    point = [jnp.broadcast_to(x, problem.keys.shape) for x in (rho, rate)]
-    carry, history = init(problem.params, *point), []
-    for number in range(epochs):
-        keys = jax.vmap(partial(jax.random.fold_in, data=number))(problem.keys)
-        carry, found = epoch(carry, keys, *point)
-        history.append(jax.device_get(found))
-        if (number + 1) % max(1, epochs // 4) == 0:
-            accuracy = np.mean(history[-1][2])
-            harness.say(f"  epoch {number + 1}/{epochs}, accuracy {accuracy:.1%}")
-    loss, test_loss, accuracy = (np.stack(v, -1) for v in zip(*history, strict=True))
-    gradients = passes * steps * np.arange(1, epochs + 1)
-    curves = {"train_loss": loss, "test_loss": test_loss, "accuracy": accuracy}
-    return {"gradients": gradients, **curves}
+    init = jax.jit(jax.vmap(init))
+    epoch = jax.jit(jax.vmap(epoch, in_axes=(0, 0, None, 0, 0)))
+
+    def run(keys, params, rho, rate):
+        point = [jnp.broadcast_to(x, keys.shape) for x in (rho, rate)]
+        carry, history = init(params, *point), []
+        for number in range(epochs):
+            folded = jax.vmap(partial(jax.random.fold_in, data=number))(keys)
+            carry, found = epoch(carry, folded, arrays, *point)
+            history.append(jax.device_get(found))
+            if (number + 1) % max(1, epochs // 4) == 0:
+                accuracy = np.mean(history[-1][2])
+                harness.say(f"  epoch {number + 1}/{epochs}, accuracy {accuracy:.1%}")
+        curves = (np.stack(values, -1) for values in zip(*history, strict=True))
+        names = "train_loss", "test_loss", "accuracy"
+        gradients = passes * steps * np.arange(1, epochs + 1)
+        return {"gradients": gradients, **dict(zip(names, curves, strict=True))}
+
+    return run
