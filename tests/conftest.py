@@ -1,6 +1,5 @@
 """Settings under which every test runs, and the modes: `pytest --mode x64`."""
 
-import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -44,16 +43,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import oracles
 import pytest
+from jax.interpreters import mlir
 
 
-# All programs are written in one context of MLIR. One for each, as for users, takes a
-# fifth of the time and most of the memory. What makes them is not public: if a version
-# of jax has it elsewhere, each program has its own.
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
-    with contextlib.suppress(ImportError, AttributeError):
-        from jax._src.interpreters import mlir
-
-        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# All programs are written in one context of MLIR: one for each, as for users, takes a
+# fifth of the time and most of the memory. Where a version of jax has no such function,
+# or looks it up elsewhere, each program has its own.
+make = getattr(mlir, "make_ir_context", None)
+if make and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    make.__globals__[make.__name__] = functools.cache(make)
 
 
 # Tracing makes many objects and hardly any garbage in cycles: a sixth of the time went
