@@ -56,7 +56,7 @@ if make and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
 
 # Tracing makes many objects and hardly any garbage in cycles: a sixth of the time went
 # into looking for it. Never again among what has survived.
-gc.set_threshold(10_000, 10, 10_000)
+gc.set_threshold(100_000, 10, 10_000)
 
 
 MODES = {
