@@ -312,8 +312,8 @@ MUTANTS = [
     *_mutants(
         "_fisher/estimators.py",
         "fisher variance",
-        ("scale = num_samples * total", "scale = total"),
-        ("fourth / number - (second / number) ** 2", "fourth / number"),
+        ("        draws=num_samples,\n", ""),
+        ("fourth / multiple - (second / multiple) ** 2", "fourth / multiple"),
         (
             "jax.random.split(key, num_samples)[i]",
             "jax.random.split(key, num_samples)[0]",
@@ -531,14 +531,18 @@ MUTANTS = [
     ),
     *_mutants(
         "_engine/normal.py",
-        "engine_devices",
-        ("for d, n in enumerate(x.shape) if n == 1}", "for d, n in () if n == 1}"),
+        "engine",
         (
             "lax.slice_in_dim(x, start, start := start + n, axis=axis)",
             "lax.slice_in_dim(x, 0, start := n, axis=axis)",
-            "engine",
         ),
-        ("range(1, 2 * x.ndim, 2)", "range(0, 2 * x.ndim, 2)", "engine"),
+        ("range(1, 2 * x.ndim, 2)", "range(0, 2 * x.ndim, 2)"),
+    ),
+    *_mutants(
+        "_engine/thin.py",
+        "engine",
+        ('"permutation"] if d in places]', '"permutation"] if d in places][::-1]'),
+        ("if 1 not in self.shape:", "if 2 not in self.shape:"),
     ),
     *_mutants(
         "_engine/folding.py",

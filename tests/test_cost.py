@@ -275,6 +275,27 @@ def test_the_program_grows_with_the_leaves_as_by_hand_does(leaves):
     assert size(step, tx.init(params)) < 4 * size(hand, BASE.init(params))
 
 
+def test_a_layer_of_the_fisher_is_few_operations_more_than_of_the_gradient():
+    """Compile time follows their number; three arrays, and three squares of them."""
+
+    def apply_fn(params, x):
+        for w, b, scale in params:
+            x = jax.nn.relu(x @ w + b[None]) * scale[None]
+        return x
+
+    nll = negative_log_likelihood(apply_fn, categorical)
+    batch = jnp.ones((8, 4)), jnp.arange(8) % 4
+    fisher = functools.partial(fsam_optax.diagonal, fisher_empirical(nll))
+
+    def operations(fn, depth):
+        params = [(jnp.eye(4), jnp.ones(4), jnp.ones(4))] * depth
+        text = jax.jit(fn).lower(params, batch).as_text()
+        return len(re.findall("= (?:stablehlo|call|func)", text))
+
+    each = [operations(fn, 5) - operations(fn, 4) for fn in (jax.grad(nll), fisher)]
+    assert 0 < each[1] < each[0] + 20
+
+
 BALLS = {
     "each array": euclidean_ball(0.05, per_leaf=True),
     "mean of F": fisher_ellipsoid(0.1, squared_gradient()),

@@ -1098,6 +1098,33 @@ def test_a_batch_of_one_costs_no_more_than_an_example():
     assert batched <= 1.1 * single
 
 
+def test_a_batch_of_one_is_evaluated_without_its_axis():
+    """But where an operation needs it; some values are wanted with it and without."""
+    from fsam_optax._engine.flatten import flatten
+    from fsam_optax._engine.jaxpr import as_function
+
+    def program(x, k, w):
+        x = x[None]
+        y = jnp.transpose(x, (0, 2, 1)) @ w[None]
+        y = y - jnp.mean(y, -1, keepdims=True) + jnp.broadcast_to(x[0, 0], y.shape)
+        z = lax.conv_general_dilated(
+            y * w[None, :1], k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        z = jnp.maximum(z, 0) + lax.rev(y, (1,))
+        pairs = jnp.einsum("bqhd,bkhd->bhqk", *[z.reshape(1, 4, 2, 2)] * 2)
+        both = jnp.broadcast_to(jnp.sum(pairs, 1)[..., None], (1, 4, 4, 3))
+        turned = jnp.transpose(both, (3, 0, 2, 1))
+        return jnp.sum(pairs, 1), jnp.max(turned, (1, 3)), z.reshape(8, 1, 2)
+
+    args = normal(0, 3, 4), normal(1, 3, 4, 4), normal(2, 3, 4)
+    closed = jax.make_jaxpr(program)(*args)
+    flat = jax.make_jaxpr(flatten(closed, [True, False, False]))(*args)
+    for x, y in zip(as_function(flat)(*args), program(*args), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    products = [e for e in flat.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert products and all(1 not in v.aval.shape for e in products for v in e.invars)
+
+
 def test_one_trace_under_jit():
     traces = []
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Literal
 
 from fsam_optax._engine.branches import switched
 from fsam_optax._engine.carries import Carries, contracts
@@ -35,6 +36,7 @@ from fsam_optax._engine.primitives import (
     UPDATE,
 )
 from fsam_optax._engine.sources import is_linear
+from fsam_optax._engine.thin import full, thinned
 
 
 def flatten(closed: Any, varies: Sequence[bool]) -> Callable:
@@ -51,33 +53,52 @@ def flatten(closed: Any, varies: Sequence[bool]) -> Callable:
     return lambda *args: _run(closed.jaxpr, closed.consts, args, varies)
 
 
-def _run(jaxpr, consts, args, varies, added=()):
+def _run(jaxpr, consts, args, varies):
+    """Evaluates a program."""
+    found = _values(jaxpr, consts, map(full, args), varies)
+    return [x.take("full") for x in found]
+
+
+def _values(jaxpr, consts, args, varies, added=()):
     """Evaluates a program; some of its outputs are added to something outside."""
     given = (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
     flow = Dataflow(jaxpr, given, dict(zip(jaxpr.constvars, consts, strict=True)))
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    env = dict(zip(jaxpr.constvars, map(full, consts), strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
     added = added_to_others(flow, added)
     for eqn in jaxpr.eqns:
-        values = [read(env, v) for v in eqn.invars]
+        values = [_value(env, v) for v in eqn.invars]
         name = name_of(eqn)
         if name in (*CALLS, *REMATERIALISED):
             if name in REMATERIALISED:
-                values = _barrier(flow, eqn, values)
+                given = _barrier(flow, eqn, [x.take("full") for x in values])
+                values = list(map(full, given))
             body, constants = body_of(eqn)
             pairs = zip(body.outvars, eqn.outvars, strict=True)
             inner = [x for x, v in pairs if v in added]
             given = list(map(flow.varies, eqn.invars))
-            out = _run(body, constants, values, given, inner)
-        elif name == SOLVE:
-            out = _solve(flow, eqn, values)
-        elif name == LOOP:
-            out = _scan(flow, eqn, values, added)
-        elif name == BRANCHES:
-            out = _branches(flow, eqn, values)
-        else:
-            out = NORMAL.get(name, as_it_is)(flow, eqn, values)
+            out = _values(body, constants, values, given, inner)
+        elif (out := thinned(eqn, values)) is None:
+            given = [x.take("full") for x in values]
+            out = map(full, _evaluated(flow, eqn, given, added))
         env.update(zip(eqn.outvars, out, strict=True))
-    return [read(env, v) for v in jaxpr.outvars]
+    return [_value(env, v) for v in jaxpr.outvars]
+
+
+def _value(env, v):
+    return full(v.val) if isinstance(v, Literal) else env[v]
+
+
+def _evaluated(flow, eqn, values, added):
+    """Evaluates an equation with all axes."""
+    name = name_of(eqn)
+    if name == SOLVE:
+        return _solve(flow, eqn, values)
+    if name == LOOP:
+        return _scan(flow, eqn, values, added)
+    if name == BRANCHES:
+        return _branches(flow, eqn, values)
+    return NORMAL.get(name, as_it_is)(flow, eqn, values)
 
 
 def _barrier(flow, eqn, values):

@@ -20,34 +20,6 @@ def as_it_is(flow: Dataflow, eqn: Any, values: list[Any]) -> list[Any]:
     return bind(eqn, values)
 
 
-def _product(flow, eqn, values):
-    """Evaluates a matrix product without the axes of size one.
-
-    A model for batches meets one example as a batch of one. Mapped over examples, its
-    products would have an axis too many, which XLA:CPU pays for with copies.
-    """
-    del flow
-    a, g = values
-    (contract_a, contract_g), (batch_a, batch_g) = eqn.params["dimension_numbers"]
-
-    def thin(x, contract, batch):
-        drop = [d for d in range(x.ndim) if x.shape[d] == 1 and d not in batch]
-        kept = [d for d in range(x.ndim) if d not in drop]
-        contract = [kept.index(d) for d in contract if d in kept]
-        return lax.squeeze(x, drop), contract, [kept.index(d) for d in batch]
-
-    a, contract_a, batch_a = thin(a, contract_a, batch_a)
-    g, contract_g, batch_g = thin(g, contract_g, batch_g)
-    y = lax.dot_general(
-        a,
-        g,
-        ((contract_a, contract_g), (batch_a, batch_g)),
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-    )
-    return [y.reshape(eqn.outvars[0].aval.shape)]
-
-
 def _is_one_row(flow, eqn):
     """Tells whether something is put at an index into zeros, as for one token.
 
@@ -209,13 +181,18 @@ def _constrained(flow, eqn, values):
 
 
 def constrained_but(eqn: Any, x: jax.Array, free: set[int]) -> jax.Array:
-    """Evaluates a constraint of shardings, of all axes but those that are free."""
-    sharding = eqn.params["sharding"]
+    """Evaluates a constraint of shardings, of all axes but those that are free.
+
+    The array may lack those of size one, if the sharding is by names.
+    """
+    sharding, shape = eqn.params["sharding"], eqn.outvars[0].aval.shape
     if not isinstance(sharding, NamedSharding):
         return bind(eqn, [x])[0]
-    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
     free = free | set(eqn.params["unconstrained_dims"])
     spec = [PartitionSpec.UNCONSTRAINED if d in free else s for d, s in enumerate(spec)]
+    if x.ndim < len(shape):
+        spec = [s for s, n in zip(spec, shape, strict=True) if n != 1]
     sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     return lax.with_sharding_constraint(x, sharding)
 
@@ -246,7 +223,6 @@ def _multiplied_at(flow, eqn, values):
 # the equation and the values of its operands.
 NORMAL: dict[str, Callable] = {
     BARRIER: _barriers,
-    "dot_general": _product,
     "scatter": _set_to_zero,
     "scatter-mul": _multiplied_at,
     "sharding_constraint": _constrained,

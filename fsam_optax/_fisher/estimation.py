@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from fsam_optax._common.checks import check_leaves, check_params, is_real
 from fsam_optax._common.mapped_axes import is_key
@@ -206,7 +207,8 @@ def _restore(diagonal: Any, params: Any) -> Any:
             return full_like(w, 0)
         # A NaN parameter has no Fisher. Read entry by entry, the parameter also tells
         # the compiler how to shard what has its shape.
-        return jnp.where(jnp.isnan(w), jnp.nan, jnp.asarray(d, diagonal_dtype(w)))
+        w, d = (lax.convert_element_type(x, diagonal_dtype(w)) for x in (w, d))
+        return lax.select(lax.ne(w, w), w, d)
 
     return jax.lax.stop_gradient(jax.tree.map(leaf, params, diagonal))
 
@@ -217,8 +219,9 @@ def power_sums_of(
     extra: Any,
     powers: tuple,
     chunk_bytes: int | None = None,
+    scale: jax.Array | float = 1,
 ):
-    """Returns the sums over examples, weighted, of powers of pulled-back cotangents.
+    """Returns 1 / scale times the sums over examples, weighted, of powers of pullbacks.
 
     `cotangents(h, label, extra)` maps the outputs of one example, its
     `(targets, present, m)`, and its part of `extra`; those of `Columns` take the pair
@@ -236,7 +239,8 @@ def power_sums_of(
         ((problem.inputs, problem.rows), (labels.of_examples, extra)),
         cotangents if isinstance(cotangents, Columns) else of_one,
         powers,
-        labels.examples,
+        # Divided here: what is done to the sums is done for each array of parameters.
+        labels.examples / scale,
         chunk_bytes,
     )
 
@@ -246,8 +250,7 @@ def mean_powers(
 ):
     """Returns 1 / (draws D) times the `power_sums_of`."""
     total = draws * problem.labels.divisor
-    sums = power_sums_of(problem, cotangents, extra, powers, chunk_bytes)
-    return tuple(jax.tree.map(lambda x: x / total, tree) for tree in sums)
+    return power_sums_of(problem, cotangents, extra, powers, chunk_bytes, total)
 
 
 def draws_of(problem: Problem, draws_per_example: int) -> Draws:

@@ -25,7 +25,6 @@ from fsam_optax._fisher.estimation import (
     closed_form,
     draws_of,
     mean_powers,
-    power_sums_of,
     Problem,
     sampled,
 )
@@ -62,27 +61,26 @@ def _mean_square_draws(
         return cotangent(problem.likelihood, h, key, present, within)
 
     w, total = problem.labels.examples, problem.labels.divisor
-    sums = power_sums_of(
+    diagonal, *fourth = mean_powers(
         problem,
         Columns(lambda h: num_samples, draw),
         jax.random.split(key, w.size),
-        (2, 4) if standard_error else (2,),
-        chunk_bytes,
+        draws=num_samples,
+        powers=(2, 4) if standard_error else (2,),
+        chunk_bytes=chunk_bytes,
     )
-    scale = num_samples * total
-    diagonal = jax.tree.map(lambda x: x / scale, sums[0])
     if not standard_error:
         return diagonal, None
     # The mean over examples, of which the diagonal is a multiple.
     weight, count = draws_of(problem, num_samples)
-    number = divisor(num_samples * weight)
+    multiple = divisor(num_samples * weight) / (num_samples * total)
 
     def error(second, fourth):
-        variance = jnp.maximum(fourth / number - (second / number) ** 2, 0)
+        variance = jnp.maximum(fourth / multiple - (second / multiple) ** 2, 0)
         error = jnp.where(count > 1, jnp.sqrt(variance / divisor(count - 1)), jnp.inf)
-        return error * (number / scale)
+        return error * multiple
 
-    return diagonal, jax.tree.map(error, *sums)
+    return diagonal, jax.tree.map(error, diagonal, *fourth)
 
 
 MANY_COLUMNS = 10_000
