@@ -248,6 +248,11 @@ MUTANTS = [
         "_fisher/likelihoods.py",
         "likelihoods fisher variance",
         (
+            "if y.dtype.itemsize < 4 else y",
+            "if False else y",
+            "negative_log_likelihood",
+        ),
+        (
             "score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.softmax(h)",
             "score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.sigmoid(h)",
         ),
@@ -346,6 +351,7 @@ MUTANTS = [
     *_mutants(
         "_fisher/dataset.py",
         "dataset",
+        ('check_like("state", state, ', 'check_like("state", jax.eval_shape(start), '),
         (
             "lambda old, new: old + share.astype(old.dtype) * (new - old)",
             "lambda old, new: old + (new - old) / (state.batches + 1)",

@@ -206,6 +206,23 @@ def test_it_goes_on_from_where_it_was():
     jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
+def test_a_state_of_another_call_is_refused():
+    seen = []
+    fsam.dataset_diagonal(I1(), PARAMS, list(batches(4))[:1], progress=seen.append)
+    other = {**PARAMS, "out": PARAMS["out"][:, :1]}
+    for estimator, params, kept, message in (
+        (I1(), PARAMS, True, r"leaf .*spreads.*progress"),
+        (EXACT, PARAMS, False, r"leaf .*estimator.*progress"),
+        (I1(), other, False, r"leaf .*'out'.*shape.*progress"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fsam.dataset_diagonal(
+                estimator, params, [], standard_error=kept, state=seen[0]
+            )
+    with pytest.raises(TypeError, match=r"DatasetState, got .*progress"):
+        fsam.dataset_diagonal(EXACT, PARAMS, [], state=EXACT.init(PARAMS))
+
+
 def test_batches_draw_apart_and_a_key_decides():
     drawn = fsam.fisher_i1(model, fsam.categorical, key=KEY)
     twice = [(X, None), (X, None)]

@@ -294,6 +294,18 @@ def test_an_impossible_label_is_nan_in_the_fisher(make):
     assert all(np.isnan(x).all() for x in evaluate(nll, make, IMPOSSIBLE).values())
 
 
+@pytest.mark.parametrize(
+    "dtype, classes", [("uint8", 256), ("uint8", 300), ("int8", 300)]
+)
+def test_labels_of_a_narrow_type_are_those_of_a_wide_one(dtype, classes):
+    y = np.array([0, 1, 5, 44, 100, -1]).astype(dtype)
+    h = RNG.normal(size=(6, classes)).astype("float32")
+    of = fsam.categorical
+    for fn in (of.presence, of.log_prob, of.score):
+        np.testing.assert_array_equal(fn(h, y), fn(h, y.astype("int32")))
+        assert np.isfinite(fn(h, y)).all()
+
+
 def test_soft_labels_are_expectations_over_labels():
     p = np.asarray(jax.nn.softmax(RNG.normal(size=(6, 3)))).astype("float32")
     nll = fsam.negative_log_likelihood(net, fsam.categorical)

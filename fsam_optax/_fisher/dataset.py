@@ -16,8 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fsam_optax._common.checks import (
     broadcast_mask,
     check_leaves,
+    check_like,
     check_no_module,
     check_transformation,
+    describe_state,
     shape_of,
 )
 from fsam_optax._common.kinds import of_estimator
@@ -121,9 +123,11 @@ def dataset_diagonal(
         if there was nothing of positive weight.
 
     Raises:
-        TypeError: If estimator is no transformation, or batches cannot be iterated.
+        TypeError: If estimator is no transformation, batches cannot be iterated, or
+            state is no `DatasetState`.
         ValueError: If the estimator does not tell the weight of a batch, repeats
-            diagonals of batches before, or keeps no standard error.
+            diagonals of batches before, or keeps no standard error; if state is that of
+            another estimator, of other parameters or settings.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -152,9 +156,10 @@ def dataset_diagonal(
     chosen = masked_by(keep, params)
     extra, fixed = arrays_of(extra_args)
     kept = tuple(jax.tree.leaves(keep))
-    now: Any = state
-    if now is None:
-        now = _start(estimator, chosen, key, standard_error)
+    start = functools.partial(_start, estimator, chosen, key, standard_error)
+    if state is not None:
+        _check_state(state, start)
+    now: Any = start() if state is None else state
     first = None
     for batch in batches:
         batch = jax.tree.map(_as_array, batch)
@@ -210,6 +215,21 @@ def _start(estimator, params, key, standard_error):
         estimator=inner,
         spreads=tuple(spreads),
     )
+
+
+def _check_state(state, start):
+    """Raises unless `state` is one that a call with these arguments makes."""
+    how = "pass what `progress` received in a call with the same arguments"
+    if not isinstance(state, DatasetState):
+        got = describe_state(state)
+        raise TypeError(f"`state` must be a DatasetState, got {got}: {how}.")
+    try:
+        check_like("state", state, "state at the start", jax.eval_shape(start))
+    except ValueError as error:
+        raise ValueError(
+            "`state` is not of this estimator, of these parameters and settings: "
+            f"{error} Here {how}."
+        ) from None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -294,7 +294,9 @@ def _norms(
         a = losses.weights
         if not by_leaf:
             squares = sum(jax.tree.leaves(squares), start=jnp.zeros_like(a))
-        return jax.tree.map(lambda s: jnp.where(a == 0, 0, a * jnp.sqrt(s)), squares)
+        return jax.tree.map(
+            lambda s: jnp.where(a == 0, 0, jnp.abs(a) * jnp.sqrt(s)), squares
+        )
 
     inputs = (
         parts_of(loss, batch)[0] if isinstance(loss, NegativeLogLikelihood) else batch
