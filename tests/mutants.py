@@ -436,7 +436,7 @@ MUTANTS = [
     *_mutants(
         "_fisher/example_gradients.py",
         "example_gradients",
-        ("a * jnp.sqrt(s)", "jnp.sqrt(s)"),
+        ("jnp.abs(a) * jnp.sqrt(s)", "jnp.sqrt(s)"),
         ("long = norms > max_norm", "long = norms >= 0"),
     ),
     *_mutants(
