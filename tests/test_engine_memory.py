@@ -205,13 +205,13 @@ def test_squares_of_activations_are_made_when_they_are_used():
 def test_the_columns_at_a_time_are_chosen_for_the_platform():
     """All on an accelerator; on a CPU one, if loops take the examples one by one."""
     params = {"c": like(3, 3, 3, 16), "w": like(16, 10)}
-    x = like(16, 16, 16, 3)
+    x = like(64, 16, 16, 3)
 
     def pooled(params, x):
         return jnp.mean(segment(params, x), (1, 2))
 
     nll = negative_log_likelihood(pooled, categorical)
-    gradient = temporaries(jax.grad(nll), params, (x, like(16, dtype=jnp.int32)))
+    gradient = temporaries(jax.grad(nll), params, (x, like(64, dtype=jnp.int32)))
 
     def exact(params, x):
         return diagonal(fisher_exact(nll), params, (x, None))
@@ -226,8 +226,8 @@ POSITIONS = normal(6, 5, 4)
 WEIGHTS = np.asarray(RNG.uniform(size=(6, 5)) * (RNG.uniform(size=(6, 5)) > 0.3))
 
 
-@pytest.mark.short("False-14000", "True-1")
-@pytest.mark.parametrize("chunk_bytes", [1, 14_000, 30_000, 1 << 20, None])
+@pytest.mark.short("False-8000", "True-1")
+@pytest.mark.parametrize("chunk_bytes", [1, 8_000, 16_000, 1 << 20, None])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_columns_are_the_factor_whatever_their_number_at_a_time(chunk_bytes, weighted):
     """Twenty columns of each example, by 1, 3 and 7; against all Jacobians at once."""
