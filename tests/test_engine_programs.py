@@ -300,7 +300,7 @@ def differential_equation(p, x):
     def step(y, t):
         return y + jnp.tanh(y @ p["w"] + t * p["b"]) @ p["v"] / 8, None
 
-    return size(lax.scan(step, x, jnp.arange(5.0) / 5)[0])
+    return size(lax.scan(step, x, jnp.arange(5.0, dtype=x.dtype) / 5)[0])
 
 
 # Derivatives inside, rematerialisation, discontinuities.

@@ -469,7 +469,7 @@ def test_random_directions_are_as_long_as_each_filter():
         assert d[name].dtype == w[name].dtype
     assert not np.any(d["bias"]) and np.std(d["conv"]) > 0.5
     # Filters that are rescaled are followed by their direction, and so is the loss.
-    scale = jnp.array([0.1, 1.0, 10.0, 1e3])
+    scale = jnp.array([0.1, 1.0, 10.0, 1e3], jnp.float32)
     other = fsam.random_direction(
         w | {"conv": w["conv"] * scale[None, None, None]}, jax.random.key(1)
     )
