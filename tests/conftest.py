@@ -169,6 +169,9 @@ def pytest_configure(config):
     for what in ("reading", "writing"):
         message = f"Error {what} persistent compilation cache entry"
         config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+    # Hypothesis counts references to its own generator, which Python 3.14 borrows.
+    message = "It looks like `register_random` was passed an object"
+    config.addinivalue_line("filterwarnings", f"ignore:{message}")
     config.addinivalue_line(
         "markers", "slow: trains, draws, kills or spawns; run by `make test-slow`"
     )

@@ -245,13 +245,13 @@ MUTANTS = [
     ),
     # The likelihoods and the labels.
     *_mutants(
+        "_common/norms.py",
+        "negative_log_likelihood",
+        ("if x.dtype.itemsize < 4 else x", "if False else x"),
+    ),
+    *_mutants(
         "_fisher/likelihoods.py",
         "likelihoods fisher variance",
-        (
-            "if y.dtype.itemsize < 4 else y",
-            "if False else y",
-            "negative_log_likelihood",
-        ),
         (
             "score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.softmax(h)",
             "score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.sigmoid(h)",

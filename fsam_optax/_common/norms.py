@@ -30,6 +30,12 @@ def widen(*arrays: Any) -> jnp.dtype:
         return jnp.result_type(jnp.float32, *arrays)
 
 
+def wide_integers(x: Any) -> jax.Array:
+    """Returns integers in a type that holds the number of classes, or of rows, too."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+
+
 def divisor(x: jax.Array) -> jax.Array:
     """Returns `x` where one can divide by it (positive and finite), and 1 elsewhere."""
     return jnp.where((x > 0) & jnp.isfinite(x), x, jnp.ones_like(x))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_optax._common.checks import check_number
-from fsam_optax._common.norms import widen
+from fsam_optax._common.norms import wide_integers, widen
 
 
 class MomentBounds(NamedTuple):
@@ -159,16 +159,10 @@ def _is_soft(h, y):
     return False
 
 
-def _classes(y):
-    """Returns integer labels in a type that holds the number of classes too."""
-    y = jnp.asarray(y)
-    return y.astype(jnp.int32) if y.dtype.itemsize < 4 else y
-
-
 def _categorical_presence(h, y) -> Any:
     if _is_soft(h, y):
         return None
-    y = jnp.expand_dims(_classes(y), -1)
+    y = jnp.expand_dims(wide_integers(y), -1)
     one = jnp.ones(y.shape, widen(h))
     return jnp.where(y < 0, 0, jnp.where(y >= h.shape[-1], jnp.nan, one))
 
@@ -177,7 +171,7 @@ def _categorical_log_prob(h, y):
     log_p = jax.nn.log_softmax(_float(h))
     if _is_soft(h, y):
         return jnp.sum(jnp.where(y == 0, 0, y * log_p), axis=-1)
-    y = jnp.expand_dims(_classes(y), -1)
+    y = jnp.expand_dims(wide_integers(y), -1)
     log_p = jnp.take_along_axis(log_p, jnp.maximum(y, 0), axis=-1, mode="fill")
     return jnp.where(y < 0, 0, log_p).squeeze(-1)
 
@@ -187,7 +181,7 @@ def _categorical_score(h, y):
     if _is_soft(h, y):
         y = jnp.asarray(y, widen(h, y))
         return y - jnp.sum(y, axis=-1, keepdims=True) * jax.nn.softmax(h)
-    y = _classes(y)
+    y = wide_integers(y)
     score = jax.nn.one_hot(y, h.shape[-1], dtype=h.dtype) - jax.nn.softmax(h)
     presence = _categorical_presence(h, y)
     return jnp.where(presence == 0, 0, presence * score)
