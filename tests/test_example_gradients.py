@@ -649,3 +649,16 @@ def test_explain_counts_what_entries_that_count_apart_cost():
 
     assert cost(lambda w: w) < 0.1
     assert cost(lambda w: jnp.where(mask, w, 0)) >= 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_norms_are_as_wide_as_the_parameters(dtype):
+    def loss(w, x):
+        return jnp.sum((x @ w) ** 2)
+
+    w, batch = (jnp.ones(shape, dtype) for shape in [(3, 2), (4, 3)])
+    with jax.numpy_dtype_promotion("strict"):
+        norms = per_example_norms(loss, w, batch)
+        grads, _ = clipped_gradient(loss, w, batch, max_norm=1.0)
+    assert norms.dtype == grads.dtype == dtype

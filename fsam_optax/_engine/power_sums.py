@@ -16,6 +16,7 @@ from jax import lax
 
 from fsam_optax._common.checks import check_function, check_leaves, shape_of
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.columns import Columns
 from fsam_optax._engine.example import sums_of_example
 from fsam_optax._engine.one_row import as_batch_of_one
@@ -262,7 +263,8 @@ def sums_and_outputs(
                 "no gradient; close over it or pass it in `inputs`."
             )
     n = _count(examples)
-    weights = jnp.ones(n) if weights is None else jnp.asarray(weights)
+    wide = widen(*jax.tree.leaves(params))
+    weights = jnp.ones(n, wide) if weights is None else jnp.asarray(weights)
     if weights.shape != (n,):
         raise ValueError(
             f"`weights` must have shape ({n},), one per example; got {weights.shape}."

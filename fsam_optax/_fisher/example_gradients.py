@@ -18,6 +18,7 @@ from fsam_optax._common.checks import (
     is_real,
 )
 from fsam_optax._common.mapped_axes import axes_of_shards, vary
+from fsam_optax._common.norms import widen
 from fsam_optax._engine import example_squares, without_explicit_axes
 from fsam_optax._fisher.estimation import is_masked, masked_by
 from fsam_optax._fisher.labels import expand
@@ -87,7 +88,8 @@ def losses_of(
             losses = jax.vmap(own, (None, 0))(params, batch)
             return jnp.sum(factors * losses) / max(n, 1)
 
-        return Losses(own, batch, jnp.ones(n), mean)
+        wide = widen(*filter(is_real, jax.tree.leaves(params)))
+        return Losses(own, batch, jnp.ones(n, wide), mean)
     check_split(
         loss,
         loss_args,
