@@ -413,6 +413,9 @@ MUTANTS = [
         "_engine/sources.py",
         "engine_memory",
         ("self.examples * self.residuals // 16", "0"),
+        ("if forms or not products.isdisjoint(varying):", "if forms:"),
+        ("name == BRANCHES or (name in CONTRACTIONS", "(name in CONTRACTIONS"),
+        ("(x in formed or is_product(body, x))", "x in formed and False"),
     ),
     *_mutants(
         "_engine/sums.py",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import sparse
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from fsam_optax._engine import (
@@ -448,6 +449,15 @@ def slices_that_overlap(params, x):
 def strides_that_meet(params, x):
     odd = jax.lax.slice(params["w"], (1, 0), (6, 6), (2, 1))
     return jnp.sum(jnp.tanh(x @ params["w"][:3])) + jnp.sum(jnp.sin(x @ odd))
+
+
+PLACES = np.array([[0, 1], [2, 2], [0, 5], [1, 3], [3, 0], [4, 4], [5, 5], [3, 1]])
+
+
+@program({"w": normal(0, 8)}, normal(1, B, 6), "reduction")
+def sparse_matrix(params, x):
+    """A primitive that no rule knows, of no more than the batch holds of it."""
+    return jnp.sum(jnp.tanh(sparse.BCOO((params["w"], PLACES), shape=(6, 6)) @ x))
 
 
 FALLBACKS = {}

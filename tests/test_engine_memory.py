@@ -10,6 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.ode import odeint
 
 from fsam_optax import (
     categorical,
@@ -23,10 +24,12 @@ from fsam_optax import (
     fisher_i1,
     fisher_i2,
     given,
+    loss_power_sums,
     negative_log_likelihood,
     power_sums,
     value_and_grad,
 )
+from fsam_optax._engine import explain_loss
 from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
 
@@ -306,6 +309,52 @@ def test_a_step_may_hold_a_sixteenth_of_what_a_gradient_keeps(model, copies):
     assert program(16384) == program(16384, chunk_bytes=16384 * kept // 16)
     assert program(16384) != program(16384, chunk_bytes=64 << 20)
     assert program(4096) == program(4096, chunk_bytes=64 << 20)
+
+
+def in_layers(w, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]
+
+
+def in_halves(w, x):
+    return jnp.tanh(x[:16] @ w[0, :16]) + jnp.tanh(x[16:] @ w[0, 16:])
+
+
+def in_a_loop(w, x):
+    """It is rounded at each step, so that the loop adds up what is rounded."""
+
+    def step(h, _):
+        return jnp.tanh(h @ jax.lax.reduce_precision(w[0], 8, 20)), None
+
+    return jax.lax.scan(step, x, None, length=3)[0]
+
+
+def in_a_branch(w, x):
+    return jax.lax.cond(w[0, 0, 0] > 0, lambda: jnp.tanh(x @ w[0]), lambda: x)
+
+
+@pytest.mark.parametrize("model", [in_layers, in_halves, in_a_loop, in_a_branch])
+def test_products_behind_an_unknown_map_are_not_held_for_all_examples(model):
+    def loss_fn(w, x):
+        return jnp.sum(model(jax.lax.reduce_precision(w, 8, 20), x) ** 2)
+
+    (leaf,) = explain_loss(loss_fn, like(3, 32, 32), like(16, 32))
+    assert leaf.rule == "fallback"
+
+
+@pytest.mark.long
+def test_what_the_gradient_holds_for_all_examples_may_be_held():
+    """Going back an equation is solved together with the gradient of its parameters."""
+
+    def loss_fn(w, x):
+        y = odeint(lambda y, t, w: jnp.tanh(w @ y), x, jnp.array([0.0, 1.0]), w)
+        return jnp.sum(y**2)
+
+    args = like(8, 8), like(16, 8)
+    (leaf,) = explain_loss(loss_fn, *args)
+    assert leaf.rule == "reduction"
+    gradient = jax.grad(lambda w, x: jnp.sum(jax.vmap(loss_fn, (None, 0))(w, x)))
+    held = temporaries(lambda *args: loss_power_sums(loss_fn, *args), *args)
+    assert held <= 1.2 * temporaries(gradient, *args)
 
 
 def test_the_loop_over_examples_is_chosen_for_the_platform():

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax, nn
+from jax.experimental import sparse
+from jax.experimental.ode import odeint
 
 from fsam_optax._engine import example_squares, explain_loss, loss_power_sums
 from fsam_optax._engine.power_sums import sums_and_outputs
@@ -450,6 +452,47 @@ def layers_run_through_twice_1(p, x):
 @program(VECTORS, 1.75, l=LEAVES["l"])
 def layers_that_decay_1(p, x):
     return size(layers(x, p["l"])) + jnp.sum(p["l"] ** 2) / 10
+
+
+# Where gradients come out of what is solved, or of no rule's primitive.
+
+
+@program(SEQUENCES[:, 0, :8], 1.05, w=normal(8, 16), v=normal(16, 8))
+def adaptive_differential_equation(p, x):
+    """Going back it carries the gradient of each example, as the batch does."""
+
+    def slope(y, t, p):
+        return jnp.tanh(y @ p["w"]) @ p["v"]
+
+    return size(odeint(slope, x, np.float32([0, 0.5, 1]), p))
+
+
+@program(SEQUENCES[:, 0, :8], 1.3, w=0.3 * normal(8, 8), u=normal(8, 8))
+def implicit_layer(p, x):
+    def solve(f, z):
+        return lax.fori_loop(0, 20, lambda i, z: z - f(z), z)
+
+    def solve_tangent(f, y):
+        return jnp.linalg.solve(jax.jacobian(f)(y), y)
+
+    def f(z):
+        return z - jnp.tanh(z @ p["w"] + x @ p["u"])
+
+    return size(lax.custom_root(f, jnp.zeros(8), solve, solve_tangent))
+
+
+@program(SEQUENCES[:, 0, :8], 5.5, a=0.3 * normal(8, 8))
+def matrix_exponential(p, x):
+    """What leads back to the matrix is a map of whole matrices, one an example."""
+    return size(x @ jax.scipy.linalg.expm(p["a"]))
+
+
+PLACES = np.stack(np.divmod(RNG.permutation(D * D)[:60], D), -1)
+
+
+@program(VECTORS, 1.1, w=normal(60))
+def sparse_matrix(p, x):
+    return size(x @ sparse.BCOO((p["w"], PLACES), shape=(D, D)).todense())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -421,6 +421,7 @@ MOVES: dict[str, Move] = dict.fromkeys(
     "dynamic_slice": Move(_first, _rebound, _same_size),
     "select_n": Move(_beside_zeros, _rebound, _none_kept),
     "gather": Move(_known_rows, _rebound, _none_kept),
+    "bcoo_extract": Move(lambda flow, eqn, i: i == 1, _rebound, _none_kept),
     "scatter-add": Move(_scattered_apart, _rebound, _all_kept),
     "reduce_sum": Move(_of_one, _rebound, _all_kept),
 }

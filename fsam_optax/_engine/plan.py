@@ -36,6 +36,7 @@ from fsam_optax._engine.operation import reduced_together
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.rules import chosen, fallback, joined, reduction
 from fsam_optax._engine.sources import (
+    held_by_gradient,
     maps_weight,
     own_work,
     parameter_side,
@@ -143,6 +144,15 @@ def make_plan(
             sources[key] = source
         else:
             others.append(key)
+    if others:
+        # Nothing less than what the gradient of the batch holds would do.
+        most, _ = held_by_gradient(flow, inside, what.limit)
+        for key in others:
+            wider = dataclasses.replace(whats[key], limit=most)
+            sites[key] = dataclasses.replace(sites[key], what=wider)
+        found = {key: chosen(sites[key]) for key in others}
+        sources |= {key: source for key, source in found.items() if source is not None}
+        others = [key for key in others if key not in sources]
 
     operands = [x for origin in origins for x in origin.all_reads()]
     operands += [x for source in sources.values() for x in source.operands]

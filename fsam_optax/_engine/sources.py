@@ -7,9 +7,16 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from fsam_optax._engine.jaxpr import Dataflow, loop_flow, size
+from fsam_optax._engine.jaxpr import (
+    Dataflow,
+    is_product,
+    loop_counts,
+    loop_flow,
+    size,
+)
 from fsam_optax._engine.primitives import (
     BARRIER,
+    BRANCHES,
     CONTRACTIONS,
     holds_numbers,
     LINEAR_MOVES,
@@ -221,7 +228,81 @@ def is_linear(flow: Dataflow, eqn: Any) -> bool:
         rounded = len(eqn.outvars) == 1 and not holds_numbers(eqn.outvars[0])
         filled = eqn.params.get("fill_value") not in (None, 0)
         return linear(varies) and not rounded and not filled
+    if name_of(eqn) == BRANCHES:
+        inner = [] if flow.varies(eqn.invars[0]) else _branches(flow, eqn)
+        return bool(inner) and all(is_linear(*x) for xs in inner for x in xs)
     return name_of(eqn) == LOOP and linear_loop(flow, eqn)
+
+
+def _branches(flow, eqn):
+    """Returns, for each branch, what varies in it: its dataflow, and an equation."""
+    found = []
+    for closed in eqn.params["branches"]:
+        given = zip(closed.jaxpr.invars, eqn.invars[1:], strict=True)
+        inner = Dataflow(closed.jaxpr, (x for x, v in given if flow.varies(v)))
+        found.append(_varying(inner))
+    return found
+
+
+def _varying(flow):
+    eqns = flow.jaxpr.eqns
+    return [(flow, eqn) for eqn in eqns if any(map(flow.varies, eqn.invars))]
+
+
+def held_by_gradient(
+    flow: Dataflow, inside: set[Any], limit: int
+) -> tuple[int, set[Any]]:
+    """Returns the size of the largest array that the gradient of a batch holds.
+
+    For each example: what is no linear map that the examples share is not summed over
+    them before. What products and branches yield does not count, nor what is made of
+    it: behind a linear map that is not known as one it is the gradient of a weight.
+    That is the second result.
+
+    Args:
+        flow: The program.
+        inside: See `parameter_side`.
+        limit: Size of the largest array that the model itself takes.
+    """
+    most, products = limit, set()
+    for eqn in flow.jaxpr.eqns:
+        varying = [v for v in eqn.invars if flow.varies(v)]
+        made = [v for v in eqn.outvars if flow.varies(v) and size(v) > limit]
+        name = name_of(eqn)
+        forms = name == BRANCHES or (name in CONTRACTIONS and len(varying) > 1)
+        if forms or not products.isdisjoint(varying):
+            products.update(made)
+        elif name == LOOP and varying:
+            body = loop_flow(flow, eqn)
+            within = _inside(body, eqn, inside)
+            here, formed = held_by_gradient(body, within, limit)
+            most = max(most, here)
+            for v, x in zip(eqn.outvars, body.jaxpr.outvars, strict=True):
+                if v in made and (x in formed or is_product(body, x)):
+                    products.add(v)
+        else:
+            summed = inside if is_linear(flow, eqn) else ()
+            made = [v for v in made if v not in summed and holds_numbers(v)]
+            most = max([most, *map(size, made)])
+    return most, products
+
+
+def _inside(body, eqn, inside):
+    """Returns the parameter side of the body of a loop."""
+    n_consts, n_carry = loop_counts(eqn)
+    inputs, outputs = body.jaxpr.invars[n_consts:], body.jaxpr.outvars
+    wanted = {k for k, v in enumerate(eqn.outvars) if v in inside}
+    while True:
+        found = parameter_side(body, [outputs[k] for k in wanted])
+        # What else reads a carry reads it as it is for each example.
+        kept = {
+            k
+            for k in wanted
+            if k >= n_carry or not body.varies(inputs[k]) or inputs[k] in found
+        }
+        if kept == wanted:
+            return found
+        wanted = kept
 
 
 def maps_weight(flow: Dataflow, eqn: Any, inside: set[Any]) -> bool:
@@ -249,11 +330,15 @@ def maps_weight(flow: Dataflow, eqn: Any, inside: set[Any]) -> bool:
 
 def linear_loop(flow: Dataflow, eqn: Any) -> bool:
     """Tells whether a loop is such a map, and one that multiplies matrices."""
-    body = loop_flow(flow, eqn)
-    eqns = [e for e in body.jaxpr.eqns if any(map(body.varies, e.invars))]
-    return any(name_of(e) in CONTRACTIONS for e in eqns) and all(
-        is_linear(body, e) for e in eqns
-    )
+    found = _varying(loop_flow(flow, eqn))
+    return any(_multiplies(*x) for x in found) and all(is_linear(*x) for x in found)
+
+
+def _multiplies(flow, eqn):
+    """Tells whether matrices are multiplied, be it in a branch."""
+    if name_of(eqn) != BRANCHES:
+        return name_of(eqn) in CONTRACTIONS
+    return any(_multiplies(*x) for xs in _branches(flow, eqn) for x in xs)
 
 
 def _one(varies):
@@ -284,6 +369,7 @@ LINEAR_MAPS: dict[str, Callable[[list[bool]], bool]] = (
     | {
         BARRIER: lambda varies: len(varies) == 1,
         "select_n": lambda varies: not varies[0],
+        "bcoo_extract": _last,
         "scatter-add": _last,
         "triangular_solve": _last,
         "reduce_window_sum": _first,
