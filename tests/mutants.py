@@ -552,6 +552,7 @@ MUTANTS = [
         "engine",
         ('"permutation"] if d in places]', '"permutation"] if d in places][::-1]'),
         ("if 1 not in self.shape:", "if 2 not in self.shape:"),
+        ("return Value(shape, thin=x)", "return full(lax.reshape(x, shape))"),
     ),
     *_mutants(
         "_engine/folding.py",

@@ -1135,6 +1135,37 @@ def test_a_batch_of_one_is_evaluated_without_its_axis():
     assert products and all(1 not in v.aval.shape for e in products for v in e.invars)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_loop_runs_without_the_axis_of_a_batch_of_one(length):
+    """A program on arrays with one axis more takes XLA:CPU up to five times as long."""
+    from fsam_optax._engine.flatten import flatten
+    from fsam_optax._engine.jaxpr import as_function
+
+    def program(w, x):
+        def loss(w):
+            @jax.checkpoint
+            def step(h, inputs):
+                x, mask = inputs
+                h = jnp.tanh(h * w + x[..., None]) * mask
+                return h, jnp.sum(h, -1)
+
+            start, masks = jnp.zeros((1, 4, 5)), jnp.ones((length, 1, 4, 1))
+            h, y = lax.scan(step, start, (jnp.moveaxis(x[None], 1, 0), masks))
+            return jnp.sum(h**2) + jnp.sum(y[..., 0] ** 2)
+
+        return jax.value_and_grad(loss)(w)
+
+    args = normal(0, 1, 4, 5), normal(1, length, 4)
+    closed = jax.make_jaxpr(program)(*args)
+    flat = jax.make_jaxpr(flatten(closed, [False, True]))(*args)
+    for x, y in zip(as_function(flat)(*args), program(*args), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+    loops = [e for e in flat.jaxpr.eqns if e.primitive.name == "scan"]
+    inside = [e for loop in loops for e in loop.params["jaxpr"].jaxpr.eqns]
+    assert len(loops) == 2
+    assert all(v.aval.shape[:1] != (1,) for e in inside for v in e.outvars)
+
+
 def test_one_trace_under_jit():
     traces = []
 

@@ -36,7 +36,7 @@ from fsam_optax._engine.primitives import (
     UPDATE,
 )
 from fsam_optax._engine.sources import is_linear
-from fsam_optax._engine.thin import full, thinned
+from fsam_optax._engine.thin import full, thin, thinned, without_ones
 
 
 def flatten(closed: Any, varies: Sequence[bool]) -> Callable:
@@ -71,16 +71,17 @@ def _values(jaxpr, consts, args, varies, added=()):
         name = name_of(eqn)
         if name in (*CALLS, *REMATERIALISED):
             if name in REMATERIALISED:
-                given = _barrier(flow, eqn, [x.take("full") for x in values])
-                values = list(map(full, given))
+                values = _barrier(flow, eqn, values)
             body, constants = body_of(eqn)
             pairs = zip(body.outvars, eqn.outvars, strict=True)
             inner = [x for x, v in pairs if v in added]
             given = list(map(flow.varies, eqn.invars))
             out = _values(body, constants, values, given, inner)
+        elif name == LOOP:
+            out = _scan(flow, eqn, values, added)
         elif (out := thinned(eqn, values)) is None:
             given = [x.take("full") for x in values]
-            out = map(full, _evaluated(flow, eqn, given, added))
+            out = map(full, _evaluated(flow, eqn, given))
         env.update(zip(eqn.outvars, out, strict=True))
     return [_value(env, v) for v in jaxpr.outvars]
 
@@ -89,19 +90,23 @@ def _value(env, v):
     return full(v.val) if isinstance(v, Literal) else env[v]
 
 
-def _evaluated(flow, eqn, values, added):
+def _evaluated(flow, eqn, values):
     """Evaluates an equation with all axes."""
     name = name_of(eqn)
     if name == SOLVE:
         return _solve(flow, eqn, values)
-    if name == LOOP:
-        return _scan(flow, eqn, values, added)
     if name == BRANCHES:
         return _branches(flow, eqn, values)
     return NORMAL.get(name, as_it_is)(flow, eqn, values)
 
 
-def _barrier(flow, eqn, values):
+def _barrier(flow, eqn, given):
+    values = [x.take("thin" if x.has("thin") else "full") for x in given]
+    found = _held_back(flow, eqn, values)
+    return [without_ones(y, x.shape) for x, y in zip(given, found, strict=True)]
+
+
+def _held_back(flow, eqn, values):
     guard = eqn.params.get("prevent_cse", True)
     if not eqn.params.get("differentiated", True) or guard is False:
         return values
@@ -241,13 +246,17 @@ def _moved_back(flow, moved, y):
 def _scan(before, eqn, values, added):
     """Evaluates a loop; sums of products that it accumulates come out as one product.
 
-    See `carries`.
+    See `carries`. Within it, values have no axes of size one.
     """
-    closed = eqn.params["jaxpr"]
     n_consts, n_carry = loop_counts(eqn)
+    n_same = n_consts + n_carry
     body = loop_flow(before, eqn)
     varies = [body.varies(v) for v in body.jaxpr.invars]
-    flat = jax.make_jaxpr(flatten(closed, varies))(*closed.in_avals)
+    flat = _thin_body(eqn.params["jaxpr"], varies)
+    values = [
+        x.shaped((*x.shape[: k >= n_same], *thin(x.shape[k >= n_same :])))
+        for k, x in enumerate(values)
+    ]
     inputs, outputs = flat.jaxpr.invars, flat.jaxpr.outvars
     flow = Dataflow(flat.jaxpr, (v for v, b in zip(inputs, varies, strict=True) if b))
     sums = Carries(flow, n_consts, n_carry)
@@ -269,7 +278,22 @@ def _scan(before, eqn, values, added):
     final.update(zip(kept, ys, strict=False))
     final.update(end.values(flow, same, rows))
     final.update(sums.totals(values[n_consts:], same, rows))
-    return [final[k] for k in range(len(outputs))]
+    return [without_ones(final[k], v.aval.shape) for k, v in enumerate(eqn.outvars)]
+
+
+def _thin_body(closed, varies):
+    """Returns a flat program without axes of size one in what it takes and returns."""
+
+    def thin_values(*args):
+        return [x.shaped(thin(x.shape)) for x in map(full, args)]
+
+    def run(*args):
+        shapes = (x.shape for x in closed.in_avals)
+        args = map(without_ones, args, shapes)
+        found = _values(closed.jaxpr, closed.consts, args, varies)
+        return [x.shaped(thin(x.shape)) for x in found]
+
+    return jax.make_jaxpr(run)(*jax.make_jaxpr(thin_values)(*closed.in_avals).out_avals)
 
 
 def _in_loops(eqn, flat, varies, given, keep, stacked):

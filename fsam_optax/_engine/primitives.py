@@ -76,6 +76,7 @@ ELEMENTWISE = (
     "neg",
     "nextafter",
     "not",
+    "one_minus_square",
     "or",
     "pow",
     "real",

@@ -65,6 +65,13 @@ def full(x: Any) -> Value:
     return Value(np.shape(x), full=x)
 
 
+def without_ones(x: Any, shape: Sequence[int]) -> Value:
+    """Returns an array, which has not all axes of size one, as a value of a shape."""
+    if x.shape == thin(shape):
+        return Value(shape, thin=x)
+    return full(lax.reshape(x, shape))
+
+
 def thin(shape: Sequence[int]) -> tuple[int, ...]:
     """Returns a shape without axes of size one."""
     return tuple(n for n in shape if n != 1)
