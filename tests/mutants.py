@@ -401,7 +401,7 @@ MUTANTS = [
             "weight = lax.reduce_max(weight, same)",
         ),
         (
-            "return added(found, *_rows(axes, operands, many * number, rest))",
+            "return added(found, *rows_at(axes, operands, many * number, rest))",
             "return found",
         ),
         (
@@ -452,6 +452,7 @@ MUTANTS = [
             "first, index, places), index) * 0 + index",
         ),
         ("start = lax.cummax(jnp.where(new, places, 0))", "start = places"),
+        ("one = _gathered(last, flat)", "one = lax.iota(jnp.int32, len(flat))"),
     ),
     *_mutants(
         "_engine/pairs.py",

@@ -14,7 +14,13 @@ import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from fsam_optax._engine import explain_loss, loss_power_sums
+from fsam_optax._engine import (
+    example_squares,
+    explain_loss,
+    loss_power_sums,
+    power_sums,
+    rows,
+)
 from fsam_optax._engine.power_sums import sums_and_outputs
 from fsam_optax._engine.work import total
 
@@ -941,6 +947,43 @@ def test_fourth_powers_of_gradients_that_are_scaled_into_range(scales):
     w = normal(D, 5) / whole
     (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=(4,)))(w, X)
     (expected,) = oracles.loss_power_sums(loss_fn, w, X, (4,))
+    oracles.assert_close(sums, expected)
+
+
+@pytest.mark.short("few-cotangents", "many-fill")
+@pytest.mark.parametrize("kind", ["clip", "fill", "norms", "cotangents"])
+@pytest.mark.parametrize("few", [99, 1], ids=["few", "many"])
+def test_rows_of_an_example_that_meet(few, kind, monkeypatch):
+    """A CPU takes examples with many rows in turn, and all at once if there are few."""
+    monkeypatch.setattr(rows, "FEW", few)
+    mode = "fill" if kind == "fill" else "clip"
+
+    def model(p, batch):
+        i, x = batch
+        looked_up = p.at[i].get(mode=mode, fill_value=0), p.at[i // 3].get(mode=mode)
+        return jnp.tanh(jnp.concatenate(looked_up, -2) * x)
+
+    def loss_fn(p, example):
+        return jnp.sum(model(p, example) ** 2)
+
+    table, batch = normal(60, 3), (tokens(70, B, 10), normal(B, 20, 3))
+    if kind == "cotangents":
+        cotangents = jnp.asarray(RNG.normal(size=(4, 20, 3)), jnp.float32)
+
+        def some(h, _):
+            return cotangents * h[None]
+
+        (sums,) = jax.jit(lambda p, b: power_sums(model, p, b, some))(table, batch)
+        (expected,) = oracles.power_sums(model, table, batch, some)
+    elif kind == "norms":
+        sums = jax.jit(lambda p, b: example_squares(loss_fn, p, b))(table, batch)
+        grads = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))(table, batch)
+        expected = jnp.sum(grads**2, (1, 2))
+    else:
+        sums = jax.jit(
+            lambda p, b: loss_power_sums(loss_fn, p, b, powers=(2, 4)),
+        )(table, batch)
+        expected = oracles.loss_power_sums(loss_fn, table, batch, (2, 4))
     oracles.assert_close(sums, expected)
 
 

@@ -1,8 +1,8 @@
 """Sums of powers of rows that are scattered into a table, as by an embedding.
 
 Rows of one example that fall on the same entry are added before the power. For this
-every row is sent to the first one that has its index, which takes time linear in the
-number of rows.
+every row is sent to one of those that have its index, the same for all of them, which
+takes time linear in the number of rows.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from fsam_optax._engine.jaxpr import Dataflow, is_real, size
 from fsam_optax._engine.primitives import name_of, SCATTER
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import looped, mapped, square
-from fsam_optax._engine.sums import power, widened
+from fsam_optax._engine.sums import power, rows_at, Steps, widened
 from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 
 # A table of so many entries a row is filled for each example, rather than rows sorted.
 SMALL_TABLE = 32
-BLOCK = 32  # Rows that are summed at a time where many fall on one entry.
+FEW = 16  # Rows of an example, which take less time than a step of a loop.
 
 
 class Lookup(NamedTuple):
@@ -206,8 +206,13 @@ def _into_table(site, indexed, flat, rows, alone=False):
     bounds, window = _table(site, indexed)
     like = jax.ShapeDtypeStruct((math.prod(bounds), *window), rows.dtype)
     (zeros,) = zeros_after([rows], [like], alone)
-    table = _scattered(lax.scatter_add, zeros, flat, rows).reshape(*bounds, *window)
-    return jnp.moveaxis(table, range(len(bounds)), indexed)
+    return _as_table(site, indexed, _scattered(lax.scatter_add, zeros, flat, rows))
+
+
+def _as_table(site, indexed, rows):
+    """Returns the rows of a table in the shape of the sum."""
+    bounds, window = _table(site, indexed)
+    return jnp.moveaxis(rows.reshape(*bounds, *window), range(len(bounds)), indexed)
 
 
 def _filled(site, indexed, lookups):
@@ -216,23 +221,22 @@ def _filled(site, indexed, lookups):
     dtype = widened(site.like.dtype)
 
     def fn(*operands):
-        flat = [
-            _flat(i, bounds, k) for i, k in zip(operands[::2], lookups, strict=True)
-        ]
-        rows = [
-            _stacked(x.astype(dtype), k.window)
-            for x, k in zip(operands[1::2], lookups, strict=True)
-        ]
-        flat, rows = (jnp.concatenate(x) if len(x) > 1 else x[0] for x in (flat, rows))
+        flat = _numbers(lookups, bounds, operands[::2])
+        rows = _merged(lookups, dtype, None, *operands[1::2])
         return [_into_table(site, indexed, flat, rows)]
 
     return fn
 
 
+def _numbers(lookups, bounds, index):
+    """Returns the places of all rows in the table."""
+    flat = [_flat(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
+    return jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+
+
 def _numbered(lookups, bounds, *index):
     """Returns the places of all rows, and for each the first of the same place."""
-    flat = [_flat(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
-    flat = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+    flat = _numbers(lookups, bounds, index)
     return flat, first_alike(flat, math.prod(bounds)) if len(flat) > 1 else None
 
 
@@ -265,56 +269,101 @@ def _squares(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
 
         return [square(at_rows(k), rows) for k in ks]
 
-    return mapped(one, None)
+    n = site.what.examples
+    return mapped(one, None if _are_few(lookups) else Steps(1, n, n, apart=True))
 
 
 def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
+    """Sums the powers of the rows of all examples."""
+    bounds, window = _table(site, indexed)
     dtype = widened(site.like.dtype)
-    bounds, _ = _table(site, indexed)
+    merged = functools.partial(_merged, lookups, dtype)
 
-    def reduce(has, weight, *operands):
-        _, *has = has
-        axes = range(weight.ndim)
+    def over_leading(fn, several):
+        """Maps a function over the leading axes that its operands have."""
+        for axes in list(zip(*several, strict=True))[::-1]:
+            if any(axes):
+                fn = jax.vmap(fn, [0 if here else None for here in axes])
+        return fn
+
+    def powers(weight, rows, has, early):
+        """Returns the weighted powers of rows, added up over the axes `early`."""
+        rows = jnp.expand_dims(rows, [j for j, here in enumerate(has) if not here])
+        weight = weight.astype(rows.dtype)
+        weight = weight.reshape(weight.shape + (1,) * (1 + len(window)))
+        found = [weight * power(rows, p) for p in site.what.powers]
+        return [jnp.sum(x, axis=early) if early else x for x in found]
+
+    def at_once(has, weight, *operands):
         index, rows = operands[::2], operands[1::2]
-        has_index = [any(h[j] for h in has[::2]) for j in axes]
-        has_rows = [any(h) for h in zip(has_index, *has[1::2], strict=True)]
-
-        def over_leading(fn, several):
-            """Maps a function over the leading axes that its operands have."""
-            for j in reversed(axes):
-                if any(h[j] for h in several):
-                    fn = jax.vmap(fn, [0 if h[j] else None for h in several])
-            return fn
-
+        has_index, has_rows = _union(has[::2]), _union(has[1::2])
         numbered = functools.partial(_numbered, lookups, bounds)
-        merged = functools.partial(_merged, lookups, dtype)
         flat, first = over_leading(numbered, has[::2])(*index)
         if first is None:
             found = over_leading(functools.partial(merged, None), has[1::2])(*rows)
-            has_rows = [any(h[j] for h in has[1::2]) for j in axes]
         else:
             found = over_leading(merged, [has_index, *has[1::2]])(first, *rows)
-        return [_summed(site, indexed, weight, flat, has_index, found, has_rows)]
+            has_rows = _union(has)
+        # Where the indices are the same for all, one scatter does.
+        early = tuple(j for j, here in enumerate(has_index) if not here)
+        alone = on_one_device(weight, site.what.examples)
+        return [
+            _into_table(site, indexed, flat.reshape(-1), _merge_axes(x, window), alone)
+            for x in powers(weight, found, has_rows, early)
+        ]
+
+    def in_turn(has, weight, *operands):
+        """The same, one example after the other, so that caches hold what it meets."""
+        axes, inner = (0, *(0 if h[0] else None for h in has)), [h[1:] for h in has]
+        entries, early = math.prod(bounds), tuple(range(weight.ndim - 1))
+
+        def add(n, before):
+            (weight, *operands), (last, *sums) = rows_at(axes, given, n), before
+            flat = _numbers(lookups, bounds, operands[::2])
+            # What other examples have left there is of other places.
+            last = _scattered(lax.scatter, last, flat, lax.iota(jnp.int32, len(flat)))
+            several = [[False] * len(early), *inner[1::2]]
+            one = _gathered(last, flat)
+            found = over_leading(merged, several)(one, *operands[1::2])
+            found = powers(weight, found, _union(inner), early)
+            pairs = zip(sums, found, strict=True)
+            return [last, *(_scattered(lax.scatter_add, s, flat, x) for s, x in pairs)]
+
+        given = weight, *operands
+        like = [jax.ShapeDtypeStruct((entries, *window), dtype)] * len(site.what.powers)
+        like = [jax.ShapeDtypeStruct((entries + 1,), jnp.int32), *like]
+        # Where the rows take more than the table, its zeros may be there before them.
+        rows = sum(size(x) for x in operands[1::2])
+        zeros = zeros_after(operands, like, entries * math.prod(window) > rows)
+        _, *sums = lax.fori_loop(0, len(weight), add, zeros)
+        return [_as_table(site, indexed, x) for x in sums]
+
+    def reduce(has, weight, *operands):
+        _, *has = has
+        once = functools.partial(at_once, has)
+        has_index = _union(has[::2])
+        alone = on_one_device(weight, site.what.examples)
+        by_example = has_index[:1] == [True] and not any(has_index[1:])
+        if not by_example or not alone or _are_few(lookups):
+            return [once(weight, *operands)]
+        turn = functools.partial(in_turn, has)
+        return [lax.platform_dependent(weight, *operands, cpu=turn, default=once)]
 
     return reduce
 
 
-def _summed(site, indexed, weight, flat, has_index, rows, has_rows):
-    axes = range(weight.ndim)
-    n_window = rows.ndim - 1 - sum(has_rows)
-    alone = on_one_device(weight, site.what.examples)
-    rows = jnp.expand_dims(rows, [j for j in axes if not has_rows[j]])
-    weight = weight.astype(rows.dtype).reshape(weight.shape + (1,) * (1 + n_window))
-    # Where the indices are the same for all, one scatter does.
-    early = tuple(j for j in axes if not has_index[j])
+def _are_few(lookups):
+    """Tells whether a step of a loop would take longer than the rows of an example."""
+    return sum(math.prod(x.index.aval.shape[:-1]) for x in lookups) < FEW
 
-    def sums(p):
-        total = weight * power(rows, p)
-        total = jnp.sum(total, axis=early) if early else total
-        total = total.reshape(-1, *total.shape[total.ndim - n_window :])
-        return _into_table(site, indexed, flat.reshape(-1), total, alone)
 
-    return [sums(p) for p in site.what.powers]
+def _union(has):
+    """Returns which of the leading axes any of the operands has."""
+    return [any(axis) for axis in zip(*has, strict=True)]
+
+
+def _merge_axes(rows, window):
+    return rows.reshape(-1, *rows.shape[rows.ndim - len(window) :])
 
 
 def symmetric(site: Site) -> Source | None:
@@ -362,18 +411,12 @@ def _at_known_places(site, indexed, lookups, known):
         with jax.ensure_compile_time_eval():
             flat.append(np.asarray(_flat(jnp.asarray(index), bounds, lookup)))
     places, which = np.unique(np.concatenate(flat), return_inverse=True)
-    levels = _levels(which.reshape(-1), len(places))
+    which = jnp.asarray(which.reshape(-1), jnp.int32)
 
     def fn(*rows):
-        rows = [
-            _stacked(x.astype(dtype), k.window)
-            for x, k in zip(rows, lookups, strict=True)
-        ]
-        x = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-        for level in levels:
-            y = x.at[level].get(mode="fill", fill_value=0)
-            x = jnp.sum(y, axis=1) if level.shape[1] > 1 else y[:, 0]
-        return [x]
+        rows = _merged(lookups, dtype, None, *rows)
+        zeros = vary_like(jnp.zeros((len(places), *window), dtype), rows)
+        return [_scattered(lax.scatter_add, zeros, which, rows)]
 
     def finish(s, p, env):
         del p, env
@@ -381,34 +424,7 @@ def _at_known_places(site, indexed, lookups, known):
 
     like = jax.ShapeDtypeStruct((len(places), *window), dtype)
     reduce = looped(fn, [like], site.what, None)
-    moved = sum((2 if level.shape[1] > 1 else 1) * level.size for level in levels)
-    moved += len(which) if len(lookups) > 1 else 0
-    work = (moved + site.what.per_entry * len(places)) * math.prod(window)
+    work = (len(which) + site.what.per_entry * len(places)) * math.prod(window)
     work += len(places) * math.prod(window) / site.what.examples
     operands = tuple(lookup.rows for lookup in lookups)
     return Source("embedding", work, operands, reduce, 0, None, finish, like)
-
-
-def _levels(which: np.ndarray, n: int) -> list[np.ndarray]:
-    """Returns tables of rows to add up, one after the other, until n sums are left.
-
-    A table has a line for each sum; what is no row, the number of rows, stands for
-    zeros.
-    """
-    levels = []
-    while True:
-        counts = np.bincount(which, minlength=n)
-        most = int(counts.max(initial=1))
-        order = np.argsort(which, kind="stable")
-        rank = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-        last = n * most <= 2 * len(which) + BLOCK
-        width = most if last else min(BLOCK, most)
-        lines = -(-counts // width)
-        start = np.cumsum(lines) - lines
-        table = np.full((int(lines.sum()), width), len(which), np.int32)
-        line = start[which[order]] + rank // width
-        table[line, rank % width] = order
-        levels.append(table)
-        which = np.repeat(np.arange(n), lines)
-        if len(which) == n:
-            return levels

@@ -160,7 +160,7 @@ def looped(
             axes = (0, *by_axis[len(by_axis) - weight.ndim])
 
             def next_one(i, before):
-                return added_apart(before, *_rows(axes, (weight, *operands), i))
+                return added_apart(before, *rows_at(axes, (weight, *operands), i))
 
             several, length = 1, len(weight)
             if weight.ndim == 1 and steps:
@@ -182,13 +182,13 @@ def looped(
             def step(i, before):
                 # A batch of one is slower than one example, on XLA:CPU by far.
                 count = None if number == 1 else number
-                return added(before, *_rows(axes, operands, i * number, count))
+                return added(before, *rows_at(axes, operands, i * number, count))
 
             many, rest = divmod(length, number)
             found = lax.fori_loop(0, many, step, before)
             if not rest:
                 return found
-            return added(found, *_rows(axes, operands, many * number, rest))
+            return added(found, *rows_at(axes, operands, many * number, rest))
 
         def in_steps(number, *operands):
             if number == length:
@@ -210,7 +210,7 @@ def looped(
     return reduce
 
 
-def _rows(axes, operands, start, count=None):
+def rows_at(axes, operands, start, count=None):
     """Returns rows of the operands that are mapped; without their axis if one."""
 
     def rows(x):
