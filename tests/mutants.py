@@ -410,6 +410,17 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "_engine/carries.py",
+        "engine_patterns",
+        (
+            "return later if reverse else later[::-1], upto[-1]",
+            "return later, upto[-1]",
+        ),
+        ("total = (total * whole).astype(total.dtype)", "pass"),
+        ('-1.0 if name == "sub" else 1.0)', "1.0)"),
+        ('n / s if name == "div" else n * s', "n * s"),
+    ),
+    *_mutants(
         "_engine/sources.py",
         "engine_memory",
         ("self.examples * self.residuals // 16", "0"),

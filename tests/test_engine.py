@@ -460,6 +460,20 @@ def sparse_matrix(params, x):
     return jnp.sum(jnp.tanh(sparse.BCOO((params["w"], PLACES), shape=(6, 6)) @ x))
 
 
+@program({"w": normal(0, 6, 4)}, normal(1, B, 6), "fallback")
+def clipped_on_the_way_back(params, x):
+    """What clips a gradient of a weight is nonlinear, and of each example here."""
+
+    @jax.custom_vjp
+    def clipped(w):
+        return w
+
+    clipped.defvjp(
+        lambda w: (w, None), lambda _, g: (g / jnp.maximum(1, jnp.linalg.norm(g)),)
+    )
+    return jnp.sum(jnp.tanh(x @ clipped(params["w"])) ** 2)
+
+
 FALLBACKS = {}
 
 
@@ -944,6 +958,20 @@ def test_double_precision_stays(x64):
         apply_fn, params, X.astype(jnp.float64), factor, powers=POWERS
     )
     oracles.assert_close(sums, expected, tolerance=1e-12)
+
+
+@pytest.mark.long
+def test_weights_that_decay_in_a_loop_do_so_in_double_precision(x64):
+    def loss_fn(w, x):
+        def step(carry, x):
+            h, w = carry
+            return (jnp.tanh(h @ w + x), 0.9 * w), None
+
+        return jnp.sum(lax.scan(step, (x[0], w), x)[0][0] ** 2)
+
+    w, x = normal(0, 4, 4).astype(jnp.float64), normal(1, B, 9, 4).astype(jnp.float64)
+    found = jax.jit(lambda *args: loss_power_sums(loss_fn, *args))(w, x)
+    oracles.assert_close(found, oracles.loss_power_sums(loss_fn, w, x), 1e-12)
 
 
 def test_fourth_powers_stay_in_range_where_those_of_the_gradients_do():

@@ -671,6 +671,28 @@ def biases_in_a_linear_loop(p, x):
     return dense(h, p["w"])
 
 
+@pattern({"w": FIXED, "v": FIXED.T}, SEQUENCES, ["shared dense", "sum of products"])
+def weights_that_decay(p, xs):
+    """By a number and by a schedule, with two uses a step; and a sum that decays."""
+
+    def step(carry, now):
+        h, w, v = carry
+        x, rate = now
+        h = jnp.tanh(h @ w + x)
+        w = w - 0.1 * w
+        h = jnp.tanh(h @ v + jnp.sin(x) @ w)
+        return (h, -w / 1.05, v * rate), None
+
+    def memory(c, x):
+        return 0.9 * c - x[:, None] @ x[None], None
+
+    start, rates = (xs[0], p["w"], p["v"]), jnp.linspace(1.0, 0.5, T)
+    (h, *_), _ = lax.scan(step, start, (xs, rates))
+    (k, *_), _ = lax.scan(step, start, (xs, rates), reverse=True)
+    kept, _ = lax.scan(memory, FIXED, xs)
+    return jnp.sum(jnp.tanh(h @ kept) * k)
+
+
 # Of which more is told than runs, and why.
 OVERSTATED = {
     "word2vec": "the gradient adds whole tables up, which is not told as its own",
@@ -707,6 +729,7 @@ def operations(fn, *args):
     "tables_looked_up_under_vmap",
     "dora_on_tokens",
     "layers_run_through_twice",
+    "weights_that_decay",
     "symmetric_by_index",
     "known_branch",
     "toeplitz",

@@ -4,7 +4,8 @@ The gradient of a recurrent weight is a carry, `c + dot(a_t, g_t)` at each step.
 operands are stacked instead and contracted once, over steps and positions. Where the
 weight is made from parameters within the step, as in `tanh(h @ (mask * w))`, a linear
 map lies in between, `c + mask * dot(a_t, g_t)`. It is the same at each step, and is
-applied once to the sum.
+applied once to the sum. Where the weight is carried itself and decays, so does its
+gradient, `d_t c + dot(a_t, g_t)`: a factor is scaled by what comes after its step.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, size
+from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, is_real, size
 from fsam_optax._engine.normal import moves_or_pads, windows_by_rows
 from fsam_optax._engine.primitives import holds_numbers, LOOP, name_of, SUMS, UPDATE
 from fsam_optax._engine.sources import is_linear, parameter_side
+from fsam_optax._engine.sums import widened
 
 
 # Linear in one operand, with others that are no zeros.
@@ -29,11 +31,13 @@ class Carries:
 
     Attributes:
         terms: By number of the carry, the variables that each step adds to it.
+        paths: By number of the carry, the equations that it goes through in a step.
         sources: By number of the carry, what the terms are linear maps of: the
             equation of a contraction by its variable, and None for what is small.
     """
 
     terms: dict[int, list[Any]]
+    paths: dict[int, list[Any]]
     sources: dict[int, dict[Any, Any]]
 
     def __init__(self, flow: Dataflow, n_consts: int, n_carry: int):
@@ -44,19 +48,13 @@ class Carries:
             n_consts: How many of its inputs are the same at each step.
             n_carry: How many of its outputs it carries.
         """
-        self._flow = flow
-        self.terms, self.sources = {}, {}
+        self._flow, self._first = flow, n_consts
+        self.terms, self.paths, self.sources = {}, {}, {}
         inputs, outputs = flow.jaxpr.invars, flow.jaxpr.outvars
-        readers = {
-            v: e
-            for e in flow.jaxpr.eqns
-            for v in e.invars
-            if not isinstance(v, Literal)
-        }
         added = {
-            k: terms
+            k: found
             for k in range(n_carry)
-            if (terms := _added(flow, readers, inputs[n_consts + k], outputs[k]))
+            if (found := _added(flow, inputs[n_consts + k], outputs[k]))
         }
         if not added:
             return
@@ -72,11 +70,12 @@ class Carries:
         ]
         limit = max(map(size, held), default=0)
         made = _made(flow, inside, Dataflow(flow.jaxpr, inputs[n_consts:]), limit)
-        for k, terms in added.items():
+        for k, (terms, path) in added.items():
             if all(not isinstance(v, Literal) and v in made for v in terms):
                 sources = _below(made, terms)
                 if size(outputs[k]) > limit or any(sources.values()):
                     self.terms[k], self.sources[k] = terms, sources
+                    self.paths[k] = path
 
     def factors(self) -> list[Any]:
         """Returns the variables that are to be stacked over the steps."""
@@ -84,10 +83,15 @@ class Carries:
         for sources in self.sources.values():
             for v, e in sources.items():
                 found += [v] if e is None else _operands(e)
+        found += [v for path in self.paths.values() for e in path for v in _scales(e)]
         return [v for v in found if not isinstance(v, Literal)]
 
     def totals(
-        self, start: Sequence[Any], same: dict[Any, Any], rows: dict[Any, Any]
+        self,
+        start: Sequence[Any],
+        same: dict[Any, Any],
+        rows: dict[Any, Any],
+        order: Any,
     ) -> dict[int, Any]:
         """Returns what the loop ends with, by number of the carry.
 
@@ -95,38 +99,137 @@ class Carries:
             start: What it begins with.
             same: The values that are the same at each step.
             rows: The factors, stacked over the steps.
+            order: The parameters of the loop: its length, and whether it is reversed.
         """
         done: dict[Any, Any] = {}
         found = {}
         for k, terms in self.terms.items():
-            for v, e in self.sources[k].items():
-                if v in done:
-                    continue
-                if e is None:
-                    done[v] = jnp.sum(rows[v], 0, dtype=rows[v].dtype)
-                else:
-                    done[v] = STACKED[name_of(e)][1](e, *_stacks(e, rows))
-            env = {**same, **{v: done[v] for v in self.sources[k]}}
-            needed = self._flow.ancestors(terms, stop=set(env))
-            evaluate(self._flow.jaxpr.eqns, env, needed)
-            found[k] = start[k]
+            numbers = self._numbers(k, rows)
+            kept = numbers.get(self._flow.jaxpr.invars[self._first + k], 0.0)
+            later, total = 1.0, start[k]
+            if not _is_one(kept):
+                kept = jnp.asarray(kept, widened(total.dtype))
+                later, whole = _later(kept, order["length"], order["reverse"])
+                total = (total * whole).astype(total.dtype)
+            scales: dict[Any, list[Any]] = {}
             for v in terms:
-                found[k] = lax.add(found[k], env[v])
+                scales.setdefault(_name(numbers.get(v, 0.0)), []).append(v)
+            for name, alike in scales.items():
+                scale = numbers.get(alike[0], 0.0) * later
+                env = dict(same)
+                for v, e in self.sources[k].items():
+                    key = (v,) if _is_one(scale) else (v, k, name)
+                    if key not in done:
+                        done[key] = _summed(v, e, rows, scale)
+                    env[v] = done[key]
+                needed = self._flow.ancestors(alike, stop=set(env))
+                evaluate(self._flow.jaxpr.eqns, env, needed)
+                for v in alike:
+                    total = lax.add(total, env[v])
+            found[k] = total
         return found
 
+    def _numbers(self, k, rows):
+        """Returns how often a step takes the carry and each term, by the variable."""
+        found = {}
 
-def _added(flow, readers, before, after):
-    """Returns the terms of `after = before + terms`; None if it is no such sum."""
-    terms, v = [], before
-    while v is not after:
-        eqn = readers.get(v)
-        if flow.uses.get(v) != 1 or name_of(eqn) not in SUMS:
-            return None
-        terms += [x for x in eqn.invars if x is not v]
-        (v,) = eqn.outvars
-    if flow.uses[after] != 1 or any(x.aval.shape != v.aval.shape for x in terms):
+        def of(v):
+            return {} if isinstance(v, Literal) else found.get(v, {v: 1.0})
+
+        def added(x, y, sign):
+            return {v: x.get(v, 0.0) + sign * y.get(v, 0.0) for v in {**x, **y}}
+
+        for e in self.paths[k]:
+            name, (v, *others) = name_of(e), e.invars
+            if name == "neg":
+                y = added({}, of(v), -1.0)
+            elif name in (*SUMS, "sub"):
+                y = added(of(v), of(others[0]), -1.0 if name == "sub" else 1.0)
+            else:
+                (x,) = _scales(e)
+                s = float(x.val) if isinstance(x, Literal) else _wide(rows[x])
+                v = others[0] if x is v else v
+                y = {z: n / s if name == "div" else n * s for z, n in of(v).items()}
+            found[e.outvars[0]] = y
+        return found[self._flow.jaxpr.outvars[k]]
+
+
+def _wide(x):
+    return x.astype(widened(x.dtype))
+
+
+def _is_one(x):
+    return isinstance(x, float) and x == 1.0
+
+
+def _name(x):
+    """Returns what tells numbers apart: those of steps by what they are."""
+    return x if isinstance(x, float) else id(x)
+
+
+def _later(kept, length, reverse):
+    """Returns what all later steps scale a step by, and all of them the beginning."""
+    kept = jnp.broadcast_to(kept, (length,))
+    upto = jnp.cumprod(kept if reverse else kept[::-1])
+    later = jnp.concatenate([jnp.ones(1, kept.dtype), upto[:-1]])
+    return later if reverse else later[::-1], upto[-1]
+
+
+def _summed(v, eqn, rows, scale):
+    """Returns a source, summed over the steps, each scaled."""
+    xs = [rows[v]] if eqn is None else _stacks(eqn, rows)
+    if not _is_one(scale):
+        # Linear in its rows, or in the last factor.
+        i = 0 if eqn is None or name_of(eqn) == UPDATE else -1
+        x = _wide(xs[i])
+        by = jnp.broadcast_to(jnp.asarray(scale, x.dtype), len(x))
+        xs[i] = (x * by.reshape(-1, *(1,) * (x.ndim - 1))).astype(xs[i].dtype)
+    if eqn is None:
+        return jnp.sum(xs[0], 0, dtype=xs[0].dtype)
+    return STACKED[name_of(eqn)][1](eqn, *xs)
+
+
+def _scales(eqn: Any) -> list[Any]:
+    """Returns the number that an equation scales a carry by, in a list; or none."""
+    names = {"mul": eqn.invars, "div": eqn.invars[1:]}
+    return [v for v in names.get(name_of(eqn), ()) if v.aval.shape == ()]
+
+
+def _added(flow, before, after):
+    """Returns the terms of `after = number * before + terms`, and the equations.
+
+    None if it is no such sum, or if something else is made of it.
+    """
+    if before is after or not flow.varies(after):
         return None
-    return [x for x in terms if not flow.is_zero(x)]
+    path, found = [], {before}
+    for eqn in flow.jaxpr.eqns:
+        reads = [v for v in eqn.invars if not isinstance(v, Literal) and v in found]
+        if not reads:
+            continue
+        name, scales = name_of(eqn), _scales(eqn)
+        scaled = (
+            len(scales) == len(reads) == 1
+            and not flow.varies(scales[0])
+            and not (name == "div" and flow.is_zero(scales[0]))
+        )
+        real = is_real(eqn.outvars[0]) and (name in ("sub", "neg") or scaled)
+        if name not in SUMS and not real:
+            return None
+        path.append(eqn)
+        found.update(eqn.outvars)
+    outputs = [v for v in flow.jaxpr.outvars if not isinstance(v, Literal)]
+    if [v for v in outputs if v in found] != [after]:
+        return None
+    scales = {id(v) for e in path for v in _scales(e)}
+    reads: dict[int, Any] = {id(v): v for e in path for v in e.invars}
+    reads = {i: v for i, v in reads.items() if i not in scales}
+    terms: list[Any] = [
+        v for v in reads.values() if isinstance(v, Literal) or v not in found
+    ]
+    if any(v.aval.shape != after.aval.shape for v in terms):
+        return None
+    return [v for v in terms if not flow.is_zero(v)], path
 
 
 def _made(flow, inside, steps, limit):

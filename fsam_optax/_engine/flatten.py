@@ -277,7 +277,7 @@ def _scan(before, eqn, values, added):
     rows.update(zip(stacked, ys[len(kept) :], strict=True))
     final.update(zip(kept, ys, strict=False))
     final.update(end.values(flow, same, rows))
-    final.update(sums.totals(values[n_consts:], same, rows))
+    final.update(sums.totals(values[n_consts:], same, rows, eqn.params))
     return [without_ones(final[k], v.aval.shape) for k, v in enumerate(eqn.outvars)]
 
 
