@@ -76,7 +76,7 @@ SCRIPTS = sorted(
     for path, text in SOURCES.items()
     if "@harness.experiment(" in text and path.stem != "harness"
 )
-PEERS = {"diagonal_peers": "torch"}  # in an environment of its own
+PEERS = {"from_other_libraries": "torch"}  # in an environment of its own
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -11,7 +11,7 @@ wants its own environment:
     pip install --no-deps backpack-for-pytorch unfoldNd nngeometry laplace-torch \\
         asdfghjkl==0.1a4 curvlinops-for-pytorch einops einconv opt_einsum tqdm \\
         linear_operator torchmetrics lightning-utilities packaging
-    taskset -c 0 python benchmarks/diagonal_peers.py
+    taskset -c 0 python docs/recipes/from_other_libraries.py
 
 laplace-torch runs with its default backend, curvlinops, and with ASDL.
 """
@@ -19,11 +19,16 @@ laplace-torch runs with its default backend, curvlinops, and with ASDL.
 import copy
 import importlib
 import itertools
+import pathlib
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import cost
 import harness
