@@ -204,12 +204,12 @@ def _added(flow, before, after):
         return None
     path, found = [], {before}
     for eqn in flow.jaxpr.eqns:
-        reads = [v for v in eqn.invars if not isinstance(v, Literal) and v in found]
-        if not reads:
+        here = [v for v in eqn.invars if not isinstance(v, Literal) and v in found]
+        if not here:
             continue
         name, scales = name_of(eqn), _scales(eqn)
         scaled = (
-            len(scales) == len(reads) == 1
+            len(scales) == len(here) == 1
             and not flow.varies(scales[0])
             and not (name == "div" and flow.is_zero(scales[0]))
         )
