@@ -222,10 +222,11 @@ def _added(flow, before, after):
     if [v for v in outputs if v in found] != [after]:
         return None
     scales = {id(v) for e in path for v in _scales(e)}
-    reads: dict[int, Any] = {id(v): v for e in path for v in e.invars}
-    reads = {i: v for i, v in reads.items() if i not in scales}
+    others: dict[int, Any] = {id(v): v for e in path for v in e.invars}
     terms: list[Any] = [
-        v for v in reads.values() if isinstance(v, Literal) or v not in found
+        v
+        for i, v in others.items()
+        if i not in scales and (isinstance(v, Literal) or v not in found)
     ]
     if any(v.aval.shape != after.aval.shape for v in terms):
         return None

@@ -37,6 +37,7 @@ from fsam_optax._engine.report import Used
 from fsam_optax._engine.rules import chosen, fallback, joined, reduction
 from fsam_optax._engine.sources import (
     held_by_gradient,
+    loop_work,
     maps_weight,
     own_work,
     parameter_side,
@@ -174,7 +175,8 @@ def make_plan(
         x for source in sources.values() for x in source.operands
     )
 
-    own = own_work({key: sites[key] for key in sources})
+    reached = {key: sites[key] for key in sources}
+    own, loops = own_work(reached), loop_work(reached, sources, needed)
 
     def inner(eqn, outputs):
         uniform = all(whats[id(eqn.outvars[k]),].uniform for k in outputs)
@@ -188,7 +190,10 @@ def make_plan(
         consts,
         tuple(origins),
         needed,
-        {key: (source, own[key]) for key, source in sources.items()},
+        {
+            key: (dataclasses.replace(source, work=source.work + loops[key]), own[key])
+            for key, source in sources.items()
+        },
         tuple(inner(eqn, outputs) for eqn, outputs in parts.values()),
         tuple(origin.work() / what.examples for origin in origins),
     )

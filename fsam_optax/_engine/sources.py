@@ -191,13 +191,67 @@ def own_work(sites: Mapping[Any, Site]) -> dict[Any, float]:
             elif name_of(e) in CONTRACTIONS:
                 each = operations(e)
             elif site.runs_anyway(e):
-                work += sum(size(v) for v in e.outvars if v in site.inside)
-                continue
+                mapping, adding = _within(site.flow, e, site.inside)
+                each = mapping / site.what.examples + adding
             else:
                 each = operations(e) + sum(map(size, e.outvars))
             work += each / users[id(e)]
         found[key] = max(work, 1.0)
     return found
+
+
+def loop_work(
+    sites: Mapping[Any, Site], sources: Mapping[Any, Source], needed: set[Any]
+) -> dict[Any, float]:
+    """Returns the operations for each example in loops that run anyway.
+
+    The gradient of the batch takes the sum of the examples through what is a linear map
+    for all in such a loop, and squares take each. A source that does not read what the
+    loop returns runs it once more.
+
+    Args:
+        sites: The gradients.
+        sources: Their sources.
+        needed: The variables that are evaluated for each example.
+    """
+    loops: dict[int, tuple[Any, Site, list[Any]]] = {}
+    for key, site in sites.items():
+        for e in site.region():
+            if site.runs_anyway(e):
+                loops.setdefault(id(e), (e, site, []))[-1].append(key)
+    found = dict.fromkeys(sites, 0.0)
+    for e, site, users in loops.values():
+        runs = {0} if any(v in needed for v in e.outvars) else set()
+        for key in users:
+            stop, terms = sources[key].operands, sites[key].terms
+            if not site.flow.ancestors(terms, stop=stop).isdisjoint(e.outvars):
+                runs.add(id(sources[key].reduce))
+        mapping, _ = _within(site.flow, e, site.inside)
+        work = mapping + max(len(runs) - 1, 0) * operations(e)
+        for key in users:
+            found[key] += work / len(users)
+    return found
+
+
+def _within(flow, eqn, inside):
+    """Returns the operations by which a loop maps gradients, and adds them up.
+
+    It does so to their sum over the examples, and adds up those of each.
+    """
+    body, within = _inside(flow, eqn, inside)
+    pairs = zip(eqn.outvars, body.jaxpr.outvars, strict=True)
+    ends = sum(size(v) for v, x in pairs if v in inside and x not in within)
+    mapping, adding = 0.0, 0.0
+    for e in body.jaxpr.eqns:
+        if any(v in within for v in e.invars if not isinstance(v, Literal)):
+            mapping += operations(e)
+        elif name_of(e) == LOOP and any(map(body.varies, e.invars)):
+            more = _within(body, e, within)
+            mapping, adding = mapping + more[0], adding + more[1]
+        elif name_of(e) not in CONTRACTIONS:
+            adding += sum(size(v) for v in e.outvars if v in within)
+    length = eqn.params["length"]
+    return length * mapping, length * adding + ends
 
 
 def parameter_side(flow: Dataflow, wanted: Iterable[Any]) -> set[Any]:
@@ -273,8 +327,7 @@ def held_by_gradient(
         if forms or not products.isdisjoint(varying):
             products.update(made)
         elif name == LOOP and varying:
-            body = loop_flow(flow, eqn)
-            within = _inside(body, eqn, inside)
+            body, within = _inside(flow, eqn, inside)
             here, formed = held_by_gradient(body, within, limit)
             most = max(most, here)
             for v, x in zip(eqn.outvars, body.jaxpr.outvars, strict=True):
@@ -287,11 +340,13 @@ def held_by_gradient(
     return most, products
 
 
-def _inside(body, eqn, inside):
-    """Returns the parameter side of the body of a loop."""
+def _inside(flow, eqn, inside):
+    """Returns the dataflow of the body of a loop, and its parameter side."""
+    body = loop_flow(flow, eqn)
     n_consts, n_carry = loop_counts(eqn)
     inputs, outputs = body.jaxpr.invars[n_consts:], body.jaxpr.outvars
-    wanted = {k for k, v in enumerate(eqn.outvars) if v in inside}
+    unused = {k for k, v in enumerate(eqn.outvars) if v not in flow.uses}
+    wanted = unused | {k for k, v in enumerate(eqn.outvars) if v in inside}
     while True:
         found = parameter_side(body, [outputs[k] for k in wanted])
         # What else reads a carry reads it as it is for each example.
@@ -301,7 +356,7 @@ def _inside(body, eqn, inside):
             if k >= n_carry or not body.varies(inputs[k]) or inputs[k] in found
         }
         if kept == wanted:
-            return found
+            return body, found
         wanted = kept
 
 
