@@ -443,6 +443,16 @@ MUTANTS = [
         ("return k * jnp.sum(x * x) if", "return jnp.sum(x * x) if"),
     ),
     *_mutants(
+        "_engine/places.py",
+        "engine_patches",
+        ("(known == 0) | (known == 1)", "known >= 0"),
+        ("if len(np.unique(source)) < len(source)", "if False"),
+        ("(between == 0) & (place >= 0)", "(place >= 0)"),
+        ("(place >= 0) & (place <", "(place <"),
+        ("features // (after[1] // groups) * (before[1] // groups)", "0"),
+        ('place + along(tap * params["rhs_dilation"][d], 0)', "place + along(tap, 0)"),
+    ),
+    *_mutants(
         "_engine/counts.py",
         "example_gradients",
         ("totals[i][j] = totals[i][j] + jnp.sum(y)", "totals[i][j] = jnp.sum(y)"),

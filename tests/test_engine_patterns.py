@@ -115,6 +115,9 @@ weight("symmetric", [PAIRS], 1.8, w=FIXED)(lambda p: p["w"] + p["w"].T)
 weight("symmetric_by_index", [PAIRS], 1.8, v=normal(D * (D + 1) // 2))(
     lambda p: p["v"][SYMMETRIC]
 )
+weight("toeplitz_by_patches", ["mapped embedding + shared dense"], c=normal(D))(
+    lambda p: jax.scipy.linalg.toeplitz(p["c"])
+)
 weight("toeplitz", ["mapped embedding + shared dense"], 4.0, v=normal(2 * D - 1))(
     lambda p: p["v"][np.arange(D)[:, None] - np.arange(D)[None] + D - 1]
 )
@@ -700,6 +703,7 @@ OVERSTATED = {
     "rows_fed_back": "as in word2vec",
     "recurrence_of_orthogonal": "the gradient solves at each step, and not once",
     "branch_by_the_example": "nor is what the gradient picks of matrices",
+    "toeplitz_by_patches": "the gradient multiplies by zeros",
 }
 
 

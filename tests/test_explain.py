@@ -85,6 +85,31 @@ def test_shapes_and_arguments_are_enough():
     np.testing.assert_allclose(explanation.cost, 2, rtol=0.1)
 
 
+def test_shapes_are_enough_where_labels_are_looked_at():
+    nll = fsam.negative_log_likelihood(lambda p, x: x @ p["w"], fsam.categorical)
+    like = jax.eval_shape(
+        lambda: (
+            {"w": jnp.ones((D, C))},
+            (jnp.ones((N, D)), jnp.zeros(N, int), jnp.ones(N)),
+        )
+    )
+    f = fsam.value_and_grad(
+        nll, fsam.fisher_ellipsoid(0.1, fsam.given()), empirical_fisher=True
+    )
+    (leaf,) = fsam.explain(nll, *like)
+    assert leaf.shape == (D, C)
+    assert f.explain(*like).rules == (leaf,)
+    (leaf,) = fsam.explain(fsam.per_example_norms, nll, *like)
+    assert leaf.shape == (D, C)
+
+
+def test_numbers_of_python_are_explained_as_they_are_squared():
+    nll = fsam.negative_log_likelihood(lambda p, x: x * p["s"], fsam.gaussian())
+    batch = jnp.ones((N, C)), jnp.zeros((N, C))
+    (leaf,) = fsam.explain(nll, {"s": 0.5}, batch)
+    assert leaf.shape == ()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("length", [4, 16])
 def test_loops_count_as_often_as_they_run(length):

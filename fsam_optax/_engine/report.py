@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 PyTree = Any
@@ -92,7 +93,9 @@ def leaves_of(params: PyTree, report: Sequence[Sequence[Used]]) -> list[Leaf]:
         cost = sum(x.work for x in rules) / own if own else 1.0
         name = ", ".join(dict.fromkeys(x.rule for x in rules))
         note = " ".join(dict.fromkeys(x.note for x in rules if x.note))
-        found.append(Leaf(jax.tree_util.keystr(path), leaf.shape, name, cost, note))
+        found.append(
+            Leaf(jax.tree_util.keystr(path), jnp.shape(leaf), name, cost, note)
+        )
     return found
 
 

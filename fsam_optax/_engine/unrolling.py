@@ -1,10 +1,12 @@
-"""Loops by which weights are made from parameters, written out.
+"""What hides how weights are made from parameters, written otherwise: loops, patches.
 
 Where a loop multiplies matrices that are parameters, as in `W = w_1 w_2 ... w_k`, the
 gradients of all of them are linear maps of that of W. A loop hides this from the rules:
 it would run for every example. Written out, the maps reach the factors of the gradient.
+For patches see `places`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax
 from jax import lax
 
 from fsam_optax._engine.jaxpr import body_of, Dataflow, evaluate, loop_counts, read
+from fsam_optax._engine.places import scattered
 from fsam_optax._engine.sources import maps_weight, parameter_side
 
 
@@ -19,7 +22,7 @@ MOST_EQUATIONS = 128  # That a loop may become.
 
 
 def unrolled(closed: Any, varies: Sequence[bool], n_outputs: int) -> Any:
-    """Returns a closed jaxpr without short loops of linear maps before gradients.
+    """Returns a closed jaxpr without short loops or patches before gradients.
 
     Args:
         closed: A flat jaxpr.
@@ -29,14 +32,12 @@ def unrolled(closed: Any, varies: Sequence[bool], n_outputs: int) -> Any:
     while True:
         jaxpr = closed.jaxpr
         given = (v for v, b in zip(jaxpr.invars, varies, strict=True) if b)
-        flow = Dataflow(jaxpr, given)
+        flow = Dataflow(
+            jaxpr, given, dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        )
         inside = parameter_side(flow, jaxpr.outvars[n_outputs:])
-        chosen = [
-            id(e)
-            for e in jaxpr.eqns
-            if maps_weight(flow, e, inside)
-            and e.params["length"] * len(body_of(e)[0].eqns) <= MOST_EQUATIONS
-        ]
+        written = {id(e): _written(flow, e, inside) for e in jaxpr.eqns}
+        chosen = {key: write for key, write in written.items() if write is not None}
         if not chosen:
             return closed
 
@@ -46,14 +47,24 @@ def unrolled(closed: Any, varies: Sequence[bool], n_outputs: int) -> Any:
         closed = jax.make_jaxpr(run)(*closed.in_avals)
 
 
+def _written(flow, eqn, inside):
+    """Returns the function of its operands that an equation becomes; None for none."""
+    if (
+        maps_weight(flow, eqn, inside)
+        and eqn.params["length"] * len(body_of(eqn)[0].eqns) <= MOST_EQUATIONS
+    ):
+        return functools.partial(_steps, eqn)
+    return scattered(flow, eqn, inside)
+
+
 def _run(closed, chosen, args):
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         if id(eqn) in chosen:
-            values = [read(env, v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, _steps(eqn, values), strict=True))
+            values = chosen[id(eqn)]([read(env, v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, values, strict=True))
         else:
             evaluate([eqn], env, set(eqn.outvars))
     return [read(env, v) for v in jaxpr.outvars]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 
 from fsam_optax import _engine
+from fsam_optax._common.abstract import found_abstractly
 from fsam_optax._engine import Explanation
 from fsam_optax._fisher.estimators import MANY_COLUMNS, many_columns
 from fsam_optax._fisher.example_gradients import (
@@ -43,7 +45,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
             `explain(apply_fn, params, inputs, cotangents, targets)`. After
             `per_example_norms`, as in `explain(per_example_norms, nll, params, batch)`,
             the loss whose norms these are.
-        *args: Parameters, batch, and further arguments of the model.
+        *args: Parameters, batch, and further arguments of the model. All arrays may be
+            `jax.ShapeDtypeStruct`s.
         **kwargs: Further keyword arguments of the model.
 
     Returns:
@@ -67,11 +70,11 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
         All of it costs 1.01 gradients of the batch.
     """
     if model is per_example_norms:
-        return _explain_norms(*args, **kwargs)
-    if isinstance(model, NegativeLogLikelihood):
-        return _explain(model, *args, **kwargs)
+        return found_abstractly(_explain_norms, *args, **kwargs)
     if args and isinstance(args[0], Likelihood):
-        return _explain(resolve("explain", model, args[0]), *args[1:], **kwargs)
+        model, args = resolve("explain", model, args[0]), args[1:]
+    if isinstance(model, NegativeLogLikelihood):
+        return found_abstractly(functools.partial(_explain, model), *args, **kwargs)
     return _engine.explain(model, *args, **kwargs)
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fsam_optax._common.abstract import of_arrays
 from fsam_optax._engine.work import total
 from fsam_optax._step.parts import Data, names
 from fsam_optax._step.passes import CleanPass
@@ -113,24 +114,11 @@ def explain_step(
 _DESCRIPTIONS = {"fisher": "empirical Fisher"}
 
 
-def _traced(fn, *trees):
-    """Returns a function of the arrays in the trees, and these."""
-    leaves, structure = jax.tree.flatten(trees)
-    arrays = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
-
-    def of_arrays(given):
-        given = iter(given)
-        filled = [next(given) if a else x for a, x in zip(arrays, leaves, strict=True)]
-        return fn(*structure.unflatten(filled))
-
-    return of_arrays, [x for a, x in zip(arrays, leaves, strict=True) if a]
-
-
 def _operations(fn, *trees):
-    of_arrays, given = _traced(fn, *trees)
-    return total(jax.make_jaxpr(of_arrays)(given).jaxpr.eqns)
+    traced, given = of_arrays(fn, *trees)
+    return total(jax.make_jaxpr(traced)(given).jaxpr.eqns)
 
 
 def _shapes(fn, *trees):
-    of_arrays, given = _traced(fn, *trees)
-    return jax.eval_shape(of_arrays, given)
+    traced, given = of_arrays(fn, *trees)
+    return jax.eval_shape(traced, given)
