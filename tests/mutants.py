@@ -342,7 +342,11 @@ MUTANTS = [
             "total = draws * problem.labels.divisor",
             "total = draws * len(problem.labels.examples)",
         ),
-        ("lambda w, v: w if is_masked(v) else v, whole", "lambda w, v: w, whole"),
+        ("            return w if is_masked(v) else v\n", "            return w\n"),
+        (
+            "return jax.lax.stop_gradient(jax.tree.map(leaf,",
+            "return (jax.tree.map(leaf,",
+        ),
         (
             "draws_per_example * weight**2 / divisor(jnp.sum(w * w))",
             "draws_per_example * w.size",
@@ -550,6 +554,11 @@ MUTANTS = [
         "_fisher/i2.py",
         "engine_devices",
         ("share = share_of(examples, problem.params)", "share = len(scores)"),
+    ),
+    *_mutants(
+        "_engine/example.py",
+        "engine_placements",
+        ("if is_free(linear) and not", "if not"),
     ),
     *_mutants(
         "_engine/one_row.py",

@@ -1194,6 +1194,33 @@ def test_a_loop_runs_without_the_axis_of_a_batch_of_one(length):
     assert all(v.aval.shape[:1] != (1,) for e in inside for v in e.outvars)
 
 
+def test_derivatives_that_jax_has_made_before_are_not_made_again():
+    """Of a function that is jitted, as those of `jax.numpy` are: once, not by layer."""
+    calls = []
+
+    @jax.custom_jvp
+    def cubed(x):
+        return x**3
+
+    @cubed.defjvp
+    def _(primals, tangents):
+        calls.append(None)
+        return cubed(*primals), 3 * primals[0] ** 2 * tangents[0]
+
+    activation = jax.jit(cubed, inline=True)
+
+    def apply_fn(params, x):
+        for w in params:
+            x = activation(x @ w)
+        return x
+
+    params = [normal(k, 6, 6) / 6 for k in range(8)]
+    sums = jax.jit(lambda *args: power_sums(apply_fn, *args, factor))(params, X)
+    assert len(calls) < len(params)
+    expected = oracles.power_sums(apply_fn, params, X, factor)
+    oracles.assert_close(sums, expected)
+
+
 def test_one_trace_under_jit():
     traces = []
 
@@ -1212,7 +1239,7 @@ def test_one_trace_under_jit():
 
 
 @pytest.mark.short("flatten")
-@pytest.mark.parametrize("part", ["flatten", "scaled_after"])
+@pytest.mark.parametrize("part", ["flatten", "scales_weights"])
 def test_falls_back_with_a_warning_if_rewriting_breaks(part, monkeypatch):
     from fsam_optax._engine import example
 

@@ -260,11 +260,14 @@ def check_leaves(tree: Any, name: str, real: bool = False, data: bool = False) -
 
     Data may be complex: nothing is differentiated by it.
     """
+
+    def where(path):
+        return f"leaf {jax.tree_util.keystr(path) or 'at the root'} of `{name}`"
+
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        where = f"leaf {jax.tree_util.keystr(path) or 'at the root'} of `{name}`"
         if leaf_shape(leaf) is None:
             raise TypeError(
-                f"{where} is {leaf!r}, not an array: pass only the arrays of the "
+                f"{where(path)} is {leaf!r}, not an array: pass only the arrays of the "
                 "model. For Equinox: `params, static = eqx.partition(model, "
                 "eqx.is_inexact_array)`, `init(params)`, and a loss or `grad_fn` of "
                 "these params that calls `eqx.combine(params, static)`: `grad_fn="
@@ -273,14 +276,14 @@ def check_leaves(tree: Any, name: str, real: bool = False, data: bool = False) -
         dtype = getattr(leaf, "dtype", np.dtype(type(leaf)))
         if jnp.issubdtype(dtype, jnp.complexfloating) and not data:
             raise TypeError(
-                f"{where} is complex. Optax does not say whether a complex gradient "
-                "is conjugated, so uphill is not defined: keep the real and the "
-                "imaginary part as two real leaves."
+                f"{where(path)} is complex. Optax does not say whether a complex "
+                "gradient is conjugated, so uphill is not defined: keep the real and "
+                "the imaginary part as two real leaves."
             )
         if real and not is_real(leaf):
             raise TypeError(
-                f"{where} has dtype {dtype}, which has no gradient: pass it to the "
-                "loss as another argument."
+                f"{where(path)} has dtype {dtype}, which has no gradient: pass it to "
+                "the loss as another argument."
             )
 
 

@@ -20,6 +20,7 @@ from fsam_optax._engine.power_sums import (
     loss_power_sums as loss_power_sums,
     power_sums as power_sums,
     share_of as share_of,
+    sums_of_loss as sums_of_loss,
     sums_of_powers as sums_of_powers,
     without_explicit_axes as without_explicit_axes,
 )

@@ -31,10 +31,11 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
+from fsam_optax._engine.one_row import free, is_free
 from fsam_optax._engine.operation import reduced
 from fsam_optax._engine.plan import bytes_at_once, make_plan, most_held, run
 from fsam_optax._engine.report import Used
-from fsam_optax._engine.scales import scaled_after
+from fsam_optax._engine.scales import scaled_after, scales_weights
 from fsam_optax._engine.squares import looped
 from fsam_optax._engine.sums import Steps, widened
 from fsam_optax._engine.unrolling import unrolled
@@ -72,18 +73,30 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
     def model(params, inputs):
         return fn(params_tree.unflatten(params), inputs_tree.unflatten(inputs))
 
-    # Traced once: the backward pass goes through the jaxpr.
-    forward, like = jax.make_jaxpr(model, return_shape=True)(params, inputs)
-    outputs, outputs_tree = jax.tree.flatten(like)
+    def ahead(run, params, inputs):
+        """Returns the outputs, and the function that pulls cotangents back."""
+
+        def floating(params):
+            h = jax.tree.map(jnp.asarray, run(params, inputs))
+            return [x for x in jax.tree.leaves(h) if _is_floating(x)], h
+
+        _, pull, h = jax.vjp(floating, params, has_aux=True)
+        return h, pull
+
+    def itself(params, inputs):
+        with free():
+            return ahead(model, params, inputs)
+
+    # Of the function itself, as jax keeps the derivatives of operations of `jax.numpy`:
+    # a jaxpr has their equations, which would be differentiated one by one.
+    linear, like = jax.make_jaxpr(itself, return_shape=True)(params, inputs)
+    outputs, outputs_tree = jax.tree.flatten(like[0])
     if cotangents is None and [h.shape for h in outputs] != [()]:
         raise TypeError(f"`loss_fn` must return a scalar; it returned {outputs}.")
 
-    def backward(forward, params, inputs, cs):
-        def model(params):
-            h = as_function(forward)(*params, *inputs)
-            return [x for x in h if _is_floating(x)], h
-
-        _, pull, h = jax.vjp(model, params, has_aux=True)
+    def backward(run, params, inputs, cs):
+        h, pull = run(params, inputs)
+        h = jax.tree.leaves(h)
         if cotangents is None:
             cs = [vary_like(jnp.ones_like(x), x) for x in h]
         return h, pull(cs)[0]
@@ -109,20 +122,34 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
     cs = [vary_like(jnp.zeros(h.shape, h.dtype), weight) for h in outputs]
     cs = [c for c in cs if _is_floating(c)] if cotangents else []
 
-    def program(forward):
-        run = functools.partial(backward, forward)
-        closed = jax.make_jaxpr(run)(params, inputs, cs)
+    def program(run):
+        closed = jax.make_jaxpr(functools.partial(backward, run))(params, inputs, cs)
         known = [*params, *inputs]
         return Program(closed, known, len(outputs), pulled_back, weight)
 
+    def program_of(forward):
+        call = as_function(forward)
+        run = functools.partial(ahead, lambda params, inputs: call(*params, *inputs))
+        return program(run)
+
+    def before(params, inputs):
+        found = as_function(linear)(*params, *inputs)
+        return jax.tree.structure(like).unflatten(found)
+
     try:
         learned = [True] * len(params) + [False] * len(inputs)
-        after = scaled_after(forward, [not x for x in learned], learned)
-        sums, h = _rewritten(program(after), what, report)
+        varies = [not x for x in learned]
+        if is_free(linear) and not scales_weights(linear, varies):
+            traced = program(before)
+        else:
+            forward = jax.make_jaxpr(model)(params, inputs)
+            traced = program_of(scaled_after(forward, varies, learned))
+        sums, h = _rewritten(traced, what, report)
     except Exception as error:
         # What the rewriting relies on may change with jax, and that must not fail
         # here. Errors of the user's own functions are raised again.
-        sums, h = _as_it_is(program(forward), what, report)
+        forward = jax.make_jaxpr(model)(params, inputs)
+        sums, h = _as_it_is(program_of(forward), what, report)
         warnings.warn(
             "The gradients of single examples could not be rewritten and are formed a "
             f"few at a time, which is slow. {type(error).__name__}: {error}",

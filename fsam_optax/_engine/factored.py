@@ -16,6 +16,7 @@ from fsam_optax._engine.products import Expander, Mismatch
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import gram, gram_work, looped, mapped
 from fsam_optax._engine.sums import outer_product, Steps, widened
+from fsam_optax._engine.tails import adding
 from fsam_optax._engine.work import IN_LOOPS
 
 
@@ -90,15 +91,19 @@ def _one_group(site, groups, operands):
     n, spread = group.positions(), group.volume(group.labels)
     work = group.work()
     shape = [group.sizes[x] for x in group.labels]
+    each = len(group.sides)
+    alone = len(group.terms) == 1 and group.volume(group.terms[0].summed) == 1
 
     def prepare(*values):
         env = dict(zip(operands, values, strict=True))
-        return [x for factors in group.factors(env) for x in factors]
+        if alone and not what.by_example:
+            found = group.of_one_position(env)
+        else:
+            found = [x for factors in group.factors(env) for x in factors]
+        return [group.product(found)] if each == 1 else found
 
     def finish(sums, p, env):
         return group.placed(sums.reshape(shape), group.masks(env), p)
-
-    each = len(group.sides)
 
     def fn(*arrays):
         products = [arrays[k : k + each] for k in range(0, len(arrays), each)]
@@ -108,7 +113,7 @@ def _one_group(site, groups, operands):
     held, waits = 0, 0.0
     if each == 1:
         rule, work = "reduction", work + what.per_entry * spread
-        reduce = looped(fn, [like], what, None)
+        reduce = adding(like.shape, like.dtype, what)
     elif what.by_example and (found := _by_example(site, group)) is not None:
         rule, own, reduce, held = found
         work = sum(t.work for t in group.terms) + own
@@ -118,7 +123,7 @@ def _one_group(site, groups, operands):
         work += what.per_entry * sides + _placing(site, group)
         made = [max(map(site.flow.place, variables(f))) for f in group.terms[0].varying]
         reduce = outer_product(
-            group.numbers(),
+            (((), ()), group.numbers()[1]),
             group.dtype,
             precision,
             what.powers,
@@ -133,9 +138,10 @@ def _one_group(site, groups, operands):
         held = 2 * spread * group.dtype.itemsize
         steps = Steps(held, what.budget, what.examples, apart=True)
         reduce = looped(fn, [like], what, steps)
+    then = None if group.lies_in_place() else finish
     keeps = _keeps(site, group)
     return Source(
-        rule, work, operands, reduce, held, prepare, finish, like, keeps, waits=waits
+        rule, work, operands, reduce, held, prepare, then, like, keeps, waits=waits
     )
 
 

@@ -68,22 +68,32 @@ class Group:
             return before + (len(self.terms) - 1) * self.volume(self.labels)
         return before + 2.0 * sum(self.positions()) * self.volume(self.labels)
 
+    def _arrays(self, t, env, positions):
+        """Returns the factors of a term, with or without an axis for its positions."""
+        arrays: list[jax.Array] = []
+        for k, (f, rest) in enumerate(zip(t.varying, self.sides, strict=True)):
+            x = f.value(env, self.dtype)
+            x = x * t.scale if k == 0 and t.scale != 1 else x
+            for number in t.numbers if k == 0 else ():
+                x = x * number.value(env, self.dtype)
+            order = (*self.batch, *t.summed, *rest)
+            x = lax.transpose(x, [f.labels.index(label) for label in order])
+            shape = (*x.shape[: len(self.batch)], *positions, self.volume(rest))
+            arrays.append(lax.reshape(x, shape))
+        return arrays
+
+    def of_one_position(self, env: dict[Any, Any]) -> list[jax.Array]:
+        """Returns the factors of the only product, without the axis it is summed over.
+
+        That has one position.
+        """
+        (term,) = self.terms
+        return self._arrays(term, env, ())
+
     def factors(self, env: dict[Any, Any]) -> list[list[jax.Array]]:
         """Returns, for each product that is left after joining, its factors."""
         n_batch = len(self.batch)
-        products: list[list[jax.Array]] = []
-        for t in self.terms:
-            arrays: list[jax.Array] = []
-            for k, (f, rest) in enumerate(zip(t.varying, self.sides, strict=True)):
-                x = f.value(env, self.dtype)
-                x = x * t.scale if k == 0 and t.scale != 1 else x
-                for number in t.numbers if k == 0 else ():
-                    x = x * number.value(env, self.dtype)
-                order = (*self.batch, *t.summed, *rest)
-                x = lax.transpose(x, [f.labels.index(label) for label in order])
-                shape = (*x.shape[:n_batch], self.volume(t.summed), self.volume(rest))
-                arrays.append(lax.reshape(x, shape))
-            products.append(arrays)
+        products = [self._arrays(t, env, (self.volume(t.summed),)) for t in self.terms]
         if len(self.sides) == 1:
             sums = [
                 jnp.sum(x, n_batch, keepdims=True) if x.shape[n_batch] > 1 else x
@@ -149,6 +159,12 @@ class Group:
             values = values.reshape([at.get(x, 1) for x in labels])
             y = y * power(values, p)
         return self.arranged(y, labels)
+
+    def lies_in_place(self) -> bool:
+        """Tells whether a product is the result as it comes out."""
+        (first, *_), axes = self.terms, [(x,) for x in self.labels]
+        whole = all(len(side) == 1 for side in self.sides)
+        return whole and not first.masks and list(first.axes) == axes
 
     def arranged(self, y: jax.Array, labels: Sequence[int]) -> jax.Array:
         """Brings an array with some labels into the axes of the result."""

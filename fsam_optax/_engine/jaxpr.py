@@ -198,8 +198,13 @@ class Dataflow:
         unique = {self._order[id(eqn)]: eqn for eqn in eqns}
         return [unique[i] for i in sorted(unique)]
 
-    def summands(self, v: Any) -> list[Any]:
-        """Returns the terms that `v` is the sum of; itself if it is not a sum."""
+    def summands(
+        self, v: Any, formed: Callable[[Any], bool] = lambda v: False
+    ) -> list[Any]:
+        """Returns the terms that `v` is the sum of; itself if it is not a sum.
+
+        Not of a sum that is `formed` anyway.
+        """
         terms, pending = [], [v]
         while pending:  # A weight that is used often is a deep sum.
             x = pending.pop()
@@ -207,6 +212,7 @@ class Dataflow:
             if (
                 eqn is not None
                 and name_of(eqn) in SUMS
+                and not formed(x)
                 and all(y.aval.shape == x.aval.shape for y in eqn.invars)
             ):
                 pending += reversed(eqn.invars)

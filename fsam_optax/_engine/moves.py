@@ -117,16 +117,16 @@ def transposed(fn: Callable, like: Any, k: jax.Array) -> tuple[Any, ...]:
     return pull(vary_like(jnp.broadcast_to(k.astype(y.dtype), y.shape), y))
 
 
-def moved(flow: Dataflow, terms: Sequence[Any]) -> Moved:
-    """Returns how the sum of some variables is moved from sources."""
-    terms = [x for v in terms for x in flow.summands(v)]
+def moved(flow: Dataflow, terms: Sequence[Any], formed: Callable) -> Moved:
+    """Returns how the sum of some variables is moved from sources; see `summands`."""
+    terms = [x for v in terms for x in flow.summands(v, formed)]
     terms = [v for v in terms if not flow.is_zero(v)] or terms[:1]
     eqns = [flow.made_by(v) for v in terms]
     if all(
         eqn is not None and flow.varies(v) for eqn, v in zip(eqns, terms, strict=True)
     ):
-        if (found := _same_move(flow, terms, eqns)) or (
-            found := _boxes(flow, terms, eqns)
+        if (found := _same_move(flow, terms, eqns, formed)) or (
+            found := _boxes(flow, terms, eqns, formed)
         ):
             return found
     return Moved(tuple(terms))
@@ -145,7 +145,7 @@ def moved_operand(flow: Dataflow, eqn: Any) -> int | None:
     return varying[0] if condition(flow, eqn, varying[0]) else None
 
 
-def _same_move(flow, terms, eqns):
+def _same_move(flow, terms, eqns, formed):
     """Returns a move that is the same for all terms, of the sum of what they move."""
     first, *rest = eqns
     i = moved_operand(flow, first)
@@ -180,7 +180,7 @@ def _same_move(flow, terms, eqns):
         return MOVES[name_of(first)].carry(first, i, k, others, sums[0], p)
 
     reads = tuple(x for j, x in enumerate(first.invars) if j != i)
-    part = moved(flow, [eqn.invars[i] for eqn in eqns])
+    part = moved(flow, [eqn.invars[i] for eqn in eqns], formed)
     keeps = MOVES[name_of(first)].keeps(first, i, k)
     return Moved(tuple(terms), (part,), carry, reads, keeps)
 
@@ -203,7 +203,7 @@ def _same_value(flow, x, y):
     return known[0] is not None and np.array_equal(*known)
 
 
-def _boxes(flow, terms, eqns):
+def _boxes(flow, terms, eqns, formed):
     """Returns the move of parts that are nonzero on boxes which do not overlap.
 
     A box is the start, the stop and the step of each axis.
@@ -233,7 +233,7 @@ def _boxes(flow, terms, eqns):
         gaps = [(a, n - b, k - 1) for (a, b, k), n in zip(box, shape, strict=True)]
         return lax.pad(s, jnp.zeros((), s.dtype), gaps)
 
-    parts = tuple(moved(flow, found[box]) for box in boxes)
+    parts = tuple(moved(flow, found[box], formed) for box in boxes)
     return Moved(tuple(terms), parts, carry)
 
 

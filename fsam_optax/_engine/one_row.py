@@ -1,6 +1,8 @@
 """One example in a model for batches that says by name which devices rows are on."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,6 +15,22 @@ from fsam_optax._engine.primitives import CONSTRAINT
 
 
 PyTree = Any
+_IS_FREE: ContextVar[bool] = ContextVar("_IS_FREE", default=False)
+
+
+@contextlib.contextmanager
+def free() -> Iterator[None]:
+    """Says of the models that are run inside that none constrains where values lie."""
+    token = _IS_FREE.set(True)
+    try:
+        yield
+    finally:
+        _IS_FREE.reset(token)
+
+
+def is_free(closed: Any) -> bool:
+    """Tells whether a program never says where a value lies."""
+    return not _constraints(closed)
 
 
 def as_batch_of_one(model: Callable[[PyTree], PyTree], example: PyTree) -> PyTree:
@@ -32,6 +50,8 @@ def as_batch_of_one(model: Callable[[PyTree], PyTree], example: PyTree) -> PyTre
 
         return run
 
+    if _IS_FREE.get():
+        return rows(1)(*given)
     closed, like = jax.make_jaxpr(rows(1), return_shape=True)(*given)
     one = _constraints(closed)
     if any(map(_names_positions, one)):

@@ -117,7 +117,12 @@ def make_plan(
         v for v in values if not isinstance(v, Literal)
     }
     before = largest_before(flow)
-    origins = [moved(flow, [v]) for v in wanted]
+
+    def formed(v):
+        """Tells of a sum of cotangents whether the backward pass reads it too."""
+        return v not in inside and before[v] <= what.limit
+
+    origins = [moved(flow, [v], formed) for v in wanted]
     bases = {base.key: base for origin in origins for base in origin.sources()}
     sources: dict[tuple[int, ...], Source] = {}
     several = {base.key for x in origins if not x.uniform for base in x.sources()}

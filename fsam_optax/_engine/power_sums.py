@@ -170,10 +170,26 @@ def loss_power_sums(
         2.0 6.0 20.0
     """
     check_function("loss_fn", loss_fn)
-    fn, cotangents = (_with_aux(loss_fn), _of_loss) if has_aux else (loss_fn, None)
-    sums, outputs = sums_and_outputs(
-        fn, params, (batch, None), cotangents, powers, weights, chunk_bytes, keep=True
+    return sums_of_loss(
+        loss_fn, params, batch, powers, weights, chunk_bytes, has_value, has_aux
     )
+
+
+def sums_of_loss(
+    loss_fn: Callable,
+    params: PyTree,
+    batch: PyTree,
+    powers: Sequence[int],
+    weights: jax.Array | None,
+    chunk_bytes: int | None = None,
+    has_value: bool = False,
+    has_aux: bool = False,
+    constant: bool = True,
+) -> Any:
+    """Returns what `loss_power_sums` does; see `sums_and_outputs` for `constant`."""
+    fn, cotangents = (_with_aux(loss_fn), _of_loss) if has_aux else (loss_fn, None)
+    what = fn, params, (batch, None), cotangents, powers, weights, chunk_bytes
+    sums, outputs = sums_and_outputs(*what, keep=True, constant=constant)
     losses, *aux = outputs if has_aux else (outputs,)
     value = jnp.sum(losses if weights is None else weights * losses)
     return (value, sums, *aux) if has_value else (sums, *aux) if has_aux else sums
@@ -225,10 +241,9 @@ def sums_of_powers(
     chunk_bytes: int | None = None,
     share: int | None = None,
 ) -> tuple[PyTree, ...]:
-    """Returns what `power_sums` does, for a function of one example."""
-    return sums_and_outputs(
-        fn, params, examples, cotangents, powers, weights, chunk_bytes, share=share
-    )[0]
+    """Returns what `power_sums` does, but that the caller makes it a constant."""
+    what = fn, params, examples, cotangents, powers, weights, chunk_bytes
+    return sums_and_outputs(*what, share=share, constant=False)[0]
 
 
 def sums_and_outputs(
@@ -243,11 +258,13 @@ def sums_and_outputs(
     keep=False,
     by_example=False,
     share=None,
+    constant=True,
 ):
     """Returns the sums of powers, and all outputs if they are to be kept.
 
     If `by_example`, the squared norms of examples in the place of sums over them. Each
-    device has a `share` of the examples, see `share_of`.
+    device has a `share` of the examples, see `share_of`. If they are not to be made a
+    `constant`, the caller does it: for each array that is an operation to be traced.
     """
     if not isinstance(powers, Sequence) or not powers or {*powers} - {1, 2, 4}:
         raise ValueError(f"`powers` must be some of 1, 2 and 4; got {powers!r}.")
@@ -269,7 +286,8 @@ def sums_and_outputs(
         raise ValueError(
             f"`weights` must have shape ({n},), one per example; got {weights.shape}."
         )
-    operands = lax.stop_gradient((params, examples, weights))
+    stopped = lax.stop_gradient if constant else lambda tree: tree
+    operands = stopped((params, examples, weights))
     share = share_of(examples, params) if share is None else share
     what = Summation(powers, chunk_bytes, share, by_example=by_example)
     # Typed as varying over devices, so that the gradients are those of one device.
@@ -317,7 +335,7 @@ def sums_and_outputs(
         )
         for i in range(len(powers))
     )
-    return lax.stop_gradient((sums, h))
+    return stopped((sums, h))
 
 
 def _one_by_one(one, examples, weights):

@@ -85,15 +85,18 @@ def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Sour
 
     Those of the most work are joined, as many as make it the least.
     """
-    groups: list[tuple[set[int], list[Any]]] = []
+    # By contraction, all those of a group, and the sources that need them.
+    groups: dict[int, tuple[list[int], list[Any]]] = {}
     for key in sources:
         formed = _formed(sites[key])
-        same = [g for g in groups if not g[0].isdisjoint(formed)]
-        groups = [g for g in groups if g not in same]
-        formed |= {x for g in same for x in g[0]}
-        groups.append((formed, [*(k for g in same for k in g[1]), key]))
+        same = {id(g): g for x in formed if (g := groups.get(x))}.values()
+        group = [x for g, _ in same for x in g], [k for _, keys in same for k in keys]
+        group[0].extend(formed)
+        group[1].append(key)
+        groups.update(dict.fromkeys(group[0], group))
     found = dict(sources)
-    for _, keys in groups:
+    shared = {id(keys): keys for _, keys in groups.values() if len(keys) > 1}
+    for keys in shared.values():
         whole = {key: x for key in keys if (x := _contracted(sites[key]))}
         dearest = sorted(whole, key=lambda key: -sources[key].work)
         best = sum(sources[key].work for key in keys), {}
@@ -112,7 +115,7 @@ def joined(sites: dict[Any, Site], sources: dict[Any, Source]) -> dict[Any, Sour
 
 def _formed(site):
     """Returns the contractions in the region of a site."""
-    return {id(e) for e in site.region() if name_of(e) in CONTRACTIONS}
+    return [id(e) for e in site.region() if name_of(e) in CONTRACTIONS]
 
 
 def _held_anyway(site, eqn):

@@ -62,12 +62,35 @@ def scaled_after(closed: Any, varies: Sequence[bool], learned: Sequence[bool]) -
     return new if changed else closed
 
 
+def _chosen(jaxpr, mark):
+    return (v for v, b in zip(jaxpr.invars, mark, strict=True) if b)
+
+
+def scales_weights(closed: Any, varies: Sequence[bool]) -> bool:
+    """Tells whether a program scales anything that is the same for all examples."""
+    return _scaled_anywhere(Dataflow(closed.jaxpr, _chosen(closed.jaxpr, varies)))
+
+
+def _scaled_anywhere(flow):
+    for eqn in flow.jaxpr.eqns:
+        name, varies = name_of(eqn), [*map(flow.varies, eqn.invars)]
+        if name == LOOP:
+            inner = loop_flow(flow, eqn)
+        elif name in (*CALLS, *REMATERIALISED):
+            jaxpr, _ = body_of(eqn)
+            inner = Dataflow(jaxpr, _chosen(jaxpr, varies))
+        elif name in SCALING and not any(varies):
+            return True
+        else:
+            continue
+        if _scaled_anywhere(inner):
+            return True
+    return False
+
+
 def _run(jaxpr, consts, args, marks, given, changed):
     """Returns each result, and how it is scaled; `given` says this of inputs."""
-    flow, learned = (
-        Dataflow(jaxpr, (v for v, b in zip(jaxpr.invars, mark, strict=True) if b))
-        for mark in marks
-    )
+    flow, learned = (Dataflow(jaxpr, _chosen(jaxpr, mark)) for mark in marks)
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     scaled = {jaxpr.invars[k]: way for k, way in given.items()}
     for eqn in jaxpr.eqns:
@@ -161,12 +184,9 @@ def _divided(eqn, values, ways):
     return Scaled(way.x, (*way.scales, *((jnp.divide, s) for _, s in scales)))
 
 
-WAYS: dict[str, Callable[[Any, list[Any], dict[int, Scaled]], Scaled | None]] = {
-    "broadcast_in_dim": _stretched,
-    "transpose": _transposed,
-    "mul": _multiplied,
-    "div": _divided,
-}
+Way = Callable[[Any, list[Any], dict[int, Scaled]], Scaled | None]
+SCALING: dict[str, Way] = {"mul": _multiplied, "div": _divided}
+WAYS = SCALING | {"broadcast_in_dim": _stretched, "transpose": _transposed}
 
 
 # Products with scaled weights.

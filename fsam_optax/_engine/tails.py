@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 from fsam_optax._engine.canonical import bound
 from fsam_optax._engine.jaxpr import read, size
 from fsam_optax._engine.primitives import CONTRACTIONS, name_of
-from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.sources import Site, Source, Summation
 from fsam_optax._engine.squares import looped
 from fsam_optax._engine.sums import (
     convolution_as_product,
@@ -25,12 +25,12 @@ from fsam_optax._engine.work import IN_LOOPS, operations
 
 def whole(site: Site, rule: str, work: float) -> Source:
     """Returns the source of a value that the program holds for all examples anyway."""
-    reduce = _adding(site.like.shape, site.like.dtype, site.what)
+    reduce = adding(site.like.shape, site.like.dtype, site.what)
     return Source(rule, work, site.terms, reduce)
 
 
 @functools.cache
-def _adding(shape, dtype, what):
+def adding(shape: tuple[int, ...], dtype: Any, what: Summation) -> Callable:
     """Returns the rule of a sum of terms, one for all that are alike: traced once."""
 
     def total(*terms):

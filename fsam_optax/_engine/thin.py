@@ -172,18 +172,13 @@ def _product(eqn, a, b):
 
     def among(axes, x):
         places = _places(x.shape)
-        return [places[d] for d in axes if d in places]
+        return tuple(places[d] for d in axes if d in places)
 
-    y = lax.dot_general(
-        a.take("thin"),
-        b.take("thin"),
-        (
-            (among(contract_a, a), among(contract_b, b)),
-            (among(batch_a, a), among(batch_b, b)),
-        ),
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
+    contract = among(contract_a, a), among(contract_b, b)
+    numbers = contract, (among(batch_a, a), among(batch_b, b))
+    new = {**params, "dimension_numbers": numbers, "out_sharding": None}
+    new = eqn.replace(params={name: new[name] for name in params})
+    (y,) = bind(new, [a.take("thin"), b.take("thin")])
     return Value(eqn.outvars[0].aval.shape, thin=y)
 
 

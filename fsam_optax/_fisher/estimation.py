@@ -146,8 +146,11 @@ def _evaluate(
         )
     whole = params if given.full_params is None else given.full_params
     call = tuple(given.loss_args), dict(given.loss_kwargs or {})
-    arrays, fixed = arrays_of((parts, given.example_weights, whole, *call))
     real = jax.tree.map(lambda w: w if is_real(w) else optax.MaskedNode(), params)
+    rest = jax.tree.map(
+        lambda w, v: w if is_masked(v) else optax.MaskedNode(), whole, real
+    )
+    arrays, fixed = arrays_of((parts, given.example_weights, rest, *call))
     operands = jax.lax.stop_gradient((real, arrays)), key
 
     def run(operands, key):
@@ -160,12 +163,15 @@ def _evaluate(
     return without_explicit_axes(run, operands, (like(real), None))
 
 
-def _problem(nll, real, parts, example_weights, whole, args, kwargs) -> Problem:
+def _problem(nll, real, parts, example_weights, rest, args, kwargs) -> Problem:
     inputs, targets, weights = parts
     call = call_of(nll, args, kwargs)
 
     def complete(variables):
-        return jax.tree.map(lambda w, v: w if is_masked(v) else v, whole, variables)
+        def leaf(w, v):
+            return w if is_masked(v) else v
+
+        return jax.tree.map(leaf, rest, variables, is_leaf=is_masked)
 
     h, traced = traced_outputs(nll, complete(real), inputs, call)
     targets = targets if jax.tree.leaves(targets) else None

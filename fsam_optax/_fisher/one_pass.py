@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fsam_optax._common.mapped_axes import is_key
 from fsam_optax._common.norms import widen
-from fsam_optax._engine import loss_power_sums, without_explicit_axes
+from fsam_optax._engine import sums_of_loss, without_explicit_axes
 from fsam_optax._fisher.labels import Labels, log_likelihood
 from fsam_optax._fisher.negative_log_likelihood import (
     call_of,
@@ -135,7 +135,7 @@ def _one_pass(nll, params, kinds, axes, parts, args, kwargs):
         kinds[:] = _kinds_of_keys(aux)
         return loss, _keys_as_data(aux)
 
-    value, sums, *aux = loss_power_sums(
+    value, sums, *aux = sums_of_loss(
         with_keys_as_data if nll.has_aux else lambda w, x: one(w, x)[0],
         params,
         examples,
@@ -143,7 +143,8 @@ def _one_pass(nll, params, kinds, axes, parts, args, kwargs):
         # Divided here: what is done to the sums takes an array more of each.
         weights=labels.examples / labels.divisor,
         has_value=True,
-        **({"has_aux": True} if nll.has_aux else {}),
+        has_aux=nll.has_aux,
+        constant=False,  # By the rule of the derivative of all this.
     )
     grads, squares = sums
     grads = jax.tree.map(lambda g, w: g.astype(jnp.asarray(w).dtype), grads, params)
