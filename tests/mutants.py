@@ -478,6 +478,8 @@ MUTANTS = [
         ),
         ("start = lax.cummax(jnp.where(new, places, 0))", "start = places"),
         ("one = _gathered(last, flat)", "one = lax.iota(jnp.int32, len(flat))"),
+        ("jnp.where(alike, places[:, None], n)", "places[:, None] + 0 * alike"),
+        ("sent = jnp.where(stays, len(rows), one)", "sent = one"),
     ),
     *_mutants(
         "_engine/pairs.py",

@@ -307,7 +307,7 @@ def columns_looked_up_one_by_one_under_vmap(p, i):
     return dense(jax.vmap(lambda i: p["k"][:, i])(i), FIXED)
 
 
-@pattern({"e": normal(300, 6)}, tokens(300, B, 3), ["embedding"], 2.2)
+@pattern({"e": normal(300, 6)}, tokens(300, B, 3), ["embedding"], 2.3)
 def windows_of_rows(p, i):
     def window(i):
         return lax.dynamic_slice(p["e"], (i, 0), (4, 6))
@@ -975,6 +975,16 @@ def test_fourth_powers_of_gradients_that_are_scaled_into_range(scales):
     (sums,) = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=(4,)))(w, X)
     (expected,) = oracles.loss_power_sums(loss_fn, w, X, (4,))
     oracles.assert_close(sums, expected)
+
+
+@pytest.mark.parametrize(("n", "entries"), [(9, 12), (40, 50), (40, 5000)])
+def test_rows_are_sent_to_the_first_of_their_place(n, entries):
+    """By pairs, by a table, sorted."""
+    index = tokens(min(entries, 60), n)
+    found = jax.jit(lambda i: rows.first_alike(i, entries))(index)
+    expected = [list(index).index(i) for i in index]
+    assert len({*expected}) < n
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.short("few-cotangents", "many-fill")

@@ -29,7 +29,7 @@ from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 # A table of so many entries a row is filled for each example, rather than rows sorted.
 SMALL_TABLE = 32
-FEW = 16  # Rows of an example, which take less time than a step of a loop.
+FEW = 32  # Rows of an example: pairs of them take less time than a step of a loop.
 
 
 class Lookup(NamedTuple):
@@ -126,8 +126,9 @@ def _merging_work(site, rows, entries, width, indexed):
     summing = site.what.per_entry - 1
     if rows > 1:
         by_table = entries <= SMALL_TABLE * rows
-        places += rows * (2.0 if by_table else math.log2(rows) + 6)
-        summing += 1
+        found = 2.0 if by_table else math.log2(rows) + 6
+        places += rows * (3.0 + (3.0 * rows if rows <= FEW else found))
+        summing += 2
     return places + summing * rows * width
 
 
@@ -183,6 +184,10 @@ def first_alike(index: jax.Array, entries: int) -> jax.Array:
     """
     (n,) = index.shape
     places = lax.iota(jnp.int32, n)
+    if n <= FEW:
+        # Of columns, of which XLA:CPU takes several at a time.
+        alike = index[:, None] == index[None, :]
+        return jnp.min(jnp.where(alike, places[:, None], n), 0)
     if entries <= SMALL_TABLE * n:
         first = vary_like(jnp.full(entries + 1, n, jnp.int32), index)
         return _gathered(_scattered(lax.scatter_min, first, index, places), index)
@@ -235,20 +240,31 @@ def _numbers(lookups, bounds, index):
 
 
 def _numbered(lookups, bounds, *index):
-    """Returns the places of all rows, and for each the first of the same place."""
-    flat = _numbers(lookups, bounds, index)
-    return flat, first_alike(flat, math.prod(bounds)) if len(flat) > 1 else None
+    """Returns where rows are left in the table, and for each the first of its place."""
+    flat, entries = _numbers(lookups, bounds, index), math.prod(bounds)
+    if len(flat) == 1:
+        return flat, None
+    first = first_alike(flat, entries)
+    return jnp.where(_stays(first), flat, entries), first
 
 
-def _merged(lookups, dtype, first, *rows):
-    """Returns all rows, those of the same place added up at the first of them."""
+def _stays(one):
+    return one == lax.iota(one.dtype, len(one))
+
+
+def _merged(lookups, dtype, one, *rows):
+    """Returns all rows, those of the same place added up at one of them."""
     rows = [
         _stacked(x.astype(dtype), k.window) for x, k in zip(rows, lookups, strict=True)
     ]
     rows = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-    if first is None:
+    if one is None:
         return rows
-    return _scattered(lax.scatter_add, jnp.zeros_like(rows), first, rows)
+    stays = _stays(one)
+    kept = jnp.where(jnp.expand_dims(stays, range(1, rows.ndim)), rows, 0)
+    # To scatter an entry takes a CPU several operations: none is sent to itself.
+    sent = jnp.where(stays, len(rows), one)
+    return _scattered(lax.scatter_add, kept, sent, rows)
 
 
 def _squares(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
@@ -324,6 +340,7 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
             last = _scattered(lax.scatter, last, flat, lax.iota(jnp.int32, len(flat)))
             several = [[False] * len(early), *inner[1::2]]
             one = _gathered(last, flat)
+            flat = jnp.where(_stays(one), flat, entries)
             found = over_leading(merged, several)(one, *operands[1::2])
             found = powers(weight, found, _union(inner), early)
             pairs = zip(sums, found, strict=True)
@@ -354,7 +371,7 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
 
 def _are_few(lookups):
     """Tells whether a step of a loop would take longer than the rows of an example."""
-    return sum(math.prod(x.index.aval.shape[:-1]) for x in lookups) < FEW
+    return sum(math.prod(x.index.aval.shape[:-1]) for x in lookups) <= FEW
 
 
 def _union(has):
