@@ -349,12 +349,12 @@ def small_table(p, i):
     return jnp.sum(jnp.tanh(p["e"][i]) ** 2)
 
 
-@pattern({"e": normal(5000, 6)}, tokens(5000, B, T), ["embedding"], 1.8)
+@pattern({"e": normal(5000, 6)}, tokens(5000, B, T), ["embedding"], 2.1)
 def large_table(p, i):
     return jnp.sum(jnp.tanh(p["e"][i] * jnp.arange(6)) ** 2)
 
 
-@pattern({"e": normal(400, 6)}, tokens(400, B, T), ["embedding"], 1.8)
+@pattern({"e": normal(400, 6)}, tokens(400, B, T), ["embedding"], 2.5)
 def row_of_padding(p, i):
     return jnp.sum(jnp.tanh(p["e"].at[0].set(0.0)[i]) ** 2)
 

@@ -65,7 +65,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Explanation:
         >>> nll = negative_log_likelihood(apply_fn, categorical)
         >>> print(explain(nll, params, (jnp.ones((8, 300)), jnp.zeros(8, int))))
         parameter   shape      rule           cost
-        ['bias']    (90,)      reduction      2.00
+        ['bias']    (90,)      reduction      3.00
         ['kernel']  (300, 90)  outer product  1.02
         All of it costs 1.01 gradients of the batch.
     """
