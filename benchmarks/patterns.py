@@ -212,7 +212,8 @@ COUNTS: show.Columns = {
 )
 def main(run: harness.Run) -> None:
     devices, repeats = run.options.devices, run.options.repeats
-    jax.config.update("jax_num_cpu_devices", devices)
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
     args = measure, devices, repeats
     key = {"devices": devices} if devices > 1 else {"repeats": repeats}
     found = run.each("pattern", run.options.patterns, *args, **key)
