@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, is_real, size
 from fsam_optax._engine.normal import moves_or_pads, windows_by_rows
 from fsam_optax._engine.primitives import holds_numbers, LOOP, name_of, SUMS, UPDATE
 from fsam_optax._engine.sources import is_linear, parameter_side
-from fsam_optax._engine.sums import widened
 
 
 # Linear in one operand, with others that are no zeros.
@@ -108,7 +108,7 @@ class Carries:
             kept = numbers.get(self._flow.jaxpr.invars[self._first + k], 0.0)
             later, total = 1.0, start[k]
             if not _is_one(kept):
-                kept = jnp.asarray(kept, widened(total.dtype))
+                kept = jnp.asarray(kept, widen(total.dtype))
                 later, whole = _later(kept, order["length"], order["reverse"])
                 total = (total * whole).astype(total.dtype)
             scales: dict[Any, list[Any]] = {}
@@ -155,7 +155,7 @@ class Carries:
 
 
 def _wide(x):
-    return x.astype(widened(x.dtype))
+    return x.astype(widen(x.dtype))
 
 
 def _is_one(x):

@@ -11,6 +11,7 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.jaxpr import (
     body_of,
     Dataflow,
@@ -24,7 +25,6 @@ from fsam_optax._engine.sums import (
     added_up,
     apart,
     CACHE,
-    widened,
 )
 
 
@@ -98,7 +98,7 @@ def _read(eqn):
 
 def _bytes(v):
     dtype = v.aval.dtype
-    wide = widened(dtype) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+    wide = widen(dtype) if jnp.issubdtype(dtype, jnp.inexact) else dtype
     return size(v) * wide.itemsize
 
 

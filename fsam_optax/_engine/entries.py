@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.flatten import flatten
 from fsam_optax._engine.jaxpr import Dataflow, evaluate, is_real, read, size
 from fsam_optax._engine.power_sums import sums_of_powers
 from fsam_optax._engine.primitives import ENTERED_BY, LINEAR_MOVES, name_of
-from fsam_optax._engine.sums import widened
 
 
 PyTree = Any
@@ -139,7 +139,7 @@ def sum_of_products(
 
     def length(x):
         # Half-precision squares would leave their range.
-        x = x.astype(widened(x.dtype))
+        x = x.astype(widen(x.dtype))
         largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
         unit = jnp.where(largest > 0, largest, 1)
         return largest * jnp.sqrt(jnp.mean((x / unit) ** 2, axis=axes, keepdims=True))

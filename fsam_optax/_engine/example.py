@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.canonical import bound
 from fsam_optax._engine.columns import (
     at_a_time,
@@ -37,7 +38,7 @@ from fsam_optax._engine.plan import bytes_at_once, make_plan, most_held, run
 from fsam_optax._engine.report import Used
 from fsam_optax._engine.scales import scaled_after, scales_weights
 from fsam_optax._engine.squares import looped
-from fsam_optax._engine.sums import Steps, widened
+from fsam_optax._engine.sums import Steps
 from fsam_optax._engine.unrolling import unrolled
 
 
@@ -181,7 +182,7 @@ def _checked(cs, h, tree):
 
 def _all_once(weight):
     """Returns the number that says that each entry of a gradient counts once."""
-    return vary_like(jnp.ones((), widened(weight.dtype)), weight)
+    return vary_like(jnp.ones((), widen(weight.dtype)), weight)
 
 
 def _rewritten(program, what, report):
@@ -277,4 +278,4 @@ def _as_it_is(program, what, report):
 
 def _bytes_of(avals):
     """Returns the bytes of arrays in float32, or wider if they are."""
-    return sum(math.prod(x.shape) * widened(x.dtype).itemsize for x in avals)
+    return sum(math.prod(x.shape) * widen(x.dtype).itemsize for x in avals)

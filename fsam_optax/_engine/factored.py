@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.collecting import combined, counted_once, distributed, settled
 from fsam_optax._engine.folding import aligned, folded, made, variables
 from fsam_optax._engine.grouping import grouped
@@ -15,7 +16,7 @@ from fsam_optax._engine.pairs import multiplied_out
 from fsam_optax._engine.products import Expander, Mismatch
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import gram, gram_work, looped, mapped
-from fsam_optax._engine.sums import outer_product, Steps, widened
+from fsam_optax._engine.sums import outer_product, Steps
 from fsam_optax._engine.tails import adding
 from fsam_optax._engine.work import IN_LOOPS
 
@@ -68,7 +69,7 @@ def _products(site, limit, mirrored=False):
     operands = tuple(dict.fromkeys(v for v in reads if v in site.flow.uses))
     if not all(map(site.is_small, operands)):
         return None
-    return grouped(found, expander.sizes, widened(site.like.dtype)), operands
+    return grouped(found, expander.sizes, widen(site.like.dtype)), operands
 
 
 def _all_varying(terms):

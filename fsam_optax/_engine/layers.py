@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.jaxpr import body_of, Dataflow, loop_counts, loop_flow, read
 from fsam_optax._engine.operation import reduced
 from fsam_optax._engine.primitives import LOOP, name_of
-from fsam_optax._engine.sums import widened
 from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 
@@ -100,7 +100,7 @@ def run_loop(
     if counts is None and eqn.params["length"]:
         # Not stacked by the loop itself, which begins with zeros that do not wait.
         avals = [eqn.outvars[k].aval for k in loop.outputs]
-        like = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in avals]
+        like = [jax.ShapeDtypeStruct(v.shape, widen(v.dtype)) for v in avals]
 
         def zeros(has, weight, *carry):
             del has

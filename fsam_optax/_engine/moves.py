@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.jaxpr import bind_in, Dataflow, is_real, read, size
 from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
-from fsam_optax._engine.sums import power, widened
+from fsam_optax._engine.sums import power
 
 
 MODERATE = 1e4  # A number that scales entries after their powers are summed.
@@ -111,7 +112,7 @@ def transposed(fn: Callable, like: Any, k: jax.Array) -> tuple[Any, ...]:
         like: Shapes of its operand; the dtypes are widened.
         k: What is mapped back.
     """
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widened(x.dtype)), like)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widen(x.dtype)), like)
     zeros = jax.tree.map(lambda x: vary_like(x, k), zeros)
     y, pull = jax.vjp(fn, zeros)
     return pull(vary_like(jnp.broadcast_to(k.astype(y.dtype), y.shape), y))
@@ -339,7 +340,7 @@ def _rebound(eqn, i, k, others, s, p):
 
 def _converted(eqn, i, k, others, s, p):
     del i, others, p
-    out = widened(eqn.outvars[k].aval.dtype)
+    out = widen(eqn.outvars[k].aval.dtype)
     return s.astype(max(s.dtype, out, key=lambda dtype: dtype.itemsize))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.branches import (
     Branching,
     is_common_choice,
@@ -45,7 +46,6 @@ from fsam_optax._engine.sources import (
     Source,
     Summation,
 )
-from fsam_optax._engine.sums import widened
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def bytes_at_once(plan: Plan) -> int:
     """Returns the bytes of the sums that no loop over examples adds up."""
     bases = {base.key: base for x in plan.wanted for base in x.sources()}
     found = sum(
-        size(bases[key].terms[0]) * widened(bases[key].terms[0].aval.dtype).itemsize
+        size(bases[key].terms[0]) * widen(bases[key].terms[0].aval.dtype).itemsize
         for key, (source, _) in plan.sources.items()
         if source.held == 0
     )

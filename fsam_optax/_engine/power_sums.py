@@ -22,7 +22,6 @@ from fsam_optax._engine.example import sums_of_example
 from fsam_optax._engine.one_row import as_batch_of_one
 from fsam_optax._engine.report import leaves_of, warn_of_fallbacks
 from fsam_optax._engine.sources import Summation
-from fsam_optax._engine.sums import widened
 
 
 PyTree = Any
@@ -331,7 +330,7 @@ def sums_and_outputs(
     leaves, tree = jax.tree.flatten(params)
     sums = tuple(
         tree.unflatten(
-            [s[i].astype(widened(x.dtype)) for s, x in zip(sums, leaves, strict=True)]
+            [s[i].astype(widen(x.dtype)) for s, x in zip(sums, leaves, strict=True)]
         )
         for i in range(len(powers))
     )

@@ -18,12 +18,13 @@ from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import Dataflow, is_real, size
 from fsam_optax._engine.primitives import name_of, SCATTER
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import looped, mapped, square
-from fsam_optax._engine.sums import power, rows_at, Steps, widened
+from fsam_optax._engine.sums import power, rows_at, Steps
 from fsam_optax._engine.waiting import on_one_device, zeros_after
 
 
@@ -223,7 +224,7 @@ def _as_table(site, indexed, rows):
 def _filled(site, indexed, lookups):
     """Returns the function that fills the table with the rows of one example."""
     bounds, _ = _table(site, indexed)
-    dtype = widened(site.like.dtype)
+    dtype = widen(site.like.dtype)
 
     def fn(*operands):
         flat = _numbers(lookups, bounds, operands[::2])
@@ -273,7 +274,7 @@ def _squares(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
 
     def one(ks, *operands):
         flat, first = _numbered(lookups, bounds, *operands[::2])
-        rows = _merged(lookups, widened(site.like.dtype), first, *operands[1::2])
+        rows = _merged(lookups, widen(site.like.dtype), first, *operands[1::2])
         inside = jnp.expand_dims(flat < math.prod(bounds), range(1, rows.ndim))
         rows = jnp.where(inside, rows, 0)
 
@@ -292,7 +293,7 @@ def _squares(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
 def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
     """Sums the powers of the rows of all examples."""
     bounds, window = _table(site, indexed)
-    dtype = widened(site.like.dtype)
+    dtype = widen(site.like.dtype)
     merged = functools.partial(_merged, lookups, dtype)
 
     def over_leading(fn, several):
@@ -421,7 +422,7 @@ def symmetric(site: Site) -> Source | None:
 
 def _at_known_places(site, indexed, lookups, known):
     """Sums rows by tables that are made now, and scatters after the examples."""
-    dtype = widened(site.like.dtype)
+    dtype = widen(site.like.dtype)
     bounds, window = _table(site, indexed)
     flat = []
     for index, lookup in zip(known, lookups, strict=True):

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine import sums
 from fsam_optax._engine.sources import Summation
-from fsam_optax._engine.sums import apart, Steps, widened
+from fsam_optax._engine.sums import apart, Steps
 
 
 def square(k: jax.Array, x: jax.Array) -> jax.Array:
     """Returns `sum k x^2`, in float32 or wider."""
-    x = x.astype(widened(x.dtype))
+    x = x.astype(widen(x.dtype))
     return k * jnp.sum(x * x) if k.ndim == 0 else jnp.sum(k * (x * x))
 
 

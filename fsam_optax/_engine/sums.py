@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.waiting import after, on_one_device, zeros_after
 
 
@@ -73,12 +74,6 @@ def by_device(reduce: Callable, share: int) -> Callable:
 def power(x: jax.Array, p: int) -> jax.Array:
     """Returns x**p for p = 1, 2 or 4."""
     return x if p == 1 else power(lax.mul(x, x), p // 2)
-
-
-def widened(dtype: Any) -> Any:
-    """Returns the dtype to accumulate in: float32 or wider."""
-    with jax.numpy_dtype_promotion("standard"):  # Also where it is strict.
-        return jnp.promote_types(dtype, jnp.float32)
 
 
 class Steps(NamedTuple):
@@ -148,7 +143,7 @@ def looped(
             found = zip(out, each(*operands), strict=True)
             return [
                 [lax.reduce_sum(_weighted(weight, power(x, p)), rows) for p in powers]
-                for x in (x.astype(widened(v.dtype)) for v, x in found)
+                for x in (x.astype(widen(v.dtype)) for v, x in found)
             ]
 
         def added(before, weight, *operands):
@@ -193,7 +188,7 @@ def looped(
         def in_steps(number, *operands):
             if number == length:
                 return sums(*operands)
-            zeros = [jax.ShapeDtypeStruct(v.shape, widened(v.dtype)) for v in out]
+            zeros = [jax.ShapeDtypeStruct(v.shape, widen(v.dtype)) for v in out]
             zeros = zeros_after(operands, zeros, n == length)
             zeros = [[z] * len(powers) for z in zeros]
             one = functools.partial(of_share, number, zeros)
@@ -235,7 +230,7 @@ def precision_of(eqn: Any) -> Any:
     None for an algorithm that would not hold squares: of the range of float16, or one
     that adds up in half precision.
     """
-    precision, out = eqn.params["precision"], widened(eqn.outvars[0].aval.dtype)
+    precision, out = eqn.params["precision"], widen(eqn.outvars[0].aval.dtype)
     if precision is None or isinstance(precision, tuple):
         return precision
     if isinstance(precision, lax.DotAlgorithmPreset):
@@ -367,7 +362,7 @@ def convolution_as_product(eqn: Any, a: jax.Array, g: jax.Array) -> jax.Array:
     spec, groups = params["dimension_numbers"], params["batch_group_count"]
     n_spatial = len(spec.lhs_spec) - 2
     out = eqn.outvars[0].aval
-    dtype = widened(out.dtype)
+    dtype = widen(out.dtype)
     # Features, then positions, then what remains of the output.
     a = jnp.transpose(a, (spec.lhs_spec[1], *spec.lhs_spec[2:], spec.lhs_spec[0]))
     g = jnp.transpose(g, (spec.rhs_spec[1], *spec.rhs_spec[2:], spec.rhs_spec[0]))

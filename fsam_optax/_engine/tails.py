@@ -9,17 +9,13 @@ import jax
 from jax import lax
 from jax.extend.core import Literal
 
+from fsam_optax._common.norms import widen
 from fsam_optax._engine.canonical import bound
 from fsam_optax._engine.jaxpr import read, size
 from fsam_optax._engine.primitives import CONTRACTIONS, name_of
 from fsam_optax._engine.sources import Site, Source, Summation
 from fsam_optax._engine.squares import looped
-from fsam_optax._engine.sums import (
-    convolution_as_product,
-    precision_of,
-    Steps,
-    widened,
-)
+from fsam_optax._engine.sums import convolution_as_product, precision_of, Steps
 from fsam_optax._engine.work import IN_LOOPS, operations
 
 
@@ -86,7 +82,7 @@ def joint(
     )
     # What is not rounded: a product that is all of a sum, and read by nothing else.
     last = {
-        id(site.terms[0]): widened(site.like.dtype)
+        id(site.terms[0]): widen(site.like.dtype)
         for site in sites
         if len(site.terms) == 1 and site.terms[0] not in reads[: -_count(sites)]
     }
@@ -96,17 +92,17 @@ def joint(
         for e in eqns:
             inputs = [read(env, x) for x in e.invars]
             dtype = last.get(id(e.outvars[0]))
-            wide = dtype or widened(e.outvars[0].aval.dtype)
+            wide = dtype or widen(e.outvars[0].aval.dtype)
             found = _evaluated(e, inputs, dtype is not None, wide)
             env.update(zip(e.outvars, found, strict=True))
         sums = []
         for site in sites:
-            dtype = widened(site.like.dtype)
+            dtype = widen(site.like.dtype)
             terms = [read(env, x).astype(dtype) for x in site.terms]
             sums.append(sum(terms[1:], start=terms[0]))
         return sums
 
-    wide = max(widened(site.like.dtype).itemsize for site in sites)
+    wide = max(widen(site.like.dtype).itemsize for site in sites)
     held = sum(map(_working_size, eqns)) * wide
     products = any(name_of(e) in CONTRACTIONS for e in eqns)
     steps = Steps(held, what.budget, what.examples, apart=products)
