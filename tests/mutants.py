@@ -608,6 +608,12 @@ MUTANTS = [
         ("return squares(v + u) - squares(v - u)", "return squares(v + u)"),
     ),
     *_mutants(
+        "_engine/plan.py",
+        "example_gradients",
+        ("uniform=what.uniform and key not in several", "uniform=what.uniform"),
+        ("best.work / 2", "best.work * 1e3"),
+    ),
+    *_mutants(
         "_engine/power_sums.py",
         "engine fused",
         ("jnp.sum(losses if weights is None else weights * losses)", "jnp.sum(losses)"),
