@@ -409,6 +409,10 @@ MUTANTS = [
             "return found",
         ),
         (
+            "return add(before, *values), rows(i + 1)",
+            "return add(before, *values), own",
+        ),
+        (
             "return scaled(a, has[0], scale), scaled(g, has[1], 1 / scale)",
             "return scaled(a, has[0], scale), scaled(g, has[1], scale)",
         ),
@@ -439,6 +443,17 @@ MUTANTS = [
             "if weight.ndim == 0 or len(weight) % share:",
             "if True:",
         ),
+        ("short is not None and alone", "short is not None", "engine_placements"),
+    ),
+    *_mutants(
+        "_engine/short.py",
+        "engine",
+        ("positions * len(powers) <= MOST", "positions <= MOST"),
+    ),
+    *_mutants(
+        "_engine/rows.py",
+        "engine_memory",
+        ("None if _are_few(lookups) else steps)\n    work", "None)\n    work"),
     ),
     *_mutants(
         "_engine/squares.py",

@@ -614,6 +614,48 @@ def test_a_cpu_adds_up_several_large_products_at_once(powers):
     assert ("unroll=4" in str(jax.make_jaxpr(fn)(x))) == (len(powers) > 1)
 
 
+@pytest.mark.parametrize("powers", [(2,), (1, 2)])
+def test_few_products_are_added_up_as_they_are_formed(powers):
+    """Of several cotangents too, which share their activations."""
+    w, x, weights = normal(0, 4, 12), normal(1, 7, 6, 4), normal(2, 7)
+
+    def model(w, x):
+        return jnp.tanh(x @ w)
+
+    def cotangents(h, _):
+        return jnp.stack([h, h**2, jnp.ones_like(h)])
+
+    found = jitted(model, w, x, cotangents, powers=powers, weights=weights)
+    expected = oracles.power_sums(
+        model, w, x, cotangents, powers=powers, weights=weights
+    )
+    oracles.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("places", "columns", "powers", "few"),
+    [
+        (6, 12, (2,), True),
+        (6, 12, (1, 2), True),
+        (12, 12, (2,), True),
+        (12, 12, (1, 2), False),
+        (20, 12, (2,), False),
+        (6, 4, (2,), False),
+        (6, 4096, (2,), False),
+    ],
+)
+def test_a_cpu_forms_few_products_entry_by_entry(places, columns, powers, few):
+    def loss_fn(w, x):
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    shapes = (columns, 9), (3, places, columns)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    fn = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=powers))
+    text = fn.trace(*args).lower(lowering_platforms=("cpu",)).as_text()
+    # Beside the product of the model.
+    assert text.count("stablehlo.dot_general") == (1 if few else 2)
+
+
 @pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("chunk_bytes", [1, 500, 1000, 10**6])
 def test_chunks_that_do_not_divide_the_batch(chunk_bytes):

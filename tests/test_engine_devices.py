@@ -32,7 +32,8 @@ from fsam_optax import (
 from fsam_optax._fisher.one_pass import value_grad_and_fisher
 
 
-EXAMPLES, WIDTH, CLASSES, TOKENS = 64, 8, 3, 5
+# More tokens than one CPU alone takes without matrix products.
+EXAMPLES, WIDTH, CLASSES, TOKENS = 64, 8, 3, 20
 KEY = jax.random.key(0)
 ESTIMATORS = {
     "empirical": fisher_empirical,

@@ -357,6 +357,18 @@ def test_what_the_gradient_holds_for_all_examples_may_be_held():
     assert held <= 1.2 * temporaries(gradient, *args)
 
 
+def test_a_cpu_scatters_to_known_places_one_example_at_a_time():
+    """So that next to the scores that it scatters it holds no copy of them."""
+    offsets = np.arange(64)[:, None] - np.arange(64)[None] + 63
+
+    def loss_fn(p, x):
+        return jnp.sum((jax.nn.softmax(x @ x.T + p[offsets]) @ x) ** 2)
+
+    p, x = like(127), like(64, 64, 8)
+    held = temporaries(lambda *args: loss_power_sums(loss_fn, *args), p, x)
+    assert held <= 1.1 * 4 * x.shape[0] * offsets.size
+
+
 def test_the_loop_over_examples_is_chosen_for_the_platform():
     """Single examples on CPUs, whatever the machine that lowers the program."""
 

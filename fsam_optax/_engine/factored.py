@@ -14,6 +14,7 @@ from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
 from fsam_optax._engine.pairs import multiplied_out
 from fsam_optax._engine.products import Expander, Mismatch
+from fsam_optax._engine.short import is_short, short_product
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.squares import gram, gram_work, looped, mapped
 from fsam_optax._engine.sums import outer_product, Steps
@@ -110,6 +111,9 @@ def _one_group(site, groups, operands):
         products = [arrays[k : k + each] for k in range(0, len(arrays), each)]
         return [sum(map(group.product, products[1:]), group.product(products[0]))]
 
+    def short(left, right):
+        return [short_product(left, right).reshape(shape)]
+
     like = jax.ShapeDtypeStruct(tuple(shape), group.dtype)
     held, waits = 0, 0.0
     if each == 1:
@@ -138,7 +142,9 @@ def _one_group(site, groups, operands):
         work += sum(n) * sides
         held = 2 * spread * group.dtype.itemsize
         steps = Steps(held, what.budget, what.examples, apart=True)
-        reduce = looped(fn, [like], what, steps)
+        columns = group.volume(group.sides[1])
+        few = len(n) == 1 and is_short(n[0], columns, group.dtype, what.powers)
+        reduce = looped(fn, [like], what, steps, short if few else None)
     then = None if group.lies_in_place() else finish
     keeps = _keeps(site, group)
     return Source(

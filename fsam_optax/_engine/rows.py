@@ -441,8 +441,10 @@ def _at_known_places(site, indexed, lookups, known):
         return _into_table(site, indexed, jnp.asarray(places), s)
 
     like = jax.ShapeDtypeStruct((len(places), *window), dtype)
-    reduce = looped(fn, [like], site.what, None)
-    work = (len(which) + site.what.per_entry * len(places)) * math.prod(window)
-    work += len(places) * math.prod(window) / site.what.examples
+    # One after the other on a CPU, so that the entries of each stay in its cache.
+    what, width = site.what, math.prod(window)
+    steps = Steps(like.size * dtype.itemsize, what.budget, what.examples, apart=True)
+    reduce = looped(fn, [like], what, None if _are_few(lookups) else steps)
+    work = (len(which) + (what.per_entry + 1 / what.examples) * len(places)) * width
     operands = tuple(lookup.rows for lookup in lookups)
     return Source("embedding", work, operands, reduce, 0, None, finish, like)

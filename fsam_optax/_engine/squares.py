@@ -28,14 +28,18 @@ def square(k: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def looped(
-    fn: Callable, out: Sequence[Any], what: Summation, steps: Steps | None
+    fn: Callable,
+    out: Sequence[Any],
+    what: Summation,
+    steps: Steps | None,
+    short: Callable | None = None,
 ) -> Callable:
     """Returns what sums powers of `fn(*operands)`; see `sums.looped`.
 
     By example, the squares of all its arrays, or of the one as often as asked for.
     """
     if not what.by_example:
-        return sums.looped(fn, out, what.powers, steps)
+        return sums.looped(fn, out, what.powers, steps, short)
 
     def one(ks, *operands):
         found = fn(*operands)

@@ -115,7 +115,11 @@ class Steps(NamedTuple):
 
 
 def looped(
-    fn: Callable, out: Sequence[Any], powers: tuple[int, ...], steps: Steps | None
+    fn: Callable,
+    out: Sequence[Any],
+    powers: tuple[int, ...],
+    steps: Steps | None,
+    short: Callable | None = None,
 ) -> Callable:
     """Returns the sums of powers of `fn(*operands)`, a few examples at a time.
 
@@ -124,6 +128,7 @@ def looped(
         out: The shapes and dtypes of these arrays.
         powers: The powers.
         steps: How many examples at a time; None for all at once.
+        short: What a CPU evaluates in the place of `fn`; see `short_product`.
     """
 
     def reduce(has, weight, *operands):
@@ -135,7 +140,7 @@ def looped(
         has = [[b for b, alive in zip(h, live, strict=True) if alive] for h in has]
         by_axis = [[0 if b else None for b in axis] for axis in zip(*has, strict=True)]
 
-        def sums(weight, *operands):
+        def sums(weight, *operands, fn=fn):
             each = fn
             for axes in by_axis[len(by_axis) - weight.ndim :][::-1]:
                 each = jax.vmap(each, axes)
@@ -146,13 +151,16 @@ def looped(
                 for x in (x.astype(widen(v.dtype)) for v, x in found)
             ]
 
-        def added(before, weight, *operands):
-            return jax.tree.map(jnp.add, before, sums(weight, *operands))
+        def added(before, weight, *operands, fn=fn):
+            return jax.tree.map(jnp.add, before, sums(weight, *operands, fn=fn))
 
         def added_apart(before, weight, *operands):
             if weight.ndim == 0:
                 return added(before, weight, *operands)
             axes = (0, *by_axis[len(by_axis) - weight.ndim])
+            if weight.ndim == 1 and short is not None and alone:
+                add = functools.partial(added, fn=short)
+                return _one_ahead(add, before, axes, (weight, *operands))
 
             def next_one(i, before):
                 return added_apart(before, *rows_at(axes, (weight, *operands), i))
@@ -169,6 +177,8 @@ def looped(
         # The gcd, as it is traced without the axis of the examples too.
         length = math.gcd(n, steps.share) if steps and live[0] else n
         rows = steps.rows(length, math.prod(inner)) if steps else {"default": length}
+        # Elsewhere what is summed over may be on several devices.
+        alone = length == n
 
         def of_share(number, before, *operands):
             if number == 0:
@@ -189,7 +199,7 @@ def looped(
             if number == length:
                 return sums(*operands)
             zeros = [jax.ShapeDtypeStruct(v.shape, widen(v.dtype)) for v in out]
-            zeros = zeros_after(operands, zeros, n == length)
+            zeros = zeros_after(operands, zeros, alone)
             zeros = [[z] * len(powers) for z in zeros]
             one = functools.partial(of_share, number, zeros)
             # Devices are added up after the loop.
@@ -216,6 +226,26 @@ def rows_at(axes, operands, start, count=None):
     return [
         x if axis is None else rows(x) for axis, x in zip(axes, operands, strict=True)
     ]
+
+
+def _one_ahead(add, before, axes, given):
+    """Adds up what rows contribute, each taken in the step before it is used.
+
+    Otherwise XLA would take each entry out of the stacks as it is read, for which it
+    reads one at a time.
+    """
+    mapped = [k for k, axis in enumerate(axes) if axis == 0]
+
+    def rows(i):
+        found = rows_at(axes, given, i)
+        return {k: found[k] for k in mapped}
+
+    def step(i, carry):
+        before, own = carry
+        values = (own.get(k, x) for k, x in enumerate(given))
+        return add(before, *values), rows(i + 1)
+
+    return lax.fori_loop(0, len(given[0]), step, (before, rows(0)))[0]
 
 
 def _weighted(weight, x):
