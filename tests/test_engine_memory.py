@@ -365,8 +365,10 @@ def test_a_cpu_scatters_to_known_places_one_example_at_a_time():
         return jnp.sum((jax.nn.softmax(x @ x.T + p[offsets]) @ x) ** 2)
 
     p, x = like(127), like(64, 64, 8)
+    gradient = jax.grad(lambda p, x: jnp.sum(jax.vmap(loss_fn, (None, 0))(p, x)))
     held = temporaries(lambda *args: loss_power_sums(loss_fn, *args), p, x)
-    assert held <= 1.1 * 4 * x.shape[0] * offsets.size
+    scores = 4 * x.shape[0] * offsets.size
+    assert held <= 1.1 * max(scores, temporaries(gradient, p, x))
 
 
 def test_the_loop_over_examples_is_chosen_for_the_platform():
