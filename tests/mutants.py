@@ -319,10 +319,7 @@ MUTANTS = [
         "fisher variance",
         ("        draws=num_samples,\n", ""),
         ("fourth / multiple - (second / multiple) ** 2", "fourth / multiple"),
-        (
-            "jax.random.split(key, num_samples)[i]",
-            "jax.random.split(key, num_samples)[0]",
-        ),
+        ("h, keys[i], present", "h, keys[0], present"),
     ),
     *_mutants(
         "_fisher/gnb.py",

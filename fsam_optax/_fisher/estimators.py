@@ -56,15 +56,14 @@ def _mean_square_draws(
     """
 
     def draw(h, target, i):
-        (_, present, within), key = target
-        key = jax.random.split(key, num_samples)[i]
-        return cotangent(problem.likelihood, h, key, present, within)
+        (_, present, within), keys = target
+        return cotangent(problem.likelihood, h, keys[i], present, within)
 
     w, total = problem.labels.examples, problem.labels.divisor
     diagonal, *fourth = mean_powers(
         problem,
         Columns(lambda h: num_samples, draw),
-        jax.random.split(key, w.size),
+        jax.random.split(key, (w.size, num_samples)),
         draws=num_samples,
         powers=(2, 4) if standard_error else (2,),
         chunk_bytes=chunk_bytes,
