@@ -20,6 +20,8 @@ from fsam_optax import (
     euclidean_ball,
     fisher_ellipsoid,
     fisher_empirical,
+    fisher_hutchinson,
+    fisher_i1,
     given,
     negative_log_likelihood,
     refresh_every,
@@ -302,6 +304,39 @@ def test_a_layer_of_the_fisher_is_few_operations_more_than_of_the_gradient():
     each = [operations(fn, 5) - operations(fn, 4) for fn in fns]
     assert 0 < each[1] <= each[0] + 6
     assert 0 < each[2] <= each[0]
+
+
+def test_the_fisher_of_tokens_has_one_loop_for_all_weights_of_a_shape():
+    """Their products are the same function, which is traced and lowered once."""
+
+    def apply_fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    batch = jnp.ones((8, 24, 4)), jnp.zeros((8, 24), jnp.int32)
+    estimator = fisher_empirical(negative_log_likelihood(apply_fn, categorical))
+
+    def loops(depth):
+        params = [jnp.eye(4)] * depth
+        fisher = jax.jit(functools.partial(fsam_optax.diagonal, estimator))
+        return fisher.lower(params, batch).as_text().count("stablehlo.while")
+
+    assert 0 < loops(2) == loops(4)
+
+
+@pytest.mark.parametrize("estimator", [fisher_i1, fisher_hutchinson])
+def test_draws_take_three_programs_of_random_bits(estimator):
+    """Those of the next state, of a key for each draw, and of what is drawn.
+
+    Each takes a CPU as long to compile as a model of a few layers.
+    """
+    f = estimator(lambda w, x: x @ w, categorical, key=jax.random.key(0), num_samples=2)
+    batch = jnp.ones((8, 4)), None
+    text = str(
+        jax.make_jaxpr(functools.partial(fsam_optax.diagonal, f))(jnp.eye(4), batch)
+    )
+    assert len(re.findall("random_(?:split|bits|fold_in)", text)) == 3
 
 
 BALLS = {

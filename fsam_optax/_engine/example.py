@@ -27,6 +27,7 @@ from fsam_optax._engine.jaxpr import (
     as_function,
     Dataflow,
     evaluate,
+    followed,
     laid_out,
     largest,
     read,
@@ -95,8 +96,7 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
     if cotangents is None and [h.shape for h in outputs] != [()]:
         raise TypeError(f"`loss_fn` must return a scalar; it returned {outputs}.")
 
-    def backward(run, params, inputs, cs):
-        h, pull = run(params, inputs)
+    def backward(h, pull, cs):
         h = jax.tree.leaves(h)
         if cotangents is None:
             cs = [vary_like(jnp.ones_like(x), x) for x in h]
@@ -123,25 +123,28 @@ def sums_of_example(fn, params, example, cotangents, weight, what, report):
     cs = [vary_like(jnp.zeros(h.shape, h.dtype), weight) for h in outputs]
     cs = [c for c in cs if _is_floating(c)] if cotangents else []
 
-    def program(run):
-        closed = jax.make_jaxpr(functools.partial(backward, run))(params, inputs, cs)
-        known = [*params, *inputs]
-        return Program(closed, known, len(outputs), pulled_back, weight)
+    def program(closed):
+        return Program(closed, [*params, *inputs], len(outputs), pulled_back, weight)
 
     def program_of(forward):
         call = as_function(forward)
-        run = functools.partial(ahead, lambda params, inputs: call(*params, *inputs))
-        return program(run)
 
-    def before(params, inputs):
-        found = as_function(linear)(*params, *inputs)
-        return jax.tree.structure(like).unflatten(found)
+        def run(params, inputs, cs):
+            made = ahead(lambda params, inputs: call(*params, *inputs), params, inputs)
+            return backward(*made, cs)
+
+        return program(jax.make_jaxpr(run)(params, inputs, cs))
+
+    def onward(found, cs):
+        h, pull = jax.tree.structure(like).unflatten(found)
+        return backward(h, pull, cs)
 
     try:
         learned = [True] * len(params) + [False] * len(inputs)
         varies = [not x for x in learned]
         if is_free(linear) and not scales_weights(linear, varies):
-            traced = program(before)
+            then = jax.make_jaxpr(onward)(linear.out_avals, cs)
+            traced = program(followed(linear, then))
         else:
             forward = jax.make_jaxpr(model)(params, inputs)
             traced = program_of(scaled_after(forward, varies, learned))

@@ -1,7 +1,9 @@
 """Sums of powers of sums of products: matrix products wherever it can be."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,13 @@ import jax.numpy as jnp
 from fsam_optax._common.norms import widen
 from fsam_optax._engine.collecting import combined, counted_once, distributed, settled
 from fsam_optax._engine.folding import aligned, folded, made, variables
-from fsam_optax._engine.grouping import grouped
+from fsam_optax._engine.grouping import Form, grouped
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
 from fsam_optax._engine.pairs import multiplied_out
 from fsam_optax._engine.products import Expander, Mismatch
 from fsam_optax._engine.short import is_short, short_product
-from fsam_optax._engine.sources import Site, Source
+from fsam_optax._engine.sources import Site, Source, Summation
 from fsam_optax._engine.squares import gram, gram_work, looped, mapped
 from fsam_optax._engine.sums import outer_product, Steps
 from fsam_optax._engine.tails import adding
@@ -102,17 +104,10 @@ def _one_group(site, groups, operands):
             found = group.of_one_position(env)
         else:
             found = [x for factors in group.factors(env) for x in factors]
-        return [group.product(found)] if each == 1 else found
+        return [group.form().product(found)] if each == 1 else found
 
     def finish(sums, p, env):
         return group.placed(sums.reshape(shape), group.masks(env), p)
-
-    def fn(*arrays):
-        products = [arrays[k : k + each] for k in range(0, len(arrays), each)]
-        return [sum(map(group.product, products[1:]), group.product(products[0]))]
-
-    def short(left, right):
-        return [short_product(left, right).reshape(shape)]
 
     like = jax.ShapeDtypeStruct(tuple(shape), group.dtype)
     held, waits = 0, 0.0
@@ -128,7 +123,7 @@ def _one_group(site, groups, operands):
         work += what.per_entry * sides + _placing(site, group)
         made = [max(map(site.flow.place, variables(f))) for f in group.terms[0].varying]
         reduce = outer_product(
-            (((), ()), group.numbers()[1]),
+            (((), ()), group.form().numbers[1]),
             group.dtype,
             precision,
             what.powers,
@@ -141,15 +136,34 @@ def _one_group(site, groups, operands):
         sides = group.volume(group.batch) * sum(map(group.volume, group.sides))
         work += sum(n) * sides
         held = 2 * spread * group.dtype.itemsize
-        steps = Steps(held, what.budget, what.examples, apart=True)
         columns = group.volume(group.sides[1])
         few = len(n) == 1 and is_short(n[0], columns, group.dtype, what.powers)
-        reduce = looped(fn, [like], what, steps, short if few else None)
+        reduce = _products_added(group.form(), what, held, few)
     then = None if group.lies_in_place() else finish
     keeps = _keeps(site, group)
     return Source(
         rule, work, operands, reduce, held, prepare, then, like, keeps, waits=waits
     )
+
+
+@functools.cache
+def _products_added(form: Form, what: Summation, held: int, few: bool) -> Callable:
+    """Returns the rule of a sum of products, one for all of a form: traced once.
+
+    `few` tells of a single product that it is short.
+    """
+
+    def fn(*arrays):
+        first, *rest = map(form.product, zip(arrays[::2], arrays[1::2], strict=True))
+        return [sum(rest, first)]
+
+    def short(left, right):
+        return [short_product(left, right).reshape(form.shape)]
+
+    like = jax.ShapeDtypeStruct(form.shape, form.dtype)
+    steps = Steps(held, what.budget, what.examples, apart=True)
+    reduce = looped(fn, [like], what, steps, short if few else None)
+    return jax.jit(reduce, static_argnums=(0, 1) if what.by_example else 0)
 
 
 def _placing(site, group):
@@ -209,7 +223,7 @@ def _several(site, groups, operands, large=False):
         for g, own, found in zip(groups, masks, factors, strict=True):
             each = len(g.sides)
             for k in range(0, len(found), each):
-                y = g.placed(g.product(found[k : k + each]), own, 1)
+                y = g.placed(g.form().product(found[k : k + each]), own, 1)
                 total = y if total is None else total + y
         return [total]
 

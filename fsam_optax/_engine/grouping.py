@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,35 @@ from fsam_optax._engine.sums import power
 
 
 FEW = 16  # Products over so few positions are joined into one.
+
+
+class Form(NamedTuple):
+    """The form of a product of one or two factors, without where they come from.
+
+    Attributes:
+        numbers: The dimension numbers of two factors.
+        shape: The shape of the product.
+        dtype: What is computed in.
+        precision: The precision of the product.
+    """
+
+    numbers: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    precision: Any
+
+    def product(self, factors: Sequence[jax.Array]) -> jax.Array:
+        """Returns the value of a product, with an axis for each label."""
+        first, *others = factors
+        for other in others:
+            first = lax.dot_general(
+                first,
+                other,
+                self.numbers,
+                precision=self.precision,
+                preferred_element_type=self.dtype,
+            )
+        return first.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -111,25 +140,12 @@ class Group:
         many = [p for p, n in zip(products, each, strict=True) if n >= FEW]
         return [joined, *many] if joined else many
 
-    def numbers(self) -> Any:
-        """Returns the dimension numbers of the product of two factors."""
+    def form(self) -> Form:
+        """Returns the form of its products."""
         batch = tuple(range(len(self.batch)))
-        return ((len(batch),), (len(batch),)), (batch, batch)
-
-    def product(self, factors: Sequence[jax.Array]) -> jax.Array:
-        """Returns the value of one product, with an axis for each label."""
-        if len(factors) == 1:
-            y = factors[0]
-        else:
-            left, right = factors
-            y = lax.dot_general(
-                left,
-                right,
-                self.numbers(),
-                precision=self.precision,
-                preferred_element_type=self.dtype,
-            )
-        return y.reshape([self.sizes[x] for x in self.labels])
+        numbers = ((len(batch),), (len(batch),)), (batch, batch)
+        shape = tuple(self.sizes[x] for x in self.labels)
+        return Form(numbers, shape, self.dtype, self.precision)
 
     def masks(self, env: dict[Any, Any]) -> list[jax.Array]:
         """Returns the constants, with an axis, perhaps of one, for each label."""

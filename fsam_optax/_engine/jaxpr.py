@@ -64,6 +64,31 @@ def body_of(eqn: Any) -> tuple[Any, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
+def followed(first: Any, second: Any) -> Any:
+    """Returns the program of one and then another, which takes its results first.
+
+    Args:
+        first: A closed jaxpr.
+        second: A closed jaxpr of the results of the first and further inputs.
+    """
+    before, then = first.jaxpr, second.jaxpr
+    n = len(before.outvars)
+    names = dict(zip(then.invars[:n], before.outvars, strict=True))
+
+    def named(variables):
+        return [v if isinstance(v, Literal) else names.get(v, v) for v in variables]
+
+    eqns = [eqn.replace(invars=named(eqn.invars)) for eqn in then.eqns]
+    jaxpr = then.replace(
+        constvars=[*before.constvars, *then.constvars],
+        invars=[*before.invars, *then.invars[n:]],
+        outvars=named(then.outvars),
+        eqns=[*before.eqns, *eqns],
+        effects=before.effects | then.effects,
+    )
+    return ClosedJaxpr(jaxpr, [*first.consts, *second.consts])
+
+
 def loop_counts(eqn: Any) -> tuple[int, int]:
     """Returns how many operands of a scan are constants, and how many it carries.
 

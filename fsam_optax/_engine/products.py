@@ -211,11 +211,11 @@ class Expander:
         part: Which part of complex variables is expanded; None for real ones.
     """
 
-    def __init__(self, flow: Dataflow, inside: Iterable[Any], linear: dict[str, Any]):
+    def __init__(self, flow: Dataflow, inside: set[Any], linear: dict[str, Any]):
         """Takes the program, the variables to look into, and `linear.LINEAR`."""
         self.flow = flow
         self.linear = linear
-        self.inside = set(inside)
+        self.inside = inside
         self.sizes: dict[int, int] = {}
         self.part: str | None = None
         self._labels = itertools.count()
