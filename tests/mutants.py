@@ -368,6 +368,11 @@ MUTANTS = [
         "_fisher/i2.py",
         "fisher variance",
         ("return total / len(xs)", "return total"),
+        (
+            "min(max(budget // (2 * most_bytes(entry, 0)), 1), 64)",
+            "64",
+            "engine_memory",
+        ),
     ),
     *_mutants(
         "_fisher/refresh_every.py",
@@ -525,6 +530,13 @@ MUTANTS = [
         ("y = y * power(values, p)", "y = y * values"),
     ),
     *_mutants(
+        "_engine/multiples.py",
+        "engine_patterns",
+        ("number = -number", "continue"),
+        ('number / by if name_of(e) == "div" else number * by', "number * by"),
+        ("if all(v in way for way in ways)", "if True"),
+    ),
+    *_mutants(
         "_engine/moves.py",
         "engine engine_patterns engine_complex",
         ("return -s if p % 2 else s", "return s"),
@@ -547,6 +559,7 @@ MUTANTS = [
             "return i == 0",
         ),
         ("return i == 2 and is_injective(flow, eqn)", "return i == 2"),
+        ("s * power(multiple(flow, scaled, env, s.dtype), p)", "s"),
         ("return i == 0 and flow.is_zero(eqn.invars[1])", "return i == 0"),
         ("return i > 0 and all(map(flow.is_zero, others))", "return i > 0"),
     ),

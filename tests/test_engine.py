@@ -1101,6 +1101,24 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+def test_weights_of_8_bits_have_squares_that_are_not_rounded():
+    def rounded(w):
+        return w.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+    def loss_fn(w, x):
+        return dense(x, rounded(w))
+
+    def straight_through(w, x):
+        return dense(x, w + lax.stop_gradient(rounded(w) - w))
+
+    def dense(x, w):
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    w, x = normal(0, 4, 3), normal(1, B, 4)
+    (expected,) = oracles.loss_power_sums(straight_through, w, x)
+    oracles.assert_close(loss_power_sums(loss_fn, w, x)[0], expected)
+
+
 @pytest.mark.short("fill-uint8", "clip-int8")
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
 @pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])

@@ -23,6 +23,7 @@ from fsam_optax import (
     fisher_hutchinson,
     fisher_i1,
     fisher_i2,
+    gaussian,
     given,
     loss_power_sums,
     negative_log_likelihood,
@@ -93,6 +94,19 @@ def test_the_columns_of_the_exact_fisher_keep_to_the_budget(name):
             assert (
                 temporaries(lambda p, x, fn=fn: fn(p, (x, None)), params, x) < allowed
             )
+
+
+def test_products_with_a_hessian_keep_to_the_budget():
+    """Of a weight that is used twice there is one for each entry, many at a time."""
+
+    def twice(w, x):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    estimator = fisher_i2(twice, gaussian(), key=KEY)
+    used = temporaries(
+        lambda w, x: diagonal(estimator, w, (x, None)), like(16, 16), like(64, 512, 16)
+    )
+    assert used < BUDGET
 
 
 def test_many_columns_are_too_many():

@@ -103,6 +103,10 @@ weight("relu", [OUTER], w=FIXED)(lambda p: jax.nn.relu(p["w"]))
 weight("masked_by_a_fixed_key", [OUTER], w=FIXED)(
     lambda p: p["w"] * jax.random.bernoulli(jax.random.key(0), shape=(D, D))
 )
+weight("gated_by_a_weight", [OUTER], 1.2, w=FIXED, m=normal(D, D))(
+    lambda p: jnp.tanh(p["w"]) * jax.nn.sigmoid(p["m"])
+)
+weight("softsign", [OUTER], 1.2, w=FIXED)(lambda p: -p["w"] / (1 + jnp.abs(p["w"])))
 weight("permuted", [OUTER], w=FIXED)(lambda p: p["w"][PERMUTATION])
 weight("set_at_indices", [OUTER], v=normal(D * (D + 1) // 2))(
     lambda p: jnp.zeros((D, D)).at[np.tril_indices(D)].set(p["v"])
@@ -713,6 +717,8 @@ def operations(fn, *args):
 
 @pytest.mark.short(
     "where",
+    "gated_by_a_weight",
+    "softsign",
     "masked_by_a_fixed_key",
     "leaky",
     "windows_of_rows",

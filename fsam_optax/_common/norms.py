@@ -27,7 +27,9 @@ Leaf = jax.Array | tuple[jax.Array, jax.Array]  # Or the factors of a product.
 def widen(*arrays: Any) -> jnp.dtype:
     """Returns the dtype to compute in: float32, or wider where an array is wider."""
     with jax.numpy_dtype_promotion("standard"):  # Also where it is strict.
-        return jnp.result_type(jnp.float32, *arrays)
+        # Floats of 8 bits promote to no others.
+        others = [x for x in arrays if jnp.result_type(x).itemsize > 1]
+        return jnp.result_type(jnp.float32, *others)
 
 
 def wide_integers(x: Any) -> jax.Array:

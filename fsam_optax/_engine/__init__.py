@@ -14,7 +14,7 @@ from fsam_optax._engine.explanation import (
     explain_squares as explain_squares,
     over_examples as over_examples,
 )
-from fsam_optax._engine.jaxpr import depends as depends
+from fsam_optax._engine.jaxpr import depends as depends, most_bytes as most_bytes
 from fsam_optax._engine.one_row import as_batch_of_one as as_batch_of_one
 from fsam_optax._engine.power_sums import (
     loss_power_sums as loss_power_sums,
@@ -25,5 +25,6 @@ from fsam_optax._engine.power_sums import (
     without_explicit_axes as without_explicit_axes,
 )
 from fsam_optax._engine.report import Explanation as Explanation, Leaf as Leaf
+from fsam_optax._engine.sources import DEFAULT_CHUNK_BYTES as DEFAULT_CHUNK_BYTES
 from fsam_optax._engine.sums import added_up as added_up, apart as apart
 from fsam_optax._engine.waiting import after_point as after_point

@@ -268,6 +268,21 @@ def depends(fn: Callable, *likes: Any) -> bool:
     return any(flow.varies(v) for v in jaxpr.outvars)
 
 
+def most_bytes(fn: Callable, *likes: Any) -> int:
+    """Returns the most bytes that arrays made by `fn` take at a time."""
+    jaxpr = jax.make_jaxpr(fn)(*likes).jaxpr
+    last = {
+        v: eqn for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)
+    }
+    held: dict[Any, int] = {}
+    most = 1
+    for eqn in jaxpr.eqns:
+        held |= {v: size(v) * v.aval.dtype.itemsize for v in eqn.outvars}
+        most = max(most, sum(held.values()))
+        held = {v: n for v, n in held.items() if v in last and last[v] is not eqn}
+    return most
+
+
 def loop_flow(flow: Dataflow, eqn: Any, knowing: bool = False) -> Dataflow:
     """Returns the dataflow of the body of a loop, with constants known if asked for."""
     jaxpr, _ = body_of(eqn)

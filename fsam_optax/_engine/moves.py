@@ -18,6 +18,8 @@ from jax import lax
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._common.norms import widen
 from fsam_optax._engine.jaxpr import bind_in, Dataflow, is_real, read, size
+from fsam_optax._engine.multiples import common_multiple, multiple, scales
+from fsam_optax._engine.places import is_injective
 from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
 from fsam_optax._engine.sums import power
 
@@ -36,6 +38,7 @@ class Moved:
             its parts.
         reads: The variables that `carry` reads.
         keeps: Whether each entry of the parts comes out once, at most negated.
+        scaling: Operations for each entry of the value, where it does not.
     """
 
     terms: tuple[Any, ...]
@@ -43,6 +46,7 @@ class Moved:
     carry: Callable[[Sequence[Any], int, dict[Any, Any]], Any] | None = None
     reads: tuple[Any, ...] = ()
     keeps: bool = True
+    scaling: float = 2.0
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -81,7 +85,7 @@ class Moved:
 
     def work(self) -> float:
         """Returns the operations on the way from the sources, other than moves."""
-        scaled = 0.0 if self.keeps else 2.0 * size(self.terms[0])
+        scaled = 0.0 if self.keeps else self.scaling * size(self.terms[0])
         return scaled + sum(part.work() for part in self.parts)
 
     def _keeps_all(self):
@@ -126,10 +130,9 @@ def moved(flow: Dataflow, terms: Sequence[Any], formed: Callable) -> Moved:
     if all(
         eqn is not None and flow.varies(v) for eqn, v in zip(eqns, terms, strict=True)
     ):
-        if (found := _same_move(flow, terms, eqns, formed)) or (
-            found := _boxes(flow, terms, eqns, formed)
-        ):
-            return found
+        for move in (_same_move, _boxes, _multiples):
+            if found := move(flow, terms, eqns, formed):
+                return found
     return Moved(tuple(terms))
 
 
@@ -236,6 +239,23 @@ def _boxes(flow, terms, eqns, formed):
 
     parts = tuple(moved(flow, found[box], formed) for box in boxes)
     return Moved(tuple(terms), parts, carry)
+
+
+def _multiples(flow, terms, eqns, formed):
+    """Returns the move by the sum of the numbers that one value is scaled by."""
+    del eqns
+    found = common_multiple(flow, terms, moved_operand)
+    if found is None:
+        return None
+    base, scaled = found
+
+    def carry(sums, p, env):
+        (s,) = sums
+        return s * power(multiple(flow, scaled, env, s.dtype), p)
+
+    reads = scales(flow, scaled)
+    part, each = moved(flow, [base], formed), 2.0 + len(reads) + len(terms) - 1
+    return Moved(tuple(terms), (part,), carry, reads, False, each)
 
 
 def _are_apart(a, b):
@@ -426,24 +446,3 @@ MOVES: dict[str, Move] = dict.fromkeys(
     "scatter-add": Move(_scattered_apart, _rebound, _all_kept),
     "reduce_sum": Move(_of_one, _rebound, _all_kept),
 }
-
-
-def is_injective(flow: Dataflow, eqn: Any) -> bool:
-    """Tells whether a scatter puts every entry at a place of its own, all known."""
-    index = flow.known_value(eqn.invars[1])
-    numbers = eqn.params["dimension_numbers"]
-    if (
-        index is None
-        or not flow.is_zero(eqn.invars[0])
-        or numbers.operand_batching_dims
-        or tuple(sorted(numbers.scatter_dims_to_operand_dims))
-        != tuple(numbers.inserted_window_dims)
-    ):
-        return False
-    bounds = np.array(
-        [eqn.outvars[0].aval.shape[d] for d in numbers.scatter_dims_to_operand_dims]
-    )
-    rows = index.reshape(-1, index.shape[-1]).astype(np.int64)
-    inside = np.all((rows >= 0) & (rows < bounds[None]))
-    flat = np.ravel_multi_index(tuple(rows.T), tuple(bounds)) if inside else rows
-    return bool(inside) and len(np.unique(flat)) == math.prod(index.shape[:-1])

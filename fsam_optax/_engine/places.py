@@ -1,4 +1,4 @@
-"""Convolutions that put each entry at one place, as the gradients of patches do.
+"""Entries that are put at places that are known, by scatters and by convolutions.
 
 Where a weight is cut into patches by a convolution, as the rows of a Toeplitz matrix
 are, the kernel is zeros and ones, and the gradient of the weight adds up entries at
@@ -102,3 +102,24 @@ def _places(eqn, kernel):
     places = np.full(math.prod(before), math.prod(after), np.int32)
     places[source] = target
     return places.reshape(before)
+
+
+def is_injective(flow: Dataflow, eqn: Any) -> bool:
+    """Tells whether a scatter puts every entry at a place of its own, all known."""
+    index = flow.known_value(eqn.invars[1])
+    numbers = eqn.params["dimension_numbers"]
+    if (
+        index is None
+        or not flow.is_zero(eqn.invars[0])
+        or numbers.operand_batching_dims
+        or tuple(sorted(numbers.scatter_dims_to_operand_dims))
+        != tuple(numbers.inserted_window_dims)
+    ):
+        return False
+    bounds = np.array(
+        [eqn.outvars[0].aval.shape[d] for d in numbers.scatter_dims_to_operand_dims]
+    )
+    rows = index.reshape(-1, index.shape[-1]).astype(np.int64)
+    inside = np.all((rows >= 0) & (rows < bounds[None]))
+    flat = np.ravel_multi_index(tuple(rows.T), tuple(bounds)) if inside else rows
+    return bool(inside) and len(np.unique(flat)) == math.prod(index.shape[:-1])

@@ -17,9 +17,11 @@ from fsam_optax._common.norms import widen
 from fsam_optax._engine import (
     added_up,
     apart,
+    DEFAULT_CHUNK_BYTES,
     depends,
     entries,
     mappable,
+    most_bytes,
     share_of,
     sum_of_products,
 )
@@ -31,13 +33,18 @@ from fsam_optax._fisher.negative_log_likelihood import resolve
 from fsam_optax._fisher.outputs import row_numbers
 
 
-def _by_unit_vector(fn: Callable, leaf: jax.Array) -> jax.Array:
-    """Returns an array like a leaf, of what `fn` maps each of its unit vectors to."""
+def _by_unit_vector(fn: Callable, leaf: jax.Array, budget: int) -> jax.Array:
+    """Returns an array like a leaf, of what `fn` maps each of its unit vectors to.
+
+    As many at a time as hold no more than a budget of bytes.
+    """
 
     def entry(i):
         return fn(jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape))
 
-    entries = jax.lax.map(entry, jnp.arange(leaf.size), batch_size=64)
+    # Beside what the products were linearised at.
+    several = min(max(budget // (2 * most_bytes(entry, 0)), 1), 64)
+    entries = jax.lax.map(entry, jnp.arange(leaf.size), batch_size=several)
     return entries.reshape(leaf.shape)
 
 
@@ -50,7 +57,12 @@ def _mean_over(fn: Callable, xs: jax.Array) -> jax.Array:
 
 
 def _curvature(
-    problem: Problem, scores: jax.Array, key: jax.Array, exact: bool, num_probes: int
+    problem: Problem,
+    scores: jax.Array,
+    key: jax.Array,
+    exact: bool,
+    num_probes: int,
+    budget: int,
 ) -> Any:
     """Returns the Hessian diagonal of `sum(h * scores)`, one array at a time.
 
@@ -103,7 +115,7 @@ def _curvature(
                     v = jax.vmap(functools.partial(spot.enter, unit))(examples)
                 return jnp.sum((v * product(v)).astype(widen(leaf)))
 
-            return _by_unit_vector(curvature, leaf)
+            return _by_unit_vector(curvature, leaf, budget)
 
         def seen_along(v):
             if spot:
@@ -246,7 +258,8 @@ def fisher_i2(
 
         def curvature(scores, key, num_probes):
             exact = hessian == "exact"
-            return _curvature(problem, scores, key, exact, num_probes)
+            budget = chunk_bytes or DEFAULT_CHUNK_BYTES
+            return _curvature(problem, scores, key, exact, num_probes, budget)
 
         columns = exact_cotangents(nll.likelihood)
         (fisher,) = mean_powers(problem, columns, chunk_bytes=chunk_bytes)
