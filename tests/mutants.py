@@ -82,8 +82,8 @@ MUTANTS = [
         "_common/norms.py",
         "derivatives faults precision perturbation",
         (
-            "return jnp.result_type(jnp.float32, *arrays)",
-            "return jnp.result_type(*arrays)",
+            "return jnp.result_type(jnp.float32, *others)",
+            "return jnp.result_type(*others)",
         ),
         ("[u * root(x, ord) for u, x in zip(", "[root(x, ord) for u, x in zip("),
         ("[_yardstick(x) for x in sums(", "[one for x in sums(", "cost"),
@@ -528,6 +528,12 @@ MUTANTS = [
         "_engine/grouping.py",
         "engine engine_patterns",
         ("y = y * power(values, p)", "y = y * values"),
+    ),
+    *_mutants(
+        "_engine/linear.py",
+        "engine_patterns",
+        ("or not is_injective(self.flow, eqn)", ""),
+        ("            if m != n:  # Of rows", "            if False:  # Of rows"),
     ),
     *_mutants(
         "_engine/multiples.py",

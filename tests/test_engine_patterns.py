@@ -108,6 +108,21 @@ weight("gated_by_a_weight", [OUTER], 1.2, w=FIXED, m=normal(D, D))(
 )
 weight("softsign", [OUTER], 1.2, w=FIXED)(lambda p: -p["w"] / (1 + jnp.abs(p["w"])))
 weight("permuted", [OUTER], w=FIXED)(lambda p: p["w"][PERMUTATION])
+ROWS = lax.GatherDimensionNumbers((1,), (0,), (0,))
+weight("low_rank_permuted", [OUTER], **LORA)(
+    lambda p: FIXED @ (p["a"] @ p["b"])[PERMUTATION][:, PERMUTATION]
+)
+weight("rows_of_low_rank", [OUTER], **LORA)(
+    lambda p: jnp.concatenate([(p["a"] @ p["b"])[PERMUTATION[: D // 2]], FIXED[:12]])
+)
+weight("rows_of_low_rank_in_part", [OUTER], **LORA)(
+    lambda p: jnp.tile(
+        lax.gather(p["a"] @ p["b"], PERMUTATION[:, None], ROWS, (1, 12)), 2
+    )
+)
+weight("low_rank_with_equal_rows", ["mapped embedding + shared dense"], 8.0, **LORA)(
+    lambda p: (p["a"] @ p["b"])[PERMUTATION // 2]
+)
 weight("set_at_indices", [OUTER], v=normal(D * (D + 1) // 2))(
     lambda p: jnp.zeros((D, D)).at[np.tril_indices(D)].set(p["v"])
 )
@@ -719,6 +734,9 @@ def operations(fn, *args):
     "where",
     "gated_by_a_weight",
     "softsign",
+    "low_rank_permuted",
+    "low_rank_with_equal_rows",
+    "rows_of_low_rank_in_part",
     "masked_by_a_fixed_key",
     "leaky",
     "windows_of_rows",

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import is_real
-from fsam_optax._engine.primitives import BARRIER, holds_numbers
+from fsam_optax._engine.places import is_injective
+from fsam_optax._engine.primitives import BARRIER, holds_numbers, SCATTER
 from fsam_optax._engine.products import (
     Expander,
     Factor,
@@ -290,6 +292,35 @@ def _taken(self, eqn):
     return terms
 
 
+def _put(self, eqn):
+    """Rows put at places of their own that are known: taken there."""
+    zeros, index, x = eqn.invars
+    numbers, shape = eqn.params["dimension_numbers"], zeros.aval.shape
+    axes, windows = numbers.inserted_window_dims, numbers.update_window_dims
+    rows = x.aval.shape
+    if len(axes) != 1 or len(index.aval.shape) != 2 or not is_injective(self.flow, eqn):
+        raise Mismatch("rows that meet, or lie where it is not known")
+    (d,) = axes
+    (before,) = set(range(len(rows))) - set(windows)
+    given = [rows[k] for k in windows]
+    given.insert(d, shape[d])
+    places = np.full((shape[d], 1), -1)
+    places[self.flow.known_value(index)[:, 0], 0] = np.arange(rows[before])
+    step = tuple(map(tuple, places.tolist()))
+    terms = []
+    for t in self.expand(x):
+        t = self.along(t, before, shape[d], True, lambda k: ("taken", step, k, True))
+        rest = [axis for k, axis in enumerate(t.axes) if k != before]
+        rest.insert(d, t.axes[before])
+        t = dataclasses.replace(t, axes=tuple(rest))
+        for axis, (m, n) in enumerate(zip(given, shape, strict=True)):
+            if m != n:  # Of rows that are cut, what is left.
+                cut = ("pad", 0, n - m, 0)
+                t = self.along(t, axis, n, True, lambda k, c=cut: (c[0], k, *c[1:]))
+        terms.append(t)
+    return terms
+
+
 def _taken_of_each(self, eqn):
     """Rows of several matrices, by their permutations: products with zeros and ones."""
     x, index = eqn.invars
@@ -390,6 +421,7 @@ LINEAR: dict[str, Callable[[Expander, Any], list[Term]]] = {
     "concatenate": _concatenated,
     "select_n": _selected,
     "gather": _taken,
+    SCATTER: _put,
     "triangular_solve": _solved,
     "cumsum": _cumulated,
 }

@@ -126,7 +126,7 @@ def _cumsum(x, axis, reverse):
 
 
 def _taken(x, index, axis, fills):
-    index = index[..., 0]
+    index = jnp.asarray(index)[..., 0]
     last = x.shape[axis] - 1
     y = jnp.take(x, jnp.clip(index, 0, last), axis, mode="clip")
     if fills:
