@@ -106,7 +106,9 @@ weight("masked_by_a_fixed_key", [OUTER], w=FIXED)(
 weight("gated_by_a_weight", [OUTER], 1.2, w=FIXED, m=normal(D, D))(
     lambda p: jnp.tanh(p["w"]) * jax.nn.sigmoid(p["m"])
 )
-weight("softsign", [OUTER], 1.2, w=FIXED)(lambda p: -p["w"] / (1 + jnp.abs(p["w"])))
+weight("scaled_twice", [OUTER], 1.2, w=FIXED)(
+    lambda p: p["w"] / (1 + jnp.abs(FIXED)) - p["w"] * FIXED
+)
 weight("permuted", [OUTER], w=FIXED)(lambda p: p["w"][PERMUTATION])
 ROWS = lax.GatherDimensionNumbers((1,), (0,), (0,))
 weight("low_rank_permuted", [OUTER], **LORA)(
@@ -733,7 +735,7 @@ def operations(fn, *args):
 @pytest.mark.short(
     "where",
     "gated_by_a_weight",
-    "softsign",
+    "scaled_twice",
     "low_rank_permuted",
     "low_rank_with_equal_rows",
     "rows_of_low_rank_in_part",
