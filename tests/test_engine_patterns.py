@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from fsam_optax._engine import (
     example_squares,
     explain_loss,
+    indexed,
     loss_power_sums,
     power_sums,
     rows,
@@ -139,8 +140,14 @@ weight("symmetric_by_index", [PAIRS], 1.8, v=normal(D * (D + 1) // 2))(
 weight("toeplitz_by_patches", ["mapped embedding + shared dense"], c=normal(D))(
     lambda p: jax.scipy.linalg.toeplitz(p["c"])
 )
-weight("toeplitz", ["mapped embedding + shared dense"], 4.0, v=normal(2 * D - 1))(
-    lambda p: p["v"][np.arange(D)[:, None] - np.arange(D)[None] + D - 1]
+weight("toeplitz", ["indexed product"], 2.3, v=normal(2 * D - 1))(
+    lambda p: p["v"][TOEPLITZ]
+)
+weight("hashed_with_signs", ["indexed product"], 2.4, v=normal(40))(
+    lambda p: jnp.take(p["v"], HASHED, mode="fill", fill_value=0) * SIGNS
+)
+weight("block_circulant", ["indexed product"], 1.8, v=normal(4, 6, 4))(
+    lambda p: p["v"][:, CIRCULANT].transpose(1, 0, 2, 3).reshape(D, D)
 )
 weight("stacked_rolls", ["reduction"], 2.6, v=normal(D))(
     lambda p: jnp.stack([jnp.roll(p["v"], i) for i in range(D)])
@@ -271,6 +278,10 @@ weight("branch_by_a_parameter", [OUTER, "constant"], w=FIXED, k=SCALAR)(
 _rows = np.maximum(np.arange(D)[:, None], np.arange(D)[None])
 _columns = np.minimum(np.arange(D)[:, None], np.arange(D)[None])
 SYMMETRIC = _rows * (_rows + 1) // 2 + _columns
+TOEPLITZ = np.arange(D)[:, None] - np.arange(D)[None] + D - 1
+CIRCULANT = (np.arange(6)[:, None] - np.arange(6)[None]) % 6
+# Some of them are out of bounds.
+HASHED, SIGNS = RNG.integers(0, 44, (D, D)), np.sign(normal(D, D))
 
 
 PAIRED = {"u": normal(400, 6), "v": normal(400, 6)}
@@ -763,6 +774,8 @@ def operations(fn, *args):
     "symmetric_by_index",
     "known_branch",
     "toeplitz",
+    "hashed_with_signs",
+    "block_circulant",
     "positions_from_a_start",
     "tensor_train",
     "map_over_tokens",
@@ -798,6 +811,30 @@ def test_patterns(name):
     assert ratio * gradient <= gradient - own + more * work + 0.1 * gradient
     run = ratio * gradient - max(gradient - own, 0)
     assert name in OVERSTATED or work <= 2 * run + 0.1 * gradient
+
+
+@pytest.mark.parametrize("lanes", [5, indexed.LANES])
+def test_products_that_are_added_at_known_places(lanes, monkeypatch):
+    """Of several lookups, one of them a bias, with and without constants."""
+    monkeypatch.setattr(indexed, "LANES", lanes)
+    monkeypatch.setattr(indexed, "STARTING", 0.0)
+
+    def loss_fn(v, x):
+        y = jnp.tanh(jnp.tanh(x @ v[TOEPLITZ]) @ (v[HASHED] * SIGNS))
+        return jnp.sum(jnp.tanh(y @ v[TOEPLITZ.T] + v[np.arange(D)]) ** 2)
+
+    v, weights = normal(2 * D - 1), jnp.linspace(-1, 2, B)
+    (leaf,) = explain_loss(loss_fn, v, X)
+    assert leaf.rule == "indexed product"
+    sums = jax.jit(
+        lambda *args: loss_power_sums(loss_fn, *args, powers=(1, 2, 4), weights=weights)
+    )(v, X)
+    expected = oracles.loss_power_sums(loss_fn, v, X, (1, 2, 4), weights)
+    for found, exact in zip(sums, expected, strict=True):
+        oracles.assert_close(found, exact)
+    squares = jax.jit(lambda *args: example_squares(loss_fn, *args))(v, X)
+    gradients = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))(v, X)
+    oracles.assert_close(squares, np.sum(np.float64(gradients) ** 2, 1))
 
 
 @pytest.mark.parametrize("vocabulary", [50, 10**6])

@@ -105,7 +105,7 @@ RULES = {
     "concatenated": {OUTER},
     "symmetric": {GRAM},
     "symmetric_by_index": None,
-    "toeplitz": None,
+    "toeplitz": {"indexed product"},
     "weight_norm": None,
     "one_table_looked_up_twice": {"embedding"},
     "rows_looked_up_one_by_one_under_vmap": {"embedding"},
@@ -118,6 +118,7 @@ RULES = {
 @pytest.mark.short(
     "kron",
     "symmetric_by_index",
+    "toeplitz",
     "shared_dense",
     "used_twice",
     "large_table",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from fsam_optax._common.norms import widen
 from fsam_optax._engine.collecting import combined, counted_once, distributed, settled
 from fsam_optax._engine.folding import aligned, folded, made, variables
-from fsam_optax._engine.grouping import Form, grouped
+from fsam_optax._engine.grouping import Form, Group, grouped
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.linear import LINEAR
 from fsam_optax._engine.pairs import multiplied_out
@@ -30,18 +31,20 @@ def factored(site: Site, mirrored: bool = False) -> Source | None:
     If `mirrored`, of a matrix plus its transpose.
     """
     limit = site.what.limit
-    found = _products(site, limit, mirrored)
+    found = products_of(site, limit, mirrored)
     if found is not None:
         several = _one_group if len(found[0]) == 1 else _several
         return multiplied_out(site, *found, _several) or several(site, *found)
     # Factors that are larger than activations are made for a few examples at a time,
     # if they are no larger than what the program itself makes of the gradient.
     largest = max((size(v) for e in site.region() for v in e.outvars), default=0)
-    found = _products(site, largest, mirrored) if largest > limit else None
+    found = products_of(site, largest, mirrored) if largest > limit else None
     return None if found is None else _several(site, *found, large=True)
 
 
-def _products(site, limit, mirrored=False):
+def products_of(
+    site: Site, limit: int, mirrored: bool = False
+) -> tuple[list[Group], tuple[Any, ...]] | None:
     """Returns groups of products, and the variables that they read; None for others.
 
     Args:

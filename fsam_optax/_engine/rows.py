@@ -5,7 +5,6 @@ every row is sent to one of those that have its index, the same for all of them,
 takes time linear in the number of rows.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from jax.extend.core import Literal
 
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._common.norms import widen
-from fsam_optax._engine.factored import factored
 from fsam_optax._engine.jaxpr import Dataflow, is_real, size
 from fsam_optax._engine.primitives import name_of, SCATTER
 from fsam_optax._engine.sources import Site, Source
@@ -133,7 +131,7 @@ def _merging_work(site, rows, entries, width, indexed):
     return places + summing * rows * width
 
 
-def _flat(index, bounds, lookup):
+def numbers_of_rows(index: jax.Array, bounds: Sequence[int], lookup: Lookup) -> Any:
     """Returns indices as numbers of rows of the table; its size if out of bounds."""
     if jnp.iinfo(index.dtype).bits < 32:
         index = index.astype(jnp.int32)
@@ -162,11 +160,12 @@ def _scattered(scatter, table, index, rows):
     return scatter(table, index[:, None], rows, numbers, mode=drop)
 
 
-def _gathered(table, index):
+def gathered(table: jax.Array, index: jax.Array) -> jax.Array:
     """Returns rows of a table at indices within bounds."""
     numbers = lax.GatherDimensionNumbers(tuple(range(1, table.ndim)), (0,), (0,))
-    clip = lax.GatherScatterMode.CLIP
-    return lax.gather(table, index[:, None], numbers, (1, *table.shape[1:]), mode=clip)
+    inside = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    window = (1, *table.shape[1:])
+    return lax.gather(table, index[:, None], numbers, window, mode=inside)
 
 
 def _stacked(rows, window):
@@ -191,12 +190,12 @@ def first_alike(index: jax.Array, entries: int) -> jax.Array:
         return jnp.min(jnp.where(alike, places[:, None], n), 0)
     if entries <= SMALL_TABLE * n:
         first = vary_like(jnp.full(entries + 1, n, jnp.int32), index)
-        return _gathered(_scattered(lax.scatter_min, first, index, places), index)
+        return gathered(_scattered(lax.scatter_min, first, index, places), index)
     ordered, order = lax.sort_key_val(index, places)
     new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     start = lax.cummax(jnp.where(new, places, 0))
     first = vary_like(jnp.zeros(n, jnp.int32), order)
-    return _scattered(lax.scatter, first, order, _gathered(order, start))
+    return _scattered(lax.scatter, first, order, gathered(order, start))
 
 
 def _table(site, indexed):
@@ -207,7 +206,9 @@ def _table(site, indexed):
     ]
 
 
-def _into_table(site, indexed, flat, rows, alone=False):
+def into_table(
+    site: Site, indexed: tuple[int, ...], flat: Any, rows: Any, alone: bool = False
+) -> jax.Array:
     """Scatters rows (rows, *window) into zeros of the shape of the sum."""
     bounds, window = _table(site, indexed)
     like = jax.ShapeDtypeStruct((math.prod(bounds), *window), rows.dtype)
@@ -229,14 +230,14 @@ def _filled(site, indexed, lookups):
     def fn(*operands):
         flat = _numbers(lookups, bounds, operands[::2])
         rows = _merged(lookups, dtype, None, *operands[1::2])
-        return [_into_table(site, indexed, flat, rows)]
+        return [into_table(site, indexed, flat, rows)]
 
     return fn
 
 
 def _numbers(lookups, bounds, index):
     """Returns the places of all rows in the table."""
-    flat = [_flat(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
+    flat = [numbers_of_rows(x, bounds, k) for x, k in zip(index, lookups, strict=True)]
     return jnp.concatenate(flat) if len(flat) > 1 else flat[0]
 
 
@@ -325,7 +326,7 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
         early = tuple(j for j, here in enumerate(has_index) if not here)
         alone = on_one_device(weight, site.what.examples)
         return [
-            _into_table(site, indexed, flat.reshape(-1), _merge_axes(x, window), alone)
+            into_table(site, indexed, flat.reshape(-1), _merge_axes(x, window), alone)
             for x in powers(weight, found, has_rows, early)
         ]
 
@@ -340,7 +341,7 @@ def _reduction(site: Site, indexed: tuple[int, ...], lookups: Sequence[Lookup]):
             # What other examples have left there is of other places.
             last = _scattered(lax.scatter, last, flat, lax.iota(jnp.int32, len(flat)))
             several = [[False] * len(early), *inner[1::2]]
-            one = _gathered(last, flat)
+            one = gathered(last, flat)
             flat = jnp.where(_stays(one), flat, entries)
             found = over_leading(merged, several)(one, *operands[1::2])
             found = powers(weight, found, _union(inner), early)
@@ -384,42 +385,6 @@ def _merge_axes(rows, window):
     return rows.reshape(-1, *rows.shape[rows.ndim - len(window) :])
 
 
-def symmetric(site: Site) -> Source | None:
-    """A matrix looked up by an index that is symmetric."""
-    found = looked_up(site.flow, site.terms[0]) if len(site.terms) == 1 else None
-    if found is None or len(found[0]) != 1 or found[1].rows not in site.inside:
-        return None
-    indexed, lookup = found
-    index = site.flow.known_value(lookup.index)
-    shape = lookup.rows.aval.shape
-    if index is None or lookup.window or len(shape) != 2 or shape[0] != shape[1]:
-        return None
-    index = index.reshape(shape)
-    row, column = np.tril_indices(shape[0])
-    places = index[row, column]
-    if (
-        np.any(index != index.T)
-        or len(np.unique(places)) < len(places)
-        or np.any((places < 0) | (places >= site.like.shape[0]))
-    ):
-        return None
-    # The sum of the gradient of the matrix and its transpose, twice the diagonal.
-    what = dataclasses.replace(site.what, uniform=False)
-    both = dataclasses.replace(site, terms=(lookup.rows,), what=what)
-    source = factored(both, mirrored=True)
-    if source is None:
-        return None
-    inner = source.finish
-    like = lookup.rows.aval if source.like is None else source.like
-
-    def finish(s, p, env):
-        s = s if inner is None else inner(s, p, env)
-        s = s[row, column] * jnp.where(row == column, 0.5**p, 1)
-        return _into_table(site, indexed, jnp.asarray(places), s)
-
-    return dataclasses.replace(source, finish=finish, like=like, keeps=False)
-
-
 def _at_known_places(site, indexed, lookups, known):
     """Sums rows by tables that are made now, and scatters after the examples."""
     dtype = widen(site.like.dtype)
@@ -427,7 +392,7 @@ def _at_known_places(site, indexed, lookups, known):
     flat = []
     for index, lookup in zip(known, lookups, strict=True):
         with jax.ensure_compile_time_eval():
-            flat.append(np.asarray(_flat(jnp.asarray(index), bounds, lookup)))
+            flat.append(np.asarray(numbers_of_rows(jnp.asarray(index), bounds, lookup)))
     places, which = np.unique(np.concatenate(flat), return_inverse=True)
     which = jnp.asarray(which.reshape(-1), jnp.int32)
 
@@ -438,7 +403,7 @@ def _at_known_places(site, indexed, lookups, known):
 
     def finish(s, p, env):
         del p, env
-        return _into_table(site, indexed, jnp.asarray(places), s)
+        return into_table(site, indexed, jnp.asarray(places), s)
 
     like = jax.ShapeDtypeStruct((len(places), *window), dtype)
     # One after the other on a CPU, so that the entries of each stay in its cache.

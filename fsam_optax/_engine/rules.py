@@ -33,6 +33,7 @@ from typing import Any
 from jax.extend.core import Literal
 
 from fsam_optax._engine.factored import factored
+from fsam_optax._engine.indexed import indexed_product, symmetric
 from fsam_optax._engine.jaxpr import size
 from fsam_optax._engine.primitives import (
     CONTRACTIONS,
@@ -40,7 +41,7 @@ from fsam_optax._engine.primitives import (
     name_of,
     SCATTER,
 )
-from fsam_optax._engine.rows import embedding, symmetric
+from fsam_optax._engine.rows import embedding
 from fsam_optax._engine.sources import Site, Source
 from fsam_optax._engine.tails import joint, tail, whole
 from fsam_optax._engine.work import IN_LOOPS, total
@@ -134,6 +135,7 @@ RULES: tuple[Callable[[Site], Source | None], ...] = (
     constant,
     embedding,
     symmetric,
+    indexed_product,
     factored,
     contraction,
 )

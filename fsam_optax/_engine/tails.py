@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 from fsam_optax._common.norms import widen
 from fsam_optax._engine.canonical import bound
 from fsam_optax._engine.jaxpr import read, size
-from fsam_optax._engine.primitives import CONTRACTIONS, name_of
+from fsam_optax._engine.primitives import CONTRACTIONS, name_of, SCATTER
 from fsam_optax._engine.sources import Site, Source, Summation
 from fsam_optax._engine.squares import looped
 from fsam_optax._engine.sums import convolution_as_product, precision_of, Steps
@@ -122,6 +122,10 @@ def joint(
             if large:
                 entries = max(map(size, (*e.invars, *e.outvars)))
                 more = (waiting - 1) * min(operations(e), entries)
+                each, waits = each + more, waits + more / users[id(e)]
+            if name_of(e) == SCATTER:
+                # Entries that come one after the other.
+                more = IN_LOOPS * size(e.invars[-1])
                 each, waits = each + more, waits + more / users[id(e)]
             work += each / users[id(e)]
         found.append(Source(rule, work, operands, reduce, held, part=k, waits=waits))
