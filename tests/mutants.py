@@ -515,6 +515,14 @@ MUTANTS = [
         ),
     ),
     *_mutants(
+        "_engine/mirrored.py",
+        "engine_patterns",
+        ("left = sign**p * above", "left = above"),
+        ("sign * x[start:, start:stop]", "x[start:, start:stop]"),
+        ("turned ^= name_of(e) == TRANSPOSITION", "turned = True"),
+        ("sign *= -1.0 if name_of(e) == NEGATION else 1.0", "pass"),
+    ),
+    *_mutants(
         "_engine/pairs.py",
         "engine engine_patterns",
         ("(y if i == j else 2 * y)", "y"),

@@ -134,6 +134,9 @@ weight("concatenated", [OUTER], a=normal(D // 2, D), b=normal(D // 2, D))(
     lambda p: jnp.concatenate([p["a"], 2 * p["b"]])
 )
 weight("symmetric", [PAIRS], 1.8, w=FIXED)(lambda p: p["w"] + p["w"].T)
+weight("symmetric_on_tokens", ["shared dense"], 1.15, SEQUENCES, w=FIXED)(
+    lambda p: p["w"] + p["w"].T
+)
 weight("symmetric_by_index", [PAIRS], 1.8, v=normal(D * (D + 1) // 2))(
     lambda p: p["v"][SYMMETRIC]
 )
@@ -919,6 +922,25 @@ def test_symmetric_and_skew_products_of_one_weight():
     oracles.assert_close(sums, oracles.loss_power_sums(loss_fn, FIXED, X))
     (leaf,) = explain_loss(loss_fn, FIXED, X)
     assert leaf.rule == PAIRS
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "skew"])
+def test_half_of_a_matrix_and_its_transpose_is_added_up(kind):
+    n = 25
+
+    def loss_fn(w, x):
+        w = w + w.T if kind == "symmetric" else w.T - w
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
+
+    w, x, weights = normal(n, n), normal(4, T, n), jnp.linspace(-1, 2, 4)
+    sums = jax.jit(
+        lambda *args: loss_power_sums(loss_fn, *args, powers=(1, 2, 4), weights=weights)
+    ).trace(w, x)
+    assert f"f32[{n // 2},{n}]" in str(sums.jaxpr)
+    expected = oracles.loss_power_sums(loss_fn, w, x, (1, 2, 4), weights)
+    found = sums.lower().compile()(w, x)
+    for a, b in zip(found, expected, strict=True):
+        oracles.assert_close(a, b)
 
 
 @pytest.mark.parametrize("by", ["outside", "inside"])

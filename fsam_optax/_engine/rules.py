@@ -35,6 +35,7 @@ from jax.extend.core import Literal
 from fsam_optax._engine.factored import factored
 from fsam_optax._engine.indexed import indexed_product, symmetric
 from fsam_optax._engine.jaxpr import size
+from fsam_optax._engine.mirrored import by_strips, mirrored
 from fsam_optax._engine.primitives import (
     CONTRACTIONS,
     LINEAR_MOVES,
@@ -60,6 +61,10 @@ def constant(site: Site) -> Source | None:
 
 def contraction(site: Site) -> Source | None:
     """Sums of products, convolutions and scattered rows, formed example by example."""
+    if (pair := mirrored(site)) is not None:
+        matrix, sign = pair
+        found = _contracted(matrix)
+        return found and tail(matrix, *found, summing=by_strips(sign))
     found = _contracted(site)
     return None if found is None else tail(site, *found)
 

@@ -37,7 +37,11 @@ def adding(shape: tuple[int, ...], dtype: Any, what: Summation) -> Callable:
 
 
 def tail(
-    site: Site, stop: Iterable[Any], rule: str, waiting: float = IN_LOOPS
+    site: Site,
+    stop: Iterable[Any],
+    rule: str,
+    waiting: float = IN_LOOPS,
+    summing: Callable = looped,
 ) -> Source:
     """Returns the source that evaluates the program from `stop` on.
 
@@ -46,8 +50,9 @@ def tail(
         stop: Variables that are there already.
         rule: Name of the rule.
         waiting: What an entry of a large array counts for that a loop writes.
+        summing: What sums powers, as `looped` does.
     """
-    return joint([site], stop, [rule], waiting)[0]
+    return joint([site], stop, [rule], waiting, summing)[0]
 
 
 def joint(
@@ -55,6 +60,7 @@ def joint(
     stop: Iterable[Any],
     rules: Sequence[str],
     waiting: float = IN_LOOPS,
+    summing: Callable = looped,
 ) -> list[Source]:
     """Returns sources as `tail` does, which evaluate what they share once.
 
@@ -63,6 +69,7 @@ def joint(
         stop: Variables that are there already.
         rules: Names of the rules.
         waiting: See `tail`.
+        summing: See `tail`.
     """
     flow, what = sites[0].flow, sites[0].what
     stop = [*stop]
@@ -106,7 +113,7 @@ def joint(
     held = sum(map(_working_size, eqns)) * wide
     products = any(name_of(e) in CONTRACTIONS for e in eqns)
     steps = Steps(held, what.budget, what.examples, apart=products)
-    reduce = looped(fn, [site.like for site in sites], what, steps)
+    reduce = summing(fn, [site.like for site in sites], what, steps)
     found = []
     for k, (site, rule) in enumerate(zip(sites, rules, strict=True)):
         out, more = size(site.terms[0]), len(site.terms) - 1
