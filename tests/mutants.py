@@ -563,7 +563,7 @@ MUTANTS = [
         "_engine/multiples.py",
         "engine_patterns",
         ("number = -number", "continue"),
-        ('number / by if name_of(e) == "div" else number * by', "number * by"),
+        ("number / by if name_of(e) == DIVISION else number * by", "number * by"),
         ("if all(v in way for way in ways)", "if True"),
     ),
     *_mutants(

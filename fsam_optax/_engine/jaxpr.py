@@ -419,13 +419,8 @@ def evaluate(
     """Adds the values of the needed variables that `env` does not hold yet."""
     for eqn in eqns:
         if any(v in needed and v not in env for v in eqn.outvars):
-            env.update(
-                zip(
-                    eqn.outvars,
-                    bind(eqn, [read(env, v) for v in eqn.invars]),
-                    strict=True,
-                )
-            )
+            found = bind(eqn, [read(env, v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, found, strict=True))
 
 
 def with_equations(program: Any, name: str, change: Callable[[Any], Any]) -> Any:

@@ -8,11 +8,10 @@ by which g is moved, and whatever else is moved from g shares what sums its powe
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from fsam_optax._engine.jaxpr import Dataflow, read
-from fsam_optax._engine.primitives import name_of
-
-
-SCALING = ("mul", "div", "neg")
+from fsam_optax._engine.primitives import DIVISION, name_of, NEGATION, SCALING
 
 
 def common_multiple(
@@ -63,11 +62,11 @@ def multiple(
     for eqns in scaled:
         number: Any = 1.0
         for e in eqns:
-            if name_of(e) == "neg":
+            if name_of(e) == NEGATION:
                 number = -number
                 continue
             (by,) = (read(env, x) for x in e.invars if not flow.varies(x))
-            by = by.astype(dtype)
-            number = number / by if name_of(e) == "div" else number * by
+            by = jnp.asarray(by, dtype)
+            number = number / by if name_of(e) == DIVISION else number * by
         total = total + number
     return total
