@@ -816,16 +816,19 @@ def test_patterns(name):
     assert name in OVERSTATED or work <= 2 * run + 0.1 * gradient
 
 
-@pytest.mark.parametrize("lanes", [5, indexed.LANES])
+@pytest.mark.parametrize("lanes", [7, indexed.LANES])
 def test_products_that_are_added_at_known_places(lanes, monkeypatch):
-    """Of several lookups, one of them a bias, with and without constants."""
+    """Of several lookups, one a bias and one used twice, with and without constants."""
     monkeypatch.setattr(indexed, "LANES", lanes)
     monkeypatch.setattr(indexed, "STARTING", 0.0)
 
     def loss_fn(v, x):
-        y = jnp.tanh(jnp.tanh(x @ v[TOEPLITZ]) @ (v[HASHED] * SIGNS))
+        v = v * scales
+        w = v[TOEPLITZ]
+        y = jnp.tanh(jnp.tanh(jnp.tanh(x @ w) @ w) @ (v[HASHED] * SIGNS))
         return jnp.sum(jnp.tanh(y @ v[TOEPLITZ.T] + v[np.arange(D)]) ** 2)
 
+    scales = jnp.linspace(0.5, 2, 2 * D - 1)
     v, weights = normal(2 * D - 1), jnp.linspace(-1, 2, B)
     (leaf,) = explain_loss(loss_fn, v, X)
     assert leaf.rule == "indexed product"
