@@ -4,16 +4,15 @@ Every row is one jitted function; all rows of a model run in one process, interl
 and are divided by the time of `jax.grad` of the batch loss in the same round. The naive
 way is `vmap(grad)` squared, which forms an array of batch x parameters.
 
-    python benchmarks/fisher_cost.py                             # make bench
-    taskset -c 0 python benchmarks/fisher_cost.py --models unet vit mamba
-    python benchmarks/fisher_cost.py --models gpt2 --repeats 1   # minutes, 5 GB
+    taskset -c 0 python benchmarks/fisher_cost.py
+    taskset -c 0 python benchmarks/fisher_cost.py --models gpt2 --repeats 1  # 5 GB
 
 kfac-jax keeps, for each layer that it recognises, the diagonal of a Fisher matrix for
 its preconditioner. Beside ours it wants an environment of its own, since 0.0.8 does
 not run on jax 0.10:
 
     pip install jax==0.7.0 optax==0.2.5 flax==0.11.2 rich . kfac-jax==0.0.8
-    python benchmarks/fisher_cost.py --kfac --models mlp mlp-512 cnn resnet
+    taskset -c 0 python benchmarks/fisher_cost.py --kfac --models mlp mlp-512 cnn resnet
 """
 
 import importlib.util
@@ -151,14 +150,14 @@ def measure(name: str, repeats: int, rows: tuple[str, ...] = ()) -> dict:
     others = GRADIENT, *(row for row in every if row not in left_out)
     fns = {row: every[row] for row in rows or ROWS.get(kind, others)}
     runs, facts = cost.programs(fns, model.params, model.batch)
-    # A round of the larger models takes long; the machine does other things meanwhile.
-    clock = time.perf_counter if rows or kind not in ROWS else time.process_time
     # Apart: the naive rows leave hundreds of megabytes behind, which would slow down
     # whatever runs next.
     for naive in (False, True):
         group = [row for row in runs if row == GRADIENT or (":" in row) == naive]
         if len(group) > 1:
-            found = cost.ratios({row: runs[row] for row in group}, repeats, clock)
+            # Of the processor: the machine does other things meanwhile.
+            few = {row: runs[row] for row in group}
+            found = cost.ratios(few, repeats, time.process_time)
             for row in group:
                 facts[row] |= found[row]
     for row, theirs in PEER.items() if rows == PEERS else ():
