@@ -550,7 +550,7 @@ MUTANTS = [
     *_mutants(
         "_engine/grouping.py",
         "engine engine_patterns",
-        ("y = y * power(values, p)", "y = y * values"),
+        ("scaled(y, math.prod(factors), p)", "scaled(y, math.prod(factors), 1)"),
     ),
     *_mutants(
         "_engine/linear.py",
@@ -564,18 +564,20 @@ MUTANTS = [
         ("number = -number", "continue"),
         ("number / by if name_of(e) == DIVISION else number * by", "number * by"),
         ("if all(v in way for way in ways)", "if True"),
+        ("1 / MODERATE < low and high < MODERATE", "True"),
+        ("low * np.min(sizes), high * np.max(sizes)", "np.min(sizes), np.max(sizes)"),
     ),
     *_mutants(
         "_engine/moves.py",
         "engine engine_patterns engine_complex",
         ("return -s if p % 2 else s", "return s"),
         (
-            "y = s * power(others[0].astype(s.dtype), p)",
+            "y = scaled(s, others[0].astype(s.dtype), p)",
             "y = s * others[0].astype(s.dtype)",
         ),
         (
-            "return s / power(others[0].astype(s.dtype), p)",
-            "return s / others[0].astype(s.dtype)",
+            "        s = s / others[0].astype(s.dtype)",
+            "        return s / others[0].astype(s.dtype)",
         ),
         (
             "if whole and sum(box[axis][1] - box[axis][0] for box in boxes) == n:",
@@ -588,7 +590,7 @@ MUTANTS = [
             "return i == 0",
         ),
         ("return i == 2 and is_injective(flow, eqn)", "return i == 2"),
-        ("s * power(multiple(flow, scaled, env, s.dtype), p)", "s"),
+        ("scaled(s, multiples.multiple(flow, ways, env, s.dtype), p)", "s"),
         ("return i == 0 and flow.is_zero(eqn.invars[1])", "return i == 0"),
         ("return i > 0 and all(map(flow.is_zero, others))", "return i > 0"),
     ),

@@ -816,6 +816,28 @@ def test_patterns(name):
     assert name in OVERSTATED or work <= 2 * run + 0.1 * gradient
 
 
+CHAINS = {
+    "one_after_the_other": lambda w: w * 9e3 * 9e3,
+    "beside_what_is_not_scaled": lambda w: w * 9e3 * 9e3 * 9e3 + w,
+    "divided": lambda w: w / 2e-4 / 3e-4 / 2.0,
+    "by_a_matrix": lambda w: w * np.full((D, D), 1e10, np.float32),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_constants_do_not_leave_float32_before_their_product(name):
+    """Their fourth powers would, also of chains of which each is moderate."""
+
+    def loss_fn(w, x):
+        return 1e-10 * jnp.sum(x @ CHAINS[name](w))
+
+    w, x = normal(D, D), normal(5, D)
+    sums = jax.jit(lambda *args: loss_power_sums(loss_fn, *args, powers=(2, 4)))(w, x)
+    gradients = np.float64(jax.vmap(jax.grad(loss_fn), (None, 0))(w, x))
+    for found, p in zip(sums, (2, 4), strict=True):
+        oracles.assert_close(found, np.sum(gradients**p, 0))
+
+
 @pytest.mark.parametrize("lanes", [7, indexed.LANES])
 def test_products_that_are_added_at_known_places(lanes, monkeypatch):
     """Of several lookups, one a bias and one used twice, with and without constants."""

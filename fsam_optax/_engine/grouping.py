@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fsam_optax._engine.folding import Folded
-from fsam_optax._engine.sums import power
+from fsam_optax._engine.sums import scaled
 
 
 FEW = 16  # Products over so few positions are joined into one.
@@ -161,19 +161,19 @@ class Group:
 
     def placed(self, y: jax.Array, masks: Sequence[jax.Array], p: int) -> jax.Array:
         """Multiplies with powers of the constants; in the axes of the result."""
-        labels = [*self.labels]
+        every = [x for mask in self.terms[0].masks for x in mask.labels]
+        labels = [*dict.fromkeys([*self.labels, *every])]
+        y = y.reshape(*y.shape, *(1 for _ in labels[len(self.labels) :]))
+        factors = []
         for mask, values in zip(self.terms[0].masks, masks, strict=True):
-            new = [x for x in mask.labels if x not in self.labels]
-            added = [x for x in new if x not in labels]
-            labels += added
-            y = y.reshape(*y.shape, *(1 for _ in added))
             # The mask has the labels of the product, then some of the others.
-            axes = [*self.labels, *new]
-            at = {x: values.shape[k] for k, x in enumerate(axes)}
+            axes = [*self.labels, *(x for x in mask.labels if x not in self.labels)]
             order = [axes.index(x) for x in labels if x in axes]
             values = jnp.transpose(values, order)
-            values = values.reshape([at.get(x, 1) for x in labels])
-            y = y * power(values, p)
+            at = {x: values.shape[k] for k, x in enumerate(axes[i] for i in order)}
+            factors.append(values.reshape([at.get(x, 1) for x in labels]))
+        # Not the powers of each: they may leave a range in which those of all are.
+        y = scaled(y, math.prod(factors), p) if factors else y
         return self.arranged(y, labels)
 
     def lies_in_place(self) -> bool:

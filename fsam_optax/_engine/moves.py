@@ -17,14 +17,11 @@ from jax import lax
 
 from fsam_optax._common.mapped_axes import vary_like
 from fsam_optax._common.norms import widen
+from fsam_optax._engine import multiples
 from fsam_optax._engine.jaxpr import bind_in, Dataflow, is_real, read, size
-from fsam_optax._engine.multiples import common_multiple, multiple, scales
 from fsam_optax._engine.places import is_injective
 from fsam_optax._engine.primitives import LINEAR_MOVES, name_of
-from fsam_optax._engine.sums import power
-
-
-MODERATE = 1e4  # A number that scales entries after their powers are summed.
+from fsam_optax._engine.sums import scaled
 
 
 @dataclass(frozen=True)
@@ -122,8 +119,16 @@ def transposed(fn: Callable, like: Any, k: jax.Array) -> tuple[Any, ...]:
     return pull(vary_like(jnp.broadcast_to(k.astype(y.dtype), y.shape), y))
 
 
-def moved(flow: Dataflow, terms: Sequence[Any], formed: Callable) -> Moved:
-    """Returns how the sum of some variables is moved from sources; see `summands`."""
+def moved(
+    flow: Dataflow,
+    terms: Sequence[Any],
+    formed: Callable,
+    scale: tuple[float, float] = (1.0, 1.0),
+) -> Moved:
+    """Returns how the sum of some variables is moved from sources; see `summands`.
+
+    `scale` tells between what sizes the known constants are that scale it later on.
+    """
     terms = [x for v in terms for x in flow.summands(v, formed)]
     terms = [v for v in terms if not flow.is_zero(v)] or terms[:1]
     eqns = [flow.made_by(v) for v in terms]
@@ -131,7 +136,7 @@ def moved(flow: Dataflow, terms: Sequence[Any], formed: Callable) -> Moved:
         eqn is not None and flow.varies(v) for eqn, v in zip(eqns, terms, strict=True)
     ):
         for move in (_same_move, _boxes, _multiples):
-            if found := move(flow, terms, eqns, formed):
+            if found := move(flow, terms, eqns, formed, scale):
                 return found
     return Moved(tuple(terms))
 
@@ -149,11 +154,12 @@ def moved_operand(flow: Dataflow, eqn: Any) -> int | None:
     return varying[0] if condition(flow, eqn, varying[0]) else None
 
 
-def _same_move(flow, terms, eqns, formed):
+def _same_move(flow, terms, eqns, formed, scale):
     """Returns a move that is the same for all terms, of the sum of what they move."""
     first, *rest = eqns
     i = moved_operand(flow, first)
-    if i is None:
+    scale = multiples.scaled_by(flow, [first], scale)
+    if i is None or not multiples.is_moderate(scale):
         return None
     k = first.outvars.index(terms[0])
 
@@ -184,7 +190,7 @@ def _same_move(flow, terms, eqns, formed):
         return MOVES[name_of(first)].carry(first, i, k, others, sums[0], p)
 
     reads = tuple(x for j, x in enumerate(first.invars) if j != i)
-    part = moved(flow, [eqn.invars[i] for eqn in eqns], formed)
+    part = moved(flow, [eqn.invars[i] for eqn in eqns], formed, scale)
     keeps = MOVES[name_of(first)].keeps(first, i, k)
     return Moved(tuple(terms), (part,), carry, reads, keeps)
 
@@ -207,7 +213,7 @@ def _same_value(flow, x, y):
     return known[0] is not None and np.array_equal(*known)
 
 
-def _boxes(flow, terms, eqns, formed):
+def _boxes(flow, terms, eqns, formed, scale):
     """Returns the move of parts that are nonzero on boxes which do not overlap.
 
     A box is the start, the stop and the step of each axis.
@@ -237,24 +243,28 @@ def _boxes(flow, terms, eqns, formed):
         gaps = [(a, n - b, k - 1) for (a, b, k), n in zip(box, shape, strict=True)]
         return lax.pad(s, jnp.zeros((), s.dtype), gaps)
 
-    parts = tuple(moved(flow, found[box], formed) for box in boxes)
+    parts = tuple(moved(flow, found[box], formed, scale) for box in boxes)
     return Moved(tuple(terms), parts, carry)
 
 
-def _multiples(flow, terms, eqns, formed):
+def _multiples(flow, terms, eqns, formed, scale):
     """Returns the move by the sum of the numbers that one value is scaled by."""
     del eqns
-    found = common_multiple(flow, terms, moved_operand)
+    found = multiples.common_multiple(flow, terms, moved_operand)
     if found is None:
         return None
-    base, scaled = found
+    base, ways = found
+    scale = multiples.scaled_by(flow, [eqn for way in ways for eqn in way], scale)
+    if not multiples.is_moderate(scale):
+        return None
 
     def carry(sums, p, env):
         (s,) = sums
-        return s * power(multiple(flow, scaled, env, s.dtype), p)
+        return scaled(s, multiples.multiple(flow, ways, env, s.dtype), p)
 
-    reads = scales(flow, scaled)
-    part, each = moved(flow, [base], formed), 2.0 + len(reads) + len(terms) - 1
+    reads = multiples.scales(flow, ways)
+    each = 2.0 + len(reads) + len(terms) - 1
+    part = moved(flow, [base], formed, scale)
     return Moved(tuple(terms), (part,), carry, reads, False, each)
 
 
@@ -371,29 +381,20 @@ def _negated(eqn, i, k, others, s, p):
 
 def _multiplied(eqn, i, k, others, s, p):
     del i, k
-    y = s * power(others[0].astype(s.dtype), p)
+    y = scaled(s, others[0].astype(s.dtype), p)
     return y.reshape(eqn.outvars[0].aval.shape)
 
 
 def _divided(eqn, i, k, others, s, p):
     del eqn, i, k
-    return s / power(others[0].astype(s.dtype), p)
+    for _ in range(p):
+        s = s / others[0].astype(s.dtype)
+    return s
 
 
 def _always(flow, eqn, i):
     del flow, eqn, i
     return True
-
-
-def _by_moderate(flow, eqn, i):
-    """Scaled by no constants whose powers leave float32 before those of products."""
-    known = (flow.known_value(x) for j, x in enumerate(eqn.invars) if j != i)
-    sizes = (np.abs(x[x != 0]) for x in known if x is not None)
-    return all(np.all((x < MODERATE) & (x > 1 / MODERATE)) for x in sizes)
-
-
-def _divided_by_moderate(flow, eqn, i):
-    return i == 0 and _by_moderate(flow, eqn, i)
 
 
 def _into_zeros(flow, eqn, i):
@@ -435,8 +436,8 @@ MOVES: dict[str, Move] = dict.fromkeys(
 ) | {
     "convert_element_type": Move(_always, _converted, _all_kept),
     "neg": Move(_always, _negated, _all_kept),
-    "mul": Move(_by_moderate, _multiplied, _none_kept),
-    "div": Move(_divided_by_moderate, _divided, _none_kept),
+    "mul": Move(_always, _multiplied, _none_kept),
+    "div": Move(_first, _divided, _none_kept),
     "pad": Move(_padding_with_zeros, _rebound, _nothing_cut),
     "dynamic_update_slice": Move(_into_zeros, _rebound, _all_kept),
     "dynamic_slice": Move(_first, _rebound, _same_size),

@@ -5,13 +5,41 @@ The derivative of a map of single entries comes in such parts, as that of tanh d
 by which g is moved, and whatever else is moved from g shares what sums its powers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from fsam_optax._engine.jaxpr import Dataflow, read
 from fsam_optax._engine.primitives import DIVISION, name_of, NEGATION, SCALING
+
+
+MODERATE = 1e4  # What scales entries after their powers are summed.
+
+
+def scaled_by(
+    flow: Dataflow, eqns: Iterable[Any], scale: tuple[float, float]
+) -> tuple[float, float]:
+    """Returns between what sizes known constants are, with those of equations too."""
+    low, high = scale
+    for eqn in (eqn for eqn in eqns if name_of(eqn) in SCALING):
+        known = [flow.known_value(v) for v in eqn.invars if not flow.varies(v)]
+        for x in (np.abs(np.asarray(x, float)) for x in known if x is not None):
+            sizes = x[x != 0]
+            if len(sizes):
+                sizes = 1 / sizes if name_of(eqn) == DIVISION else sizes
+                low, high = low * np.min(sizes), high * np.max(sizes)
+    return low, high
+
+
+def is_moderate(scale: tuple[float, float]) -> bool:
+    """Tells whether powers of constants leave float32 no sooner than those of products.
+
+    Of a chain of them the product counts: each alone may be moderate.
+    """
+    low, high = scale
+    return 1 / MODERATE < low and high < MODERATE
 
 
 def common_multiple(

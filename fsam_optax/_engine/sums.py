@@ -76,6 +76,11 @@ def power(x: jax.Array, p: int) -> jax.Array:
     return x if p == 1 else power(lax.mul(x, x), p // 2)
 
 
+def scaled(y: jax.Array, x: Any, p: int) -> jax.Array:
+    """Returns `y x^p`, which is in range where it and y are, though `x^p` is not."""
+    return y if p == 0 else scaled(y * x, x, p - 1)
+
+
 class Steps(NamedTuple):
     """How many examples a loop over them takes at a time.
 
