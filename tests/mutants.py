@@ -427,8 +427,8 @@ MUTANTS = [
             "return later, upto[-1]",
         ),
         ("total = (total * whole).astype(total.dtype)", "pass"),
-        ('-1.0 if name == "sub" else 1.0)', "1.0)"),
-        ('n / s if name == "div" else n * s', "n * s"),
+        ("-1.0 if name == DIFFERENCE else 1.0)", "1.0)"),
+        ("n / s if name == DIVISION else n * s", "n * s"),
     ),
     *_mutants(
         "_engine/sources.py",

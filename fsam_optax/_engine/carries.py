@@ -18,12 +18,21 @@ from jax.extend.core import Literal
 from fsam_optax._common.norms import widen
 from fsam_optax._engine.jaxpr import bind, Dataflow, evaluate, is_real, size
 from fsam_optax._engine.normal import moves_or_pads, windows_by_rows
-from fsam_optax._engine.primitives import holds_numbers, LOOP, name_of, SUMS, UPDATE
+from fsam_optax._engine.primitives import (
+    DIFFERENCE,
+    DIVISION,
+    holds_numbers,
+    LOOP,
+    name_of,
+    NEGATION,
+    SUMS,
+    UPDATE,
+)
 from fsam_optax._engine.sources import is_linear, parameter_side
 
 
 # Linear in one operand, with others that are no zeros.
-SCALED_BY = ("mul", "div", "dot_general", "conv_general_dilated", "triangular_solve")
+SCALED_BY = ("mul", DIVISION, "dot_general", "conv_general_dilated", "triangular_solve")
 
 
 class Carries:
@@ -141,15 +150,15 @@ class Carries:
 
         for e in self.paths[k]:
             name, (v, *others) = name_of(e), e.invars
-            if name == "neg":
+            if name == NEGATION:
                 y = added({}, of(v), -1.0)
-            elif name in (*SUMS, "sub"):
-                y = added(of(v), of(others[0]), -1.0 if name == "sub" else 1.0)
+            elif name in (*SUMS, DIFFERENCE):
+                y = added(of(v), of(others[0]), -1.0 if name == DIFFERENCE else 1.0)
             else:
                 (x,) = _scales(e)
                 s = float(x.val) if isinstance(x, Literal) else _wide(rows[x])
                 v = others[0] if x is v else v
-                y = {z: n / s if name == "div" else n * s for z, n in of(v).items()}
+                y = {z: n / s if name == DIVISION else n * s for z, n in of(v).items()}
             found[e.outvars[0]] = y
         return found[self._flow.jaxpr.outvars[k]]
 
@@ -191,7 +200,7 @@ def _summed(v, eqn, rows, scale):
 
 def _scales(eqn: Any) -> list[Any]:
     """Returns the number that an equation scales a carry by, in a list; or none."""
-    names = {"mul": eqn.invars, "div": eqn.invars[1:]}
+    names = {"mul": eqn.invars, DIVISION: eqn.invars[1:]}
     return [v for v in names.get(name_of(eqn), ()) if v.aval.shape == ()]
 
 
@@ -211,9 +220,9 @@ def _added(flow, before, after):
         scaled = (
             len(scales) == len(here) == 1
             and not flow.varies(scales[0])
-            and not (name == "div" and flow.is_zero(scales[0]))
+            and not (name == DIVISION and flow.is_zero(scales[0]))
         )
-        real = is_real(eqn.outvars[0]) and (name in ("sub", "neg") or scaled)
+        real = is_real(eqn.outvars[0]) and (name in (DIFFERENCE, NEGATION) or scaled)
         if name not in SUMS and not real:
             return None
         path.append(eqn)

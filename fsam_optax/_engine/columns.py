@@ -20,6 +20,7 @@ from fsam_optax._engine.jaxpr import (
     read,
     size,
 )
+from fsam_optax._engine.primitives import LOOP, name_of
 from fsam_optax._engine.sources import DEFAULT_CHUNK_BYTES
 from fsam_optax._engine.sums import (
     added_up,
@@ -104,7 +105,7 @@ def _bytes(v):
 
 def _inside(eqn):
     """Returns the bytes that a step of a loop writes, beside what the loop returns."""
-    if eqn.primitive.name != "scan":
+    if name_of(eqn) != LOOP:
         return 0
     jaxpr, _ = body_of(eqn)
     n_consts, n_carry = loop_counts(eqn)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from fsam_optax._engine.jaxpr import Dataflow, is_real, read, size
-from fsam_optax._engine.primitives import name_of
+from fsam_optax._engine.primitives import name_of, PRODUCT, TRANSPOSITION
 
 
 MOST_TERMS = 8  # Of a product of sums that is multiplied out.
@@ -271,10 +271,10 @@ class Expander:
     def _comes_apart(self, v):
         """Tells whether a constant is a product of matrices with fewer entries."""
         eqn = self.flow.made_by(v)
-        while name_of(eqn) == "transpose":
+        while name_of(eqn) == TRANSPOSITION:
             eqn = self.flow.made_by(eqn.invars[0])
         return (
-            name_of(eqn) == "dot_general"
+            name_of(eqn) == PRODUCT
             and self.part is None
             and not self.flow.varies(v)
             and sum(map(size, eqn.invars)) < size(v)

@@ -42,7 +42,7 @@ def _by_unit_vector(fn: Callable, leaf: jax.Array, budget: int) -> jax.Array:
     def entry(i):
         return fn(jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape))
 
-    # Beside what the products were linearised at.
+    # Half of it: what the products were linearised at is held as well.
     several = min(max(budget // (2 * most_bytes(entry, 0)), 1), 64)
     entries = jax.lax.map(entry, jnp.arange(leaf.size), batch_size=several)
     return entries.reshape(leaf.shape)
