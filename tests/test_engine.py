@@ -132,9 +132,9 @@ def tied_embedding(params, x):
 
 
 @program(
-    normal(0, 4, 3, 5),
-    (tokens(B, 6, vocabulary=9) - 2, normal(1, B, 6, 3)),
-    "reduction",
+    normal(0, 4, 3, 50),
+    (tokens(B, 6, vocabulary=54) - 2, normal(1, B, 6, 3)),
+    "embedding",
 )
 def embedding_out_of_bounds(params, example):
     i, x = example

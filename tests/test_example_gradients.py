@@ -90,7 +90,7 @@ RULES = {
     "embedding": {"embedding", DENSE},
     "tied_embedding": {"embedding + shared dense"},
     "embedding_of_two_indices": {"embedding"},
-    "embedding_out_of_bounds": {"reduction"},
+    "embedding_out_of_bounds": {"embedding"},
     "layer_norm": {"reduction"},
     "conv_2d_strided": {"convolution"},
     "conv_2d_depthwise": {"convolution"},
